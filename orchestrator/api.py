@@ -1,0 +1,79 @@
+"""The only module of the core that a plugin imports. What is listed here is stable within an API version."""
+
+from __future__ import annotations
+
+from orchestrator.calibration import CalibrationSet
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.errors import (
+    GateError,
+    OrchestratorError,
+    PreflightError,
+    Problem,
+    PublishError,
+    SpecError,
+    StepError,
+)
+from orchestrator.method import (
+    Calibrator,
+    Context,
+    Evaluator,
+    Invariant,
+    LayerMethod,
+    LayerResult,
+    LayerShape,
+    Method,
+    ModelMethod,
+    ModelResult,
+    Needs,
+    Publisher,
+    ServingEngine,
+    Stage,
+    TextSource,
+)
+from orchestrator.plugins import API_VERSION, hookimpl
+from orchestrator.scheme import QuantizedWeight, QuantScheme
+from orchestrator.serving import KVPlan, ModelShape
+from orchestrator.sources import check_source, read_documents
+from orchestrator.statistics import InputMoment
+from orchestrator.store import Release, StoredFile, open_store
+from orchestrator.text import token_windows
+
+__all__ = [
+    "API_VERSION",
+    "CalibrationSet",
+    "Calibrator",
+    "Checkpoint",
+    "Context",
+    "Evaluator",
+    "GateError",
+    "InputMoment",
+    "Invariant",
+    "KVPlan",
+    "LayerMethod",
+    "LayerResult",
+    "LayerShape",
+    "Method",
+    "ModelMethod",
+    "ModelResult",
+    "ModelShape",
+    "Needs",
+    "OrchestratorError",
+    "PreflightError",
+    "Problem",
+    "PublishError",
+    "Publisher",
+    "QuantScheme",
+    "QuantizedWeight",
+    "Release",
+    "ServingEngine",
+    "SpecError",
+    "Stage",
+    "StepError",
+    "StoredFile",
+    "TextSource",
+    "check_source",
+    "hookimpl",
+    "open_store",
+    "read_documents",
+    "token_windows",
+]

@@ -1,0 +1,175 @@
+"""Immutable artifacts: a folder and its `manifest.json`, named by the sha256 of the manifest.
+
+Below the home folder::
+
+    artifacts/<digest>/      the files of an artifact and manifest.json, which lists each file's sha256
+    steps/<fingerprint>.json which artifact a step gave, and what it took to make it
+    staging/<fingerprint>/   a step at work; never a result
+
+A step's folder is moved from staging to artifacts in one rename, after its files and its manifest are on disk. So
+an artifact is there in whole or not at all, and what a killed step left behind is never taken for a result.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.canonical import canonical_json, file_sha256, sync_folder, sync_tree, write_atomically
+from orchestrator.errors import SpecError, StepError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact in the store."""
+
+    digest: str
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers that the step recorded."""
+        return dict(self.manifest["metrics"])
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files, the manifest aside."""
+        return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
+
+    def damage(self) -> str | None:
+        """Read every byte; return what differs from the manifest, or None."""
+        expected = self.manifest["files"]
+        present = {path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()}
+        present.discard(MANIFEST)
+        for name in sorted(present.symmetric_difference(expected)):
+            return f"{name} is {'missing' if name in expected else 'not part of the artifact'}"
+        for name, entry in expected.items():
+            path = self.path / name
+            if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
+                return f"{name} has changed"
+        return None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Which artifact a step gave and what it took."""
+
+    digest: str
+    seconds: float
+    peak_memory_bytes: int
+
+
+class ArtifactStore:
+    """The artifacts below one home folder."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home.absolute()
+
+    def record(self, fingerprint: str) -> StepRecord | None:
+        """Return what is recorded for a step, without looking at the artifact."""
+        try:
+            data = json.loads((self.home / "steps" / f"{fingerprint}.json").read_text(encoding="utf-8"))
+            return StepRecord(str(data["digest"]), float(data["seconds"]), int(data["peak_memory_bytes"]))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def lookup(self, fingerprint: str) -> Artifact | None:
+        """Return the artifact that a step gave, its manifest verified, its files not yet; None if there is none."""
+        record = self.record(fingerprint)
+        return self._open(record.digest) if record else None
+
+    def _open(self, digest: str) -> Artifact | None:
+        path = self.home / "artifacts" / digest
+        manifest = path / MANIFEST
+        try:
+            if file_sha256(manifest) != digest:
+                return None
+            return Artifact(digest, path, json.loads(manifest.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def discard(self, artifact: Artifact) -> None:
+        """Move a damaged artifact out of the way, so that it is never used and can still be looked at."""
+        target = self.home / "damaged" / artifact.digest
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        artifact.path.replace(target)
+
+    def stage(self, fingerprint: str) -> Path:
+        """Return an empty folder to work in. Hold the step's lease: what a killed run left there is removed."""
+        folder = self.home / "staging" / fingerprint
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def unstage(self, fingerprint: str) -> None:
+        """Remove a step's working folder."""
+        shutil.rmtree(self.home / "staging" / fingerprint, ignore_errors=True)
+
+    def commit(
+        self, fingerprint: str, folder: Path, facts: Mapping[str, Any], *, seconds: float, peak_memory_bytes: int
+    ) -> Artifact:
+        """Turn a finished working folder into an artifact and remember it as the step's result."""
+        files = {
+            path.relative_to(folder).as_posix(): {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        if MANIFEST in files:
+            raise StepError(f"the step wrote a file called {MANIFEST}, which is the core's own")
+        content = canonical_json({"schema": SCHEMA_VERSION, "fingerprint": fingerprint, **facts, "files": files})
+        write_atomically(folder / MANIFEST, content)
+        sync_tree(folder)
+        digest = file_sha256(folder / MANIFEST)
+        final = self.home / "artifacts" / digest
+        final.parent.mkdir(parents=True, exist_ok=True)
+        known = self._open(digest)
+        if known and known.damage() is None:
+            shutil.rmtree(folder)
+        else:
+            shutil.rmtree(final, ignore_errors=True)
+            folder.replace(final)
+            sync_folder(final.parent)
+        steps = self.home / "steps"
+        steps.mkdir(parents=True, exist_ok=True)
+        record = {"digest": digest, "seconds": round(seconds, 6), "peak_memory_bytes": peak_memory_bytes}
+        write_atomically(steps / f"{fingerprint}.json", canonical_json(record))
+        return Artifact(digest, final, json.loads(content))
+
+    def find(self, reference: str) -> Artifact:
+        """Return the artifact with this digest, a unique prefix of it (4 characters at least), or at this path.
+
+        Raises `SpecError` if there is none or more than one.
+        """
+        path = Path(reference)
+        if path.is_dir():
+            if not (path / MANIFEST).is_file():
+                raise SpecError(f"{path} is no artifact: it holds no {MANIFEST}")
+            try:
+                manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+                if not {"stage", "files", "metrics"} <= set(manifest):
+                    raise ValueError("it is not a manifest of ours")
+            except (OSError, ValueError, TypeError) as error:
+                raise SpecError(f"{path / MANIFEST} cannot be read: {error}") from None
+            return Artifact(file_sha256(path / MANIFEST), path, manifest)
+        folder = self.home / "artifacts"
+        known = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        matches = [digest for digest in known if digest.startswith(reference)] if len(reference) >= 4 else []
+        if len(matches) > 1:
+            raise SpecError(f"{reference!r} is the beginning of {len(matches)} digests", remedy="give more characters")
+        artifact = self._open(matches[0]) if matches else None
+        if artifact is None:
+            raise SpecError(
+                f"there is no artifact {reference!r} in {self.home}",
+                remedy="give a digest (or the first 4 characters of one) as `orchestrator plan` shows it, a path, "
+                "or models:/NAME@ALIAS",
+            )
+        return artifact

@@ -1,0 +1,51 @@
+"""What a release holds: the model's files at its root, and the serving configuration in ``serving/<engine>/``.
+
+A bundle is a pure function of the model artifact and the engines' parameters, so releasing the same model twice
+gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator.canonical import digest_of, file_sha256
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.errors import StepError
+from orchestrator.method import ServingEngine
+from orchestrator.serving import ModelShape, plan_kv
+
+
+def write_bundle(model: Checkpoint, engines: Sequence[ServingEngine], folder: Path) -> str:
+    """Fill `folder` and return a digest of its content.
+
+    Raises `SpecError` or `PreflightError` for a model that does not fit an engine's budget.
+    """
+    for name in model.model_files():
+        _link_or_copy(model.path / name, folder / name)
+    if engines:
+        shape = ModelShape.from_config(model.config)
+        for engine in engines:
+            plan = plan_kv(shape, weight_bytes=model.weight_bytes(), **engine.budget())
+            target = folder / "serving" / engine.name
+            target.mkdir(parents=True)
+            files = {"kv-plan.json": json.dumps(plan.as_dict(), indent=2, sort_keys=True) + "\n"}
+            for name, text in engine.render(shape, plan).items():
+                if Path(name).name != name or name in files:
+                    raise StepError(f"the engine {engine.name!r} rendered a file called {name!r}")
+                files[name] = text
+            for name, text in files.items():
+                (target / name).write_text(text, encoding="utf-8")
+    return digest_of(
+        {path.relative_to(folder).as_posix(): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
+    )
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)  # the bytes of a model are not copied where the file system allows it
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,109 @@
+"""`orchestrator methods`: what is installed, where it comes from, what it takes."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from orchestrator.errors import SpecError
+from orchestrator.method import Stage
+from orchestrator.plugins import InstalledMethod, Methods
+
+
+def as_document(methods: Methods, name: str | None = None) -> dict[str, Any]:
+    """The catalogue, or the methods called `name`, as JSON."""
+    chosen = _called(methods, name) if name else _ordered(methods)
+    return {
+        "methods": [_describe(method) for method in chosen],
+        "broken": [
+            {
+                "plugin": broken.origin.plugin,
+                "distribution": broken.origin.distribution,
+                "version": broken.origin.version,
+                "reason": broken.reason,
+            }
+            for broken in methods.broken
+        ],
+        "clashes": [
+            {"stage": stage.value, "name": clash, "claimed_by": [str(owner.origin) for owner in owners]}
+            for (stage, clash), owners in sorted(methods.clashes.items())
+        ],
+    }
+
+
+def list_methods(methods: Methods) -> str:
+    """One line for each method, then what is broken."""
+    lines = [f"{'stage':<10} {'method':<14} {'distribution':<34} what it is"]
+    for method in _ordered(methods):
+        origin = f"{method.origin.distribution} {method.origin.version}"
+        lines.append(f"{method.cls.stage:<10} {method.cls.name:<14} {origin:<34} {_summary(method)}")
+    for broken in methods.broken:
+        lines.append(f"broken     {broken.origin}: {broken.reason}")
+    for (stage, name), owners in sorted(methods.clashes.items()):
+        lines.append(f'clash      {stage} "{name}" is claimed by {" and ".join(str(owner.origin) for owner in owners)}')
+    return "\n".join(lines)
+
+
+def show_method(methods: Methods, name: str) -> str:
+    """The methods called `name` with their parameters. Raises `SpecError` if there is none."""
+    blocks = []
+    for method in _called(methods, name):
+        lines = [f"{method.cls.stage}: {name}   ({method.kind}, {method.origin})", f"  {_summary(method)}"]
+        lines.append(f"  source: {method.cls.paper}")
+        for entry in _describe(method)["parameters"]:
+            default = "required" if entry["required"] else f"default {entry['default']!r}"
+            lines.append(f"  {entry['name']} ({entry['type']}, {default})")
+            lines.append(f"      {entry['description']}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _ordered(methods: Methods) -> list[InstalledMethod]:
+    stages = list(Stage)
+    return sorted(methods.installed.values(), key=lambda method: (stages.index(method.cls.stage), method.cls.name))
+
+
+def _called(methods: Methods, name: str) -> list[InstalledMethod]:
+    found = [method for method in _ordered(methods) if method.cls.name == name]
+    if not found:
+        known = ", ".join(sorted({known for _, known in methods.installed}))
+        raise SpecError(f'no installed method is called "{name}"', remedy=f"installed: {known}")
+    return found
+
+
+def _summary(method: InstalledMethod) -> str:
+    """First line of the class's own docstring, or of its module's."""
+    text = method.cls.__dict__.get("__doc__") or getattr(inspect.getmodule(method.cls), "__doc__", None) or ""
+    return text.strip().partition("\n")[0]
+
+
+def _describe(method: InstalledMethod) -> dict[str, Any]:
+    cls = method.cls
+    return {
+        "stage": cls.stage.value,
+        "name": cls.name,
+        "kind": method.kind,
+        "paper": cls.paper,
+        "summary": _summary(method),
+        "distribution": method.origin.distribution,
+        "version": method.origin.version,
+        "parameters": [
+            {
+                "name": name,
+                "type": _type_name(info.annotation),
+                "required": info.is_required(),
+                "default": None if info.is_required() else info.get_default(call_default_factory=True),
+                "description": info.description,
+            }
+            for name, info in cls.model_fields.items()
+        ],
+    }
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
+        return annotation.__name__
+    text = str(annotation).replace("typing.", "")
+    if "InputFile" in text:  # the marker of a text source says nothing to a person
+        return "text source | None" if "None" in text else "text source"
+    return text

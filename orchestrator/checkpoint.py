@@ -1,0 +1,243 @@
+"""A model on disk: its configuration, tensor shapes and digests, read without torch; and loading it with stock
+Transformers. Only safetensors are accepted: a pickle is refused before anything is read from it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.canonical import digest_of, file_sha256
+from orchestrator.errors import PreflightError
+from orchestrator.method import LayerShape
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHT_INDEX = "model.safetensors.index.json"
+SINGLE_WEIGHT_FILE = "model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# What travels with a model beside its weights and config.json.
+COMPANION_PATTERNS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+    "LICENSE*",
+)
+_BLOCK_LINEAR = re.compile(r"^(?P<block>(?:.+\.)?(?:layers|h|blocks)\.(?P<index>\d+))\.(?P<inner>.+)\.weight$")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: file, dtype as safetensors names it ("BF16"), shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """A Hugging Face folder with safetensors weights.
+
+    Raises `PreflightError` when the folder is missing, holds no readable config.json or no safetensors weights, or
+    when a weight file is truncated.
+    """
+
+    def __init__(self, path: Path, *, dtype: str = "auto") -> None:
+        self.path = Path(path)
+        self.dtype = dtype  # "auto" (as stored), or a torch dtype name to load in
+        if not self.path.is_dir():
+            raise PreflightError(
+                f"there is no model folder {self.path}", remedy="give a hub id or a folder with config.json"
+            )
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, dtype={self.dtype!r})"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        path = self.path / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PreflightError(
+                f"{self.path} has no config.json", remedy="give a folder in Hugging Face layout"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise PreflightError(f"{path} cannot be read: {error}", remedy="copy the model again") from None
+        if not isinstance(config, dict) or "model_type" not in config:
+            raise PreflightError(f"{path} names no model_type", remedy="give a folder in Hugging Face layout")
+        if "auto_map" in config:
+            raise PreflightError(
+                f"{path} asks to run code that comes with the model (auto_map)",
+                remedy="remote code is never run here; use an architecture that Transformers ships",
+            )
+        return config
+
+    @cached_property
+    def weight_files(self) -> tuple[str, ...]:
+        """Names of the safetensors files, sorted."""
+        index = self.path / WEIGHT_INDEX
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                raise PreflightError(f"{index} cannot be read: {error!r}", remedy="copy the model again") from None
+            for name in names:
+                if Path(name).name != name or not (self.path / name).is_file():
+                    raise PreflightError(
+                        f"{index} names {name!r}, which is not in the folder", remedy="copy the model again"
+                    )
+            return tuple(names)
+        if (self.path / SINGLE_WEIGHT_FILE).is_file():
+            return (SINGLE_WEIGHT_FILE,)
+        pickles = sorted(p.name for p in self.path.iterdir() if p.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise PreflightError(
+                f"{self.path} holds its weights as a pickle ({pickles[0]}), which can run code when it is loaded",
+                remedy="convert it with `model.save_pretrained(FOLDER)`, which writes safetensors",
+            )
+        raise PreflightError(
+            f"{self.path} has no {SINGLE_WEIGHT_FILE} and no {WEIGHT_INDEX}", remedy="give a folder with safetensors"
+        )
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All stored tensors by name, read from the safetensors headers only."""
+        found: dict[str, TensorInfo] = {}
+        for name in self.weight_files:
+            found.update(_read_header(self.path / name))
+        return dict(sorted(found.items()))
+
+    def block_layers(self) -> list[LayerShape]:
+        """The linear layers inside decoder blocks, in the order of the blocks.
+
+        Embeddings, norms and lm_head are not among them: they stay as they are.
+        """
+        layers = []
+        for name, info in self.tensors.items():
+            match = _BLOCK_LINEAR.match(name)
+            if match and len(info.shape) == 2:
+                layers.append((int(match["index"]), LayerShape(name.removesuffix(".weight"), *info.shape)))
+        return [layer for _, layer in sorted(layers, key=lambda item: (item[0], item[1].name))]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are stored as packed integers."""
+        return "quantization_config" in self.config
+
+    @cached_property
+    def stored_dtype(self) -> str:
+        """The torch name of the dtype that most stored parameters have, e.g. "bfloat16"."""
+        names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        count: dict[str, int] = {}
+        for info in self.tensors.values():
+            if info.dtype in names:
+                elements = 1
+                for size in info.shape:
+                    elements *= size
+                count[names[info.dtype]] = count.get(names[info.dtype], 0) + elements
+        return max(sorted(count), key=lambda name: count[name], default="float32")
+
+    def companion_files(self) -> list[str]:
+        """Names of the tokenizer, generation and licence files, sorted."""
+        found = {p.name for pattern in COMPANION_PATTERNS for p in self.path.glob(pattern) if p.is_file()}
+        return sorted(name for name in found if Path(name).suffix not in PICKLE_SUFFIXES)
+
+    def model_files(self) -> list[str]:
+        """Names of all files that make up the model, sorted."""
+        index = [WEIGHT_INDEX] if (self.path / WEIGHT_INDEX).is_file() else []
+        return sorted(["config.json", *index, *self.weight_files, *self.companion_files()])
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weight files on disk."""
+        return sum((self.path / name).stat().st_size for name in self.weight_files)
+
+    def digest(self, sha256: Callable[[Path], str] = file_sha256) -> str:
+        """Return a sha256 over the names and sha256 of all model files."""
+        return digest_of({name: sha256(self.path / name) for name in self.model_files()})
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype in which the model is loaded."""
+        import torch
+
+        return getattr(torch, self.stored_dtype if self.dtype == "auto" else self.dtype)  # type: ignore[no-any-return]
+
+    def load(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Load with stock Transformers, in eval mode. `dtype` defaults to the checkpoint's own.
+
+        A quantized checkpoint is decompressed on loading: exactly what an engine computes, at plain-weight speed.
+        """
+        from orchestrator.model import load_model
+
+        return load_model(self, dtype or self.torch_dtype)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer. Raises `PreflightError` if the folder has none that Transformers can read."""
+        from orchestrator.model import load_tokenizer
+
+        return load_tokenizer(self)
+
+
+def locate_model(model_id: str, revision: str, base: Path, dtype: str = "auto") -> Checkpoint:
+    """Return the checkpoint for a local folder (relative to `base`) or a hub id.
+
+    A hub id is taken from the local hub cache, or downloaded: safetensors, configuration and tokenizer only.
+    Raises `PreflightError` when it cannot be had.
+    """
+    folder = base / Path(model_id).expanduser()
+    if folder.is_dir() or model_id.startswith((".", "/", "~")) or not _HUB_ID.match(model_id):
+        return Checkpoint(folder, dtype=dtype)
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(
+            model_id,
+            revision=revision,
+            allow_patterns=["config.json", "*.safetensors", WEIGHT_INDEX, *COMPANION_PATTERNS],
+        )
+    except Exception as error:  # the hub's client raises some twenty kinds, and all mean the same to the user
+        raise PreflightError(
+            f"{model_id!r} is neither a folder below {base} nor to be had from the hub: {type(error).__name__}",
+            remedy="check the name and the network, or give a local folder",
+        ) from error
+    return Checkpoint(Path(path), dtype=dtype)
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read a safetensors header and check that the file is as long as the header says."""
+    remedy = "copy the model again"
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= _MAX_HEADER_BYTES:
+                raise ValueError("this is not a safetensors file")
+            header = json.loads(file.read(length))
+        infos = {
+            name: TensorInfo(path.name, entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PreflightError(f"{path} cannot be read: {error}", remedy=remedy) from None
+    expected = 8 + length + end
+    actual = path.stat().st_size
+    if actual != expected:
+        raise PreflightError(f"{path} is damaged: {actual} bytes instead of {expected}", remedy=remedy)
+    return infos

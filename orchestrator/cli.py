@@ -1,0 +1,322 @@
+"""The command line: arguments in, exit code out. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 done, 2 specification or arguments, 3 preflight, 4 step, 5 gate, 6 publish, 130 interrupted, 1 a fault
+of this program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.errors import OrchestratorError, PreflightError, SpecError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.artifact import Artifact
+    from orchestrator.home import Settings
+
+ENGINE_GROUP = "orchestrator.engines"
+
+app = typer.Typer(
+    name="orchestrator",
+    help="Compress language models: calibrate, prune, distill, quantize, validate, register.",
+    epilog="Exit codes: 2 specification, 3 preflight, 4 step, 5 gate, 6 publish.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="The specification, a YAML file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+LocalOption = Annotated[bool, typer.Option("--local", help="Run in this process, without Prefect.")]
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        app(standalone_mode=True)
+    except OrchestratorError as error:
+        for problem in error.problems:
+            _say(f"error: {problem}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _say("interrupted; finished steps are kept, run again to go on")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who reads us has gone: no complaint when stdout is flushed
+        sys.exit(0)
+    except Exception:
+        _say(f"This is a fault of compression-orchestrator {version('compression-orchestrator')}, please report it:")
+        _say(traceback.format_exc())
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if show_version:
+        _print(version("compression-orchestrator"))
+        raise typer.Exit
+
+
+@app.command()
+def quickstart(local: LocalOption = False, as_json: JsonOption = False) -> None:
+    """Run the whole chain on a small model that comes along, offline."""
+    from orchestrator.home import Settings
+    from orchestrator.quickstart import prepare
+
+    settings = Settings.from_environment()
+    settings.make_home()
+    _run(prepare(settings.home / "quickstart"), settings, local, as_json)
+
+
+@app.command()
+def run(spec: SpecArgument, local: LocalOption = False, as_json: JsonOption = False) -> None:
+    """Run a specification; steps whose results are in the store are not computed again."""
+    from orchestrator.home import Settings
+
+    settings = Settings.from_environment()
+    _run(spec, settings, local, as_json)
+
+
+@app.command()
+def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
+    """Check a specification; show its steps, and which are cached or why not."""
+    from orchestrator.artifact import ArtifactStore
+    from orchestrator.home import Settings
+    from orchestrator.plan import make_plan
+    from orchestrator.plugins import discover
+    from orchestrator.status import statuses
+
+    settings = Settings.from_environment()
+    made = make_plan(spec, discover(), settings.home, tracking_uri=settings.public_tracking_uri)
+    found = statuses(made, ArtifactStore(settings.home))
+    if as_json:
+        _print_json(
+            {
+                "name": made.name,
+                "model": {"path": str(made.source.path), "digest": made.source_digest},
+                "steps": [
+                    {
+                        "stage": step.stage.value,
+                        "method": step.method.name,
+                        "fingerprint": step.fingerprint,
+                        "cached": status.artifact is not None,
+                        "why": status.why,
+                        "artifact": _reference(status.artifact) if status.artifact else None,
+                    }
+                    for step, status in zip(made.steps, found, strict=True)
+                ],
+            }
+        )
+        return
+    _print(f"{made.name}: {made.source.path} ({made.source_digest[:12]})")
+    for step, status in zip(made.steps, found, strict=True):
+        state = f"cached, artifact {status.artifact.digest[:12]}" if status.artifact else f"to do: {status.why}"
+        _print(f"{step.index + 1:>3}  {step.label:<22} {step.fingerprint[:12]}  {state}")
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show the parameters of this method.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the installed methods and where they come from; broken plugins with the reason."""
+    from orchestrator.catalogue import as_document, list_methods, show_method
+    from orchestrator.plugins import discover
+
+    found = discover()
+    if as_json:
+        _print_json(as_document(found, name))
+    elif name:
+        _print(show_method(found, name))
+    else:
+        _print(list_methods(found))
+
+
+@app.command()
+def show(
+    reference: Annotated[
+        str, typer.Argument(metavar="REF", help="A digest, a unique prefix of one, a path, or models:/NAME@ALIAS.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Show an artifact: how it was made, its metrics, invariants and files."""
+    from orchestrator.home import Settings
+    from orchestrator.report import shown
+
+    settings = Settings.from_environment()
+    artifact, registered = _find(reference, settings)
+    manifest = artifact.manifest
+    if as_json:
+        _print_json({**_reference(artifact), "registered": registered, "manifest": manifest})
+        return
+    _print(f"{manifest['stage']} {manifest['method']}  {artifact.digest}")
+    _print(f"  path         {artifact.path}")
+    for key, value in (registered or {}).items():
+        _print(f"  {key:<12} {value}")
+    _print(f"  fingerprint  {manifest['fingerprint']}")
+    for role, digest in manifest["inputs"].items():
+        _print(f"  made from    {role} {digest}")
+    for title in ("parameters", "invariants", "metrics"):
+        values = manifest["identity"]["parameters"] if title == "parameters" else manifest[title]
+        if values:
+            _print(f"  {title}")
+            for key, value in values.items():
+                text = shown(key, value) if title == "metrics" else json.dumps(value)
+                _print(f"    {key:<28} {text}")
+    _print(f"  files        {len(manifest['files'])}, {shown('bytes', artifact.bytes)}")
+    for key, entry in manifest["files"].items():
+        _print(f"    {entry['sha256'][:12]}  {entry['bytes']:>12,}  {key}")
+
+
+@app.command()
+def pull(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="The address of a release, or models:/NAME@ALIAS.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it; must not exist or be empty.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Download a release and verify every byte of it."""
+    from orchestrator.home import Settings
+    from orchestrator.registry import ModelRegistry
+    from orchestrator.store import open_store
+
+    if uri.startswith("models:/"):
+        uri = ModelRegistry(Settings.from_environment().tracking_uri).resolve(uri).source
+    root, _, name = uri.rstrip("/").rpartition("/")
+    root, _, pipeline = root.rpartition("/")
+    if not root or not pipeline:
+        raise SpecError(f"{uri!r} is no release address", remedy="it looks like s3://BUCKET/PREFIX/NAME/DIGEST")
+    release = open_store(root).fetch(f"{pipeline}/{name}", folder)
+    if as_json:
+        _print_json({"uri": release.uri, "digest": release.digest, "path": str(folder.absolute())})
+    else:
+        _print(f"{release.uri} -> {folder}: {len(release.files)} files, every byte verified ({release.digest[:12]})")
+
+
+def _find(reference: str, settings: Settings) -> tuple[Artifact, dict[str, str] | None]:
+    from orchestrator.artifact import ArtifactStore
+
+    store = ArtifactStore(settings.home)
+    if not reference.startswith("models:/"):
+        return store.find(reference), None
+    from orchestrator.registry import ModelRegistry
+
+    registered = ModelRegistry(settings.tracking_uri).resolve(reference)
+    facts = {"name": registered.name, "version": registered.version, "release": registered.source}
+    digest = registered.tags.get("orchestrator.artifact")
+    if digest is None:
+        raise SpecError(f"{reference} was not registered by this program", remedy="give a digest or a path")
+    return store.find(digest), facts
+
+
+def _run(spec: Path, settings: Settings, local: bool, as_json: bool) -> None:
+    """Run with the chosen engine and print the result: a table, or one JSON document, also of a failed run."""
+    from orchestrator.plugins import discover
+    from orchestrator.progress import TerminalObserver
+
+    with _results_only() as stdout, TerminalObserver(_console()) as observer:
+        try:
+            if local:
+                from orchestrator.run import run_locally
+
+                document = run_locally(spec, discover(), settings, observer).document()
+            else:
+                document = _engine()(spec, settings, observer)
+        except OrchestratorError as error:
+            if as_json:
+                problems = [{"what": p.what, "where": p.where, "remedy": p.remedy} for p in error.problems]
+                failed = {"run": observer.run_id, "steps": observer.outcomes, "release": None}
+                _print_json({**failed, "error": {"exit_code": error.exit_code, "problems": problems}}, stdout)
+            raise
+    if as_json:
+        _print_json(document)
+    else:
+        _print_result(document, settings)
+
+
+def _engine() -> Any:
+    found = list(entry_points(group=ENGINE_GROUP, name="prefect"))
+    if not found:
+        raise PreflightError("the Prefect flows are not installed", remedy="use --local, or install the whole package")
+    return found[0].load()
+
+
+@contextmanager
+def _results_only() -> Iterator[int]:
+    """Send whatever libraries and child processes print to stderr; yield a descriptor of the real stdout."""
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield real
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
+
+
+def _print_result(document: Mapping[str, Any], settings: Settings) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from orchestrator.report import metric_rows, shown
+
+    console = Console(soft_wrap=False)
+    rows = metric_rows(document["steps"])
+    if rows:
+        table = Table(title=document["pipeline"], title_justify="left")
+        for heading in ("", "dense", "compressed"):
+            table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(row.name.replace("_", " "), shown(row.name, row.dense), shown(row.name, row.compressed))
+        console.print(table)
+    models = [step for step in document["steps"] if step["stage"] in ("prune", "distill", "quantize")]
+    if models:
+        _print(f"model     {models[-1]['artifact']['path']}")
+    release = document["release"]
+    if release:
+        alias = f" @{release['alias']}" if release.get("alias") else ""
+        _print(f"release   {release['uri']}")
+        _print(f"registry  models:/{release['model_name']}/{release['model_version']}{alias}")
+    _print(f"tracking  {settings.public_tracking_uri}")
+    _print(f"journal   {settings.home / 'runs' / document['run']}.jsonl")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _reference(artifact: Artifact) -> dict[str, str]:
+    return {"digest": artifact.digest, "path": str(artifact.path)}
+
+
+def _print(text: str) -> None:
+    typer.echo(text)
+
+
+def _print_json(document: Mapping[str, Any], descriptor: int | None = None) -> None:
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    if descriptor is None:
+        sys.stdout.write(text)
+    else:
+        with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as stdout:
+            stdout.write(text)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

@@ -1,0 +1,166 @@
+"""What a model artifact must have kept of the artifact it was made from, checked on the stored bytes.
+
+Both are read layer by layer; packed integers are decoded. A claim that does not hold raises `StepError` with the name
+of the layer: a step is never taken for done because it says so.
+
+Shape legend: O = out features, I = in features, M = neighbouring weights of an N:M pattern.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.errors import StepError
+from orchestrator.layers import is_skipped
+from orchestrator.packing import FORMAT, PACKED_SUFFIX, read_scheme, unpack
+
+if TYPE_CHECKING:
+    import torch
+
+    from orchestrator.skeleton import TensorReader
+
+# A layer with fewer zeros was not pruned: trained weights hold a zero here and there by chance.
+_PRUNED_FROM = 0.01
+_SEARCHED_PATTERNS = ("2:4", "4:8")
+
+
+def check_artifact(
+    before: Checkpoint,
+    after: Checkpoint,
+    kept: Mapping[str, Any],
+    *,
+    claims: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Check `after` against `before` and return the invariants of `after` for its manifest.
+
+    kept: the invariants of `before` that must survive, as this function returned them for it; {} if there are none.
+    claims: what the step says it made: ``{"zeros": {"pattern": "2:4", "skip": [...]}}`` after pruning (every linear
+        layer in a block but the skipped ones must then be pruned, and keep to the pattern if it is N:M), ``{"grid":
+        {...}}`` after quantizing (with the scheme's fields that must be found).
+
+    The result has these entries, each only if it applies:
+    zeros: `fraction` of the weights of all linear layers in blocks; `pattern`: "2:4", "4:8", "row" (every row of a
+        pruned layer has as many zeros) or None; `layers`: number of pruned layers.
+    grid: the scheme in the words of compressed-tensors, and its `format`.
+
+    Raises `StepError` when a zero was lost, a pattern or the grid does not hold, or a number is not finite.
+    """
+    from orchestrator.skeleton import TensorReader
+
+    claims = claims or {}
+    with TensorReader(before) as read_before, TensorReader(after) as read_after:
+        _check_finite(after, read_after)
+        grid = _check_grid(after, kept.get("grid"), claims.get("grid"))
+        zeros = None
+        weights = _Weights(after, read_after)
+        if "zeros" in kept:
+            zeros = _check_kept_zeros(_Weights(before, read_before), weights, kept["zeros"])
+        if grid is None:  # the zeros of a grid are no mask that anybody meant
+            zeros = _find_zeros(weights, claims.get("zeros")) or zeros
+    return {name: fact for name, fact in (("zeros", zeros), ("grid", grid)) if fact is not None}
+
+
+class _Weights:
+    """The linear layers in a checkpoint's blocks, plain or packed, as numbers."""
+
+    def __init__(self, checkpoint: Checkpoint, read: TensorReader) -> None:
+        self._read = read
+        self._stored = checkpoint.tensors
+        self._scheme = read_scheme(checkpoint.config) if checkpoint.is_quantized else None
+        packed = {name.removesuffix(PACKED_SUFFIX) for name in self._stored if name.endswith(PACKED_SUFFIX)}
+        self.layers = sorted({layer.name for layer in checkpoint.block_layers()} | packed)
+
+    def __call__(self, layer: str) -> torch.Tensor:
+        """Return the weight [O, I]."""
+        if f"{layer}{PACKED_SUFFIX}" in self._stored:
+            assert self._scheme is not None
+            scale = self._read(f"{layer}.weight_scale")
+            return unpack(self._read, layer, self._scheme).dequantize(scale.dtype)
+        return self._read(f"{layer}.weight")
+
+
+def _check_finite(checkpoint: Checkpoint, read: TensorReader) -> None:
+    for name, info in checkpoint.tensors.items():
+        if info.dtype.startswith(("F", "BF")) and not read(name).isfinite().all():
+            raise StepError(f"{name} holds numbers that are not finite", where=str(checkpoint.path))
+
+
+def _check_grid(
+    after: Checkpoint, kept: Mapping[str, Any] | None, claimed: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    grid = {**read_scheme(after.config).weight_args(), "format": FORMAT} if after.is_quantized else None
+    wanted = {**(claimed or {}), **(kept or {})}
+    if (kept is not None or claimed is not None) and grid is None:
+        raise StepError("the model is not quantized, though it should be", where=str(after.path))
+    for name, value in wanted.items():
+        if grid is not None and grid.get(name) != value:
+            raise StepError(f"{name} of the quantization is {grid.get(name)}, not {value}", where=str(after.path))
+    return grid
+
+
+def _check_kept_zeros(before: _Weights, after: _Weights, fact: Mapping[str, Any]) -> dict[str, Any]:
+    """Every zero of `before` must be one in `after`; its pattern then holds too, which is checked all the same."""
+    if before.layers != after.layers:
+        changed = sorted(set(before.layers) ^ set(after.layers))
+        raise StepError(f"{changed[0]} is in only one of the two models, so its zeros cannot be compared")
+    zeros = total = 0
+    for layer in after.layers:
+        before_OI, after_OI = before(layer), after(layer)
+        if before_OI.shape != after_OI.shape:
+            raise StepError(f"{layer} changed its shape from {tuple(before_OI.shape)} to {tuple(after_OI.shape)}")
+        lost = int(((before_OI == 0) & (after_OI != 0)).sum())
+        if lost:
+            raise StepError(f"{layer} lost {lost} of its {int((before_OI == 0).sum())} zeros")
+        pattern = fact.get("pattern")
+        if _is_n_of_m(pattern) and _follows(before_OI, pattern) and not _follows(after_OI, pattern):
+            raise StepError(f"{layer} does not keep to the pattern {pattern}")
+        zeros += int((after_OI == 0).sum())
+        total += after_OI.numel()
+    return {"fraction": zeros / max(total, 1), "pattern": fact.get("pattern"), "layers": fact.get("layers")}
+
+
+def _find_zeros(after: _Weights, claimed: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Count zeros, find the pattern that all pruned layers share, and hold it against the claim."""
+    pattern = str((claimed or {}).get("pattern"))
+    skip = list((claimed or {}).get("skip", ()))
+    candidates = [*_SEARCHED_PATTERNS, "row"]
+    if _is_n_of_m(pattern) and pattern not in candidates:
+        candidates.insert(0, pattern)
+    zeros = total = pruned = 0
+    for layer in after.layers:
+        weight_OI = after(layer)
+        count = int((weight_OI == 0).sum())
+        zeros += count
+        total += weight_OI.numel()
+        if claimed is not None and not is_skipped(layer, skip):
+            if count == 0:
+                raise StepError(f"{layer} was to be pruned, but holds no zero")
+            if _is_n_of_m(pattern) and not _follows(weight_OI, pattern):
+                raise StepError(f"{layer} does not keep to the pattern {pattern}")
+        elif count < _PRUNED_FROM * weight_OI.numel():
+            continue
+        pruned += 1
+        candidates = [name for name in candidates if _follows(weight_OI, name)]
+    if not pruned:
+        return None
+    found = pattern if pattern in candidates else next(iter(candidates), None)
+    return {"fraction": zeros / total, "pattern": found, "layers": pruned}
+
+
+def _is_n_of_m(pattern: Any) -> bool:
+    return isinstance(pattern, str) and re.fullmatch(r"\d+:\d+", pattern) is not None
+
+
+def _follows(weight_OI: torch.Tensor, pattern: Any) -> bool:
+    """Whether at most N of every M neighbours are non-zero ("N:M"), or each row has as many zeros ("row")."""
+    if pattern == "row":
+        zeros_O = (weight_OI == 0).sum(1)
+        return bool((zeros_O == zeros_O[0]).all())
+    most, width = (int(part) for part in str(pattern).split(":"))
+    if weight_OI.shape[1] % width:
+        return False
+    used = (weight_OI != 0).view(weight_OI.shape[0], -1, width).sum(-1)
+    return bool((used <= most).all())

@@ -1,0 +1,67 @@
+"""The run journal and the leases: what happened, and who is at work. Both survive ``kill -9``.
+
+The journal is append-only JSON lines, each flushed to disk before the run goes on. A lease is a kernel lock on a
+file, which the kernel releases when its holder dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orchestrator.canonical import canonical_json
+
+
+class Journal:
+    """One run's journal, ``<home>/runs/<run id>.jsonl``."""
+
+    def __init__(self, home: Path, run_id: str | None = None) -> None:
+        self.run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+        self.path = home / "runs" / f"{self.run_id}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Append one event; returns once it is on disk."""
+        line = canonical_json({"time": round(time.time(), 3), "event": event, **facts}) + b"\n"
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, line)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events of the run; a line torn by a crash is left out."""
+        events = []
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    events.append(json.loads(line))
+                except ValueError:
+                    continue
+        return events
+
+
+@contextmanager
+def lease(home: Path, name: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the kernel lock called `name`; call `waiting` once if somebody else holds it."""
+    path = home / "locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

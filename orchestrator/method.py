@@ -1,0 +1,271 @@
+"""The method kinds. A method *is* a frozen pydantic model: its fields are its parameters, its ClassVars its identity.
+
+| kind            | stages          | verb                                                     |
+|-----------------|-----------------|----------------------------------------------------------|
+| `Calibrator`    | calibrate       | `sample(tokenizer, seed) -> CalibrationSet`              |
+| `LayerMethod`   | prune, quantize | `compress(weight_OI, statistic) -> LayerResult` (pure)   |
+| `ModelMethod`   | prune, distill, quantize | `apply(model, context) -> ModelResult`          |
+| `Evaluator`     | validate        | `measure(candidate, baseline, context) -> {name: number}`|
+| `Publisher`     | register        | `publish(bundle, manifest, name) -> Release`             |
+| `ServingEngine` | register        | `render(shape, plan) -> {file name: text}`               |
+
+State is passed in and returned, never hidden in the method. This module imports no torch, so that a
+specification can be planned without it; method files import torch inside the functions that compute.
+
+Shape legend: O = out features, I = in features, G = groups along I, N = sequences, T = tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from orchestrator.scheme import QuantizedWeight, QuantScheme
+from orchestrator.serving import KVPlan, ModelShape
+from orchestrator.sources import InputFile
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from orchestrator.calibration import CalibrationSet
+    from orchestrator.checkpoint import Checkpoint
+    from orchestrator.statistics import InputMoment
+    from orchestrator.store import Release
+
+
+class Stage(StrEnum):
+    """The stages of a pipeline, in the order in which a specification usually names them."""
+
+    CALIBRATE = "calibrate"
+    PRUNE = "prune"
+    DISTILL = "distill"
+    QUANTIZE = "quantize"
+    VALIDATE = "validate"
+    REGISTER = "register"
+
+
+class Needs(StrEnum):
+    """What a `LayerMethod` must know about a layer's inputs. The walk collects no more than that."""
+
+    WEIGHT = "weight"  # nothing: the weight alone
+    INPUT_NORM = "input norm"  # the first-order record: n, sum x, sum |x|, max |x|, sum x^2
+    INPUT_MOMENT = "input moment"  # the same and H = X^T X
+
+
+class Invariant(StrEnum):
+    """A property of a model artifact that later steps must keep."""
+
+    ZEROS = "zeros"  # every weight that a pruning step set to zero stays zero
+    GRID = "grid"  # weights lie on a quantization grid and are stored as packed integers
+
+
+# What a stage gives its result, unless the method says otherwise.
+PROVIDED_BY_STAGE: Mapping[Stage, frozenset[Invariant]] = {
+    Stage.PRUNE: frozenset({Invariant.ZEROS}),
+    Stage.QUANTIZE: frozenset({Invariant.GRID}),
+}
+
+# Where text comes from: a local .txt/.md/.py/.jsonl/.parquet file, or hub:OWNER/NAME[/CONFIG]:SPLIT@REVISION.
+# In a specification a relative path is relative to the folder of the specification. The plan puts the
+# content's sha256, not the path, into the fingerprint.
+TextSource = Annotated[str, InputFile()]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A linear layer as the plan sees it, before any weight is read."""
+
+    name: str  # e.g. model.layers.0.mlp.up_proj
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What a `LayerMethod` returns.
+
+    weight_OI: the compressed weight as plain numbers, shape and dtype of the input weight. For a quantized layer
+        exactly ``encoding.dequantize(dtype)``: what an engine computes from the packed integers.
+    encoding: the integers behind it, for a quantized layer.
+    metrics: numbers worth recording: the proxy loss, damping that had to be raised, dead columns, fallbacks.
+    """
+
+    weight_OI: torch.Tensor
+    encoding: QuantizedWeight | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What a `ModelMethod` returns: the changed model and numbers worth recording."""
+
+    model: PreTrainedModel
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def _ignore_progress(fraction: float, message: str) -> None:
+    """The default of `Context.progress`."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step may know beside its input.
+
+    seed: of the specification; the only source of randomness.
+    dense: the uncompressed model that the pipeline started from: teacher and baseline.
+    calibration: the most recent calibration set, or None if no step before made one.
+    scratch: an empty folder that is removed after the step.
+    progress: call with (fraction in [0, 1], short message).
+    """
+
+    seed: int
+    dense: Checkpoint
+    calibration: CalibrationSet | None
+    scratch: Path
+    progress: Callable[[float, str], None] = _ignore_progress
+
+
+class Method(BaseModel):
+    """Base of all kinds.
+
+    stage, name: what a specification writes as ``stage: name``. `paper` is the source: an arXiv number with
+    equation, or one sentence for what has no paper. `keeps` lists the invariants of its input that survive the
+    method; an undeclared one counts as destroyed, and `plan` refuses the chain.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    stage: ClassVar[Stage]
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    keeps: ClassVar[frozenset[Invariant]] = frozenset()
+    provides: ClassVar[frozenset[Invariant]] = frozenset()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if "stage" in cls.__dict__ and "provides" not in cls.__dict__:
+            cls.provides = PROVIDED_BY_STAGE.get(cls.stage, frozenset())
+
+    def preflight(self) -> None:
+        """Check what can be checked before any compute (files, services). Raise `OrchestratorError` if unusable."""
+
+
+class Calibrator(Method):
+    """Draws the token windows that statistics are collected on."""
+
+    @abstractmethod
+    def sample(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> CalibrationSet:
+        """Return token ids [N, T]. Raise `StepError` if the source holds too little text."""
+
+
+class LayerMethod(Method):
+    """Compresses one linear layer at a time; the core walks the model, so that no method ever holds all of it."""
+
+    needs: ClassVar[Needs]
+
+    def check_layer(self, layer: LayerShape) -> tuple[str, str] | None:
+        """Return (parameter name, what is wrong) if this layer cannot be compressed. Called while planning."""
+        return None
+
+    def scheme(self) -> QuantScheme | None:
+        """The quantization scheme of the result; None for a pruning method."""
+        return None
+
+    def sparsity_pattern(self) -> str | None:
+        """Where the zeros of a pruned layer fall, as "2:4" or "row"; checked on the stored bytes. None: no claim."""
+        return None
+
+    @abstractmethod
+    def compress(self, weight_OI: torch.Tensor, statistic: InputMoment | None) -> LayerResult:
+        """Return the compressed layer; pure: neither argument is changed, no global state is used.
+
+        weight_OI: float32, contiguous. statistic: None if `needs` is `Needs.WEIGHT`.
+        """
+
+
+class ModelMethod(Method):
+    """Changes a whole model, for instance by training it."""
+
+    def needs_calibration(self) -> bool:
+        """Whether, with these parameters, a calibration set must come before this step."""
+        return False
+
+    @abstractmethod
+    def apply(self, model: PreTrainedModel, context: Context) -> ModelResult:
+        """Return the changed model. `model` is this step's own copy and may be changed in place."""
+
+
+class Evaluator(Method):
+    """Measures a compressed model beside the dense one.
+
+    `metrics` says what is measured: name -> meaning with unit. A gate can only refer to these names.
+    """
+
+    metrics: ClassVar[Mapping[str, str]]
+
+    @abstractmethod
+    def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Mapping[str, float]:
+        """Return a finite number for every name in `metrics`."""
+
+
+class Publisher(Method):
+    """Puts a finished release where it will be served from."""
+
+    uri: str | None = Field(
+        None,
+        description="Root to publish below: s3://BUCKET/PREFIX, file:///FOLDER or a path. Default: 'releases' in "
+        "the home folder.",
+    )
+    alias: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="Alias that the model registry sets on the new version, e.g. 'candidate'.",
+    )
+
+    @field_validator("alias")
+    @classmethod
+    def _not_reserved(cls, alias: str | None) -> str | None:
+        if alias is not None and (alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias)):
+            raise ValueError("the model registry reserves 'latest' and 'v1', 'v2', ...")
+        return alias
+
+    @abstractmethod
+    def publish(self, bundle: Path, manifest: Mapping[str, Any], name: str) -> Release:
+        """Publish every file of `bundle` under `name`, completely or not at all. Raise `PublishError`."""
+
+    @abstractmethod
+    def find(self, name: str) -> Release | None:
+        """Return the complete release called `name`, or None. Raise `PublishError` if it is damaged."""
+
+
+class ServingEngine(Method):
+    """Writes the files with which one engine serves the compressed model with a planned KV cache.
+
+    The fields below are common to all engines; an engine adds its own.
+    """
+
+    supported_versions: ClassVar[str]  # a specifier, e.g. ">=0.30,<0.34"
+
+    gpu_memory_gib: float = Field(24.0, gt=0, description="Memory of one accelerator, GiB.")
+    memory_utilization: float = Field(0.92, gt=0, le=1, description="Share of that memory the engine may use.")
+    max_model_len: int = Field(2048, gt=0, description="Longest sequence served: prompt and answer, tokens.")
+    kv_cache_dtype: str = Field("auto", description="Element type of the KV cache; 'auto' is the model's own.")
+    block_size: int = Field(16, gt=0, description="Tokens per KV-cache block.")
+    activation_gib: float = Field(1.0, ge=0, description="Memory left to activations and graphs, GiB.")
+
+    def budget(self) -> dict[str, Any]:
+        """The fields above by name: the arguments of `orchestrator.serving.plan_kv`."""
+        return {name: getattr(self, name) for name in ServingEngine.model_fields}
+
+    @abstractmethod
+    def render(self, shape: ModelShape, plan: KVPlan) -> Mapping[str, str]:
+        """Return {file name: content}. Raise `SpecError` for what this engine cannot honour."""

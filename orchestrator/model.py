@@ -1,0 +1,140 @@
+"""Loading a whole model or tokenizer with stock Transformers: quietly, offline, from safetensors, without remote code.
+
+For access block by block see `orchestrator.skeleton`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import PreflightError
+from orchestrator.packing import scheme_or_none
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from orchestrator.checkpoint import Checkpoint
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """Load for inference, in eval mode, without gradients turned off.
+
+    A model that this project quantized is decompressed on loading, as its config.json asks of every user of
+    Transformers; so is one by others in the same layout if `dtype` is the one its scales are stored in (in another
+    dtype decompression rounds differently, and a stock user gets the other rounding). The logits are in all cases
+    those of ``AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)``.
+
+    Raises `PreflightError` for an architecture Transformers does not know, for missing or misshapen tensors (which
+    Transformers would fill with random numbers) and for unreadable files.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    weights = checkpoint.weight_files  # refuses pickles and missing files before Transformers looks for them
+    options: dict[str, Any] = {}
+    if checkpoint.is_quantized:
+        from transformers import CompressedTensorsConfig
+
+        if scheme_or_none(checkpoint.config) is not None and dtype == getattr(torch, checkpoint.stored_dtype):
+            options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    try:
+        with quiet():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                checkpoint.path,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=bool(weights),
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise _unloadable(checkpoint, error) from error
+    for fault in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if loading.get(fault):
+            names = sorted(str(entry) for entry in loading[fault])
+            raise PreflightError(
+                f"{checkpoint.path} does not fit its config.json: {fault.replace('_', ' ')}"
+                f" {', '.join(names[:3])}{' …' if len(names) > 3 else ''}",
+                remedy="copy the model again, config.json and weights together",
+            )
+    model.eval()
+    return model
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Load the tokenizer. Raises `PreflightError` if the folder has none that Transformers can read."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(
+                checkpoint.path, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # the Rust tokenizer raises bare Exception
+        raise PreflightError(
+            f"{checkpoint.path} has no tokenizer that Transformers can read: {_first_line(error)}",
+            remedy="copy tokenizer.json and tokenizer_config.json of the model into the folder",
+        ) from error
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """Return the Transformers configuration object. Raises `PreflightError` for an unknown architecture."""
+    from transformers import AutoConfig
+
+    _ = checkpoint.config  # refuses a folder that asks for remote code
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # strict configuration classes raise their own validation errors
+        raise _unloadable(checkpoint, error) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Transformers and compressed-tensors from writing to stderr; what matters becomes an error of ours."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), _no_foreign_bars():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _no_foreign_bars() -> Iterator[None]:
+    """Silence tqdm bars that have no switch of their own (compressed-tensors)."""
+    from functools import partialmethod
+
+    from tqdm import tqdm
+
+    original = tqdm.__init__
+    tqdm.__init__ = partialmethod(original, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
+
+
+def _unloadable(checkpoint: Checkpoint, error: Exception) -> PreflightError:
+    kind = checkpoint.config["model_type"]
+    return PreflightError(
+        f"{checkpoint.path} cannot be loaded as a causal language model (model_type {kind!r}): {_first_line(error)}",
+        remedy="use a text model of an architecture that the installed Transformers has",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

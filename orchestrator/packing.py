@@ -1,0 +1,126 @@
+"""The compressed-tensors layout "pack-quantized": what stands for a quantized weight in a checkpoint.
+
+A layer NAME with weight [O, I] on a grid is stored as
+    NAME.weight_packed      int32 [O, ceil(I * num_bits / 32)]  integers, offset to unsigned, packed without gaps
+    NAME.weight_scale       float [O, G]
+    NAME.weight_zero_point  int32 [ceil(O * num_bits / 32), G]  the same packing along O; asymmetric schemes only
+    NAME.weight_shape       int64 [2]                           O, I
+
+Shape legend: O = out features, I = in features, G = groups along I (1 for strategy 'channel').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import PreflightError
+from orchestrator.scheme import QuantizedWeight, QuantScheme
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = "pack-quantized"
+PACKED_SUFFIX = ".weight_packed"
+PACKED_BITS = range(2, 9)
+
+
+def check_scheme(scheme: QuantScheme) -> str | None:
+    """Return why the layout cannot carry `scheme`, or None if it can. Imports no torch."""
+    if scheme.num_bits not in PACKED_BITS:
+        return f"num_bits: {scheme.num_bits} cannot be packed; {PACKED_BITS[0]} to {PACKED_BITS[-1]} can"
+    if scheme.strategy == "group" and (scheme.group_size is None or scheme.group_size < 1):
+        return f"group_size: {scheme.group_size} is no group; strategy 'group' needs a positive one"
+    if scheme.strategy == "channel" and scheme.group_size is not None:
+        return f"group_size: {scheme.group_size} has no meaning with strategy 'channel'"
+    return None
+
+
+def pack(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+    """Return the stored tensors of one layer by the last part of their names."""
+    import torch
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    bits = weight.scheme.num_bits
+    tensors = {
+        "weight_packed": pack_to_int32(weight.q_OI, bits),
+        "weight_scale": weight.scale_OG.contiguous(),
+        "weight_shape": torch.tensor(tuple(weight.q_OI.shape), dtype=torch.int64),
+    }
+    if weight.zero_point_OG is not None:
+        tensors["weight_zero_point"] = pack_to_int32(weight.zero_point_OG, bits, packed_dim=0)
+    return tensors
+
+
+def unpack(tensor: Callable[[str], torch.Tensor], layer: str, scheme: QuantScheme) -> QuantizedWeight:
+    """Read a layer back; `tensor` returns a stored tensor by its full name."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from torch import Size
+
+    scale_OG = tensor(f"{layer}.weight_scale")
+    num_out, num_in = tensor(f"{layer}.weight_shape").tolist()
+    q_OI = unpack_from_int32(tensor(f"{layer}.weight_packed"), scheme.num_bits, Size((num_out, num_in)))
+    zero_point_OG = None
+    if not scheme.symmetric:
+        shape = Size((num_out, scale_OG.shape[1]))
+        packed = tensor(f"{layer}.weight_zero_point")
+        zero_point_OG = unpack_from_int32(packed, scheme.num_bits, shape, packed_dim=0)
+    return QuantizedWeight(q_OI, scale_OG, zero_point_OG, scheme)
+
+
+def quantization_config(scheme: QuantScheme, ignored: Collection[str]) -> dict[str, Any]:
+    """Return the `quantization_config` entry of config.json.
+
+    ``dequantize`` makes Transformers decompress while it loads. Without it a packed zero point does not load at all
+    (Transformers 5.23 with compressed-tensors 0.20 expects it unpacked), and a model loaded in another dtype than
+    that of its scales is rounded differently from one loaded in theirs. Engines that keep weights packed ignore it.
+    """
+    group = {
+        "targets": ["Linear"],
+        "weights": scheme.weight_args(),
+        "input_activations": None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": sorted(ignored),
+        "dequantize": True,
+    }
+
+
+def read_scheme(config: Mapping[str, Any]) -> QuantScheme:
+    """Return the scheme of a config.json that `quantization_config` describes.
+
+    Raises `PreflightError` for any other quantization: several schemes, quantized activations, another format.
+    """
+    scheme = scheme_or_none(config)
+    if scheme is None:
+        entry = config.get("quantization_config") or {}
+        raise PreflightError(
+            f"the model is quantized in a way this version does not read: {entry.get('quant_method')!r},"
+            f" format {entry.get('format')!r}",
+            remedy="start from the model before quantization",
+        )
+    return scheme
+
+
+def scheme_or_none(config: Mapping[str, Any]) -> QuantScheme | None:
+    """Return what `read_scheme` returns, or None where it raises."""
+    entry = config.get("quantization_config") or {}
+    groups = entry.get("config_groups") or {}
+    if entry.get("quant_method") != "compressed-tensors" or entry.get("format") != FORMAT or len(groups) != 1:
+        return None
+    (group,) = groups.values()
+    if not isinstance(group, dict) or group.get("input_activations") or group.get("output_activations"):
+        return None
+    # Files by others spell out defaults that QuantScheme does not carry (observer, dynamic, block_structure).
+    known = {name: value for name, value in (group.get("weights") or {}).items() if name in QuantScheme.model_fields}
+    if known.get("actorder") == "weight":
+        known["actorder"] = "static"  # two names of one thing in compressed-tensors
+    try:
+        return QuantScheme(**known)
+    except ValueError:
+        return None

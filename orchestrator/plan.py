@@ -1,0 +1,352 @@
+"""From a specification and the installed methods to a plan: frozen steps, each with a fingerprint.
+
+Everything a user can get wrong is found here, all at once, before any compute is spent. Imports no torch.
+
+A fingerprint is sha256 over canonical JSON of everything that decides a step's result: method and parameters (text
+sources by content), the plugin's and the core's sources, the libraries that compute, the seed where it is used, and
+the fingerprints of the steps that it reads (the bytes of the source model, for the first). So all fingerprints of a
+plan are known before it runs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from orchestrator.canonical import digest_of
+from orchestrator.checkpoint import Checkpoint, locate_model
+from orchestrator.checks import Draft, Note, check_against_model, check_chain
+from orchestrator.digests import FileDigests
+from orchestrator.errors import OrchestratorError, PreflightError, Problem, SpecError
+from orchestrator.method import (
+    Calibrator,
+    Evaluator,
+    LayerMethod,
+    Method,
+    ModelMethod,
+    Needs,
+    Publisher,
+    ServingEngine,
+    Stage,
+)
+from orchestrator.plugins import InstalledMethod, Methods, package_digest
+from orchestrator.sources import PREFIX, InputFile, check_source, resolve_source, source_digest
+from orchestrator.spec import Location, SpecFile, StepSpec, load_spec, validate_strictly
+
+SOURCE = -1  # stands for the source model where an input is the index of a step
+COMPUTING_LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A method with its parameters at a place in a plan.
+
+    inputs: role ("model", "dense", "calibration") -> index of the step that gives it, or `SOURCE`.
+    identity: everything that went into the fingerprint.
+    """
+
+    index: int
+    place: str
+    method: Method
+    skip: tuple[str, ...]
+    require: Mapping[str, Mapping[str, float]]
+    engines: tuple[ServingEngine, ...]
+    inputs: Mapping[str, int]
+    identity: Mapping[str, Any]
+    fingerprint: str
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the method."""
+        return self.method.stage
+
+    @property
+    def label(self) -> str:
+        """The step as people write it, e.g. "prune wanda"."""
+        return f"{self.stage} {self.method.name}"
+
+    @property
+    def makes_model(self) -> bool:
+        """Whether the result is a model."""
+        return isinstance(self.method, LayerMethod | ModelMethod)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a pipeline, ready to run."""
+
+    name: str
+    spec_path: Path
+    seed: int
+    source: Checkpoint
+    source_digest: str
+    steps: tuple[Step, ...]
+
+
+def make_plan(
+    spec_path: Path, methods: Methods, home: Path, *, tracking_uri: str | None = None, trust_file_times: bool = True
+) -> Plan:
+    """Resolve a specification. Raises `SpecError` or `PreflightError` with every problem found.
+
+    home: where the artifact store is; nothing is written there but a memory of file digests.
+    tracking_uri: where releases are registered; part of a register step's identity.
+    trust_file_times: take the sha256 of unchanged files from that memory.
+    """
+    file = load_spec(spec_path)
+    digests = FileDigests(home, trust=trust_file_times)
+    problems: list[tuple[type[OrchestratorError], Problem]] = []
+
+    def note(error: OrchestratorError, location: Location) -> None:
+        kind = PreflightError if isinstance(error, PreflightError) else SpecError
+        for problem in error.problems:
+            where = problem.where if problem.where and ":" in problem.where else file.place(location)
+            problems.append((kind, Problem(problem.what, where, problem.remedy)))
+
+    drafts = []
+    for index, step in enumerate(file.spec.steps):
+        draft = _draft(file, step, ("steps", index), methods, home, digests, note)
+        if draft:
+            drafts.append(draft)
+    source = _open_source(file, digests, note)
+    if len(drafts) == len(file.spec.steps):
+        check_chain(drafts, note)
+        if source:
+            for draft in drafts:
+                check_against_model(draft, source[0], note)
+    digests.save()
+    if problems:
+        kind = SpecError if any(kind is SpecError for kind, _ in problems) else PreflightError
+        raise kind([problem for _, problem in problems])
+    if source is None:
+        raise PreflightError("the model cannot be used")
+    return _fingerprinted(file, drafts, *source, tracking_uri)
+
+
+def _open_source(file: SpecFile, digests: FileDigests, note: Note) -> tuple[Checkpoint, str] | None:
+    model = file.spec.model
+    try:
+        source = locate_model(model.id, model.revision, file.folder, model.dtype)
+        if source.is_quantized:
+            raise PreflightError(f"{model.id} is already quantized", remedy="start from the dense model")
+        if not source.tensors:
+            raise PreflightError(f"{model.id} holds no tensors")
+        return source, source.digest(digests.sha256)
+    except OrchestratorError as error:
+        note(error, ("model", "id"))
+    except OSError as error:
+        note(PreflightError(f"{model.id} cannot be read: {error}"), ("model", "id"))
+    return None
+
+
+def _draft(
+    file: SpecFile,
+    step: StepSpec,
+    location: Location,
+    methods: Methods,
+    home: Path,
+    digests: FileDigests,
+    note: Note,
+) -> Draft | None:
+    """Find the method and validate its parameters; None if that failed (and was noted)."""
+    here = (*location, step.stage.value)
+    try:
+        installed = methods.find(step.stage, step.method)
+        if issubclass(installed.cls, ServingEngine):
+            raise SpecError(
+                f'"{step.method}" is a serving engine', remedy="list it under `engines:` of a register step"
+            )
+    except SpecError as error:
+        note(error, here)
+        return None
+    method = _parameterize(file, installed, step.with_, (*location, "with"), home, note)
+    engines: list[tuple[InstalledMethod, ServingEngine]] = []
+    complete = method is not None
+    for index, entry in enumerate(step.engines):
+        for name, values in entry.items():
+            place = (*location, "engines", index, name)
+            try:
+                found = methods.find(Stage.REGISTER, name)
+                if not issubclass(found.cls, ServingEngine):
+                    raise SpecError(f'"{name}" is no serving engine')
+            except SpecError as error:
+                note(error, place)
+                complete = False
+                continue
+            if any(name == other.name for _, other in engines):
+                note(SpecError(f'the engine "{name}" is listed twice', remedy="use one register step for each"), place)
+            engine = _parameterize(file, found, values or {}, place, home, note)
+            if isinstance(engine, ServingEngine):
+                engines.append((found, engine))
+            else:
+                complete = False
+    if method is None:
+        return None
+    for key, kind, given in (
+        ("skip", LayerMethod, step.skip),
+        ("require", Evaluator, step.require),
+        ("engines", Publisher, step.engines),
+    ):
+        if given and not isinstance(method, kind):
+            note(
+                SpecError(f"`{key}` means nothing to {step.stage} {step.method}", remedy="remove it"), (*location, key)
+            )
+    if isinstance(method, Evaluator):
+        for metric in sorted(set(step.require) - set(method.metrics)):
+            known = ", ".join(sorted(method.metrics))
+            note(
+                SpecError(f"{step.method} measures no {metric!r}", remedy=f"it measures {known}"),
+                (*location, "require", metric),
+            )
+    try:
+        if not complete:
+            return None
+        method.preflight()
+        parameters = _parameters(method, digests)
+    except OrchestratorError as error:
+        note(error, (*location, "with"))
+        return None
+    return Draft(step, location, installed, method, engines, parameters)
+
+
+def _parameterize(
+    file: SpecFile,
+    installed: InstalledMethod,
+    values: Mapping[str, Any],
+    location: Location,
+    home: Path,
+    note: Note,
+) -> Method | None:
+    """Build the method from its `with` mapping, paths made absolute."""
+    values = dict(values)
+    sources = set(_source_fields(installed.cls))
+    for name in sources & set(values):
+        if isinstance(values[name], str):
+            try:
+                values[name] = resolve_source(values[name], file.folder)
+            except OrchestratorError as error:
+                note(error, (*location, name))
+                return None
+    if issubclass(installed.cls, Publisher):
+        uri = values.get("uri")
+        if uri is None:
+            values["uri"] = (home / "releases").absolute().as_uri()
+        elif isinstance(uri, str) and "://" not in uri:
+            values["uri"] = (file.folder / Path(uri).expanduser()).absolute().as_uri()
+    try:
+        return validate_strictly(installed.cls, values)
+    except ValidationError as error:
+        note(SpecError(file.problems(error, location, list(installed.cls.model_fields))), location)
+        return None
+
+
+def _source_fields(cls: type[Method]) -> Iterator[str]:
+    """The fields that name a text source."""
+    for name, info in cls.model_fields.items():
+        if _is_marked(info.metadata) or _is_marked(get_args(info.annotation)):
+            yield name
+
+
+def _is_marked(parts: Iterable[Any]) -> bool:
+    """Whether `InputFile` is among the parts of an annotation, or of one of its alternatives."""
+    return any(isinstance(part, InputFile) or _is_marked(getattr(part, "__metadata__", ())) for part in parts)
+
+
+def _parameters(method: Method, digests: FileDigests) -> dict[str, Any]:
+    """The parameters as they enter the fingerprint: text sources by content, not by path."""
+    parameters = method.model_dump(mode="json")
+    for name in _source_fields(type(method)):
+        value = parameters[name]
+        if value is not None:
+            check_source(value)
+            digest = source_digest(value) if value.startswith(PREFIX) else digests.sha256(Path(value))
+            parameters[name] = {"sha256": digest}
+    return parameters
+
+
+@cache
+def _environment() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in COMPUTING_LIBRARIES}
+
+
+def _fingerprinted(
+    file: SpecFile, drafts: Sequence[Draft], source: Checkpoint, source_digest: str, tracking_uri: str | None
+) -> Plan:
+    spec = file.spec
+    steps: list[Step] = []
+    model, calibration = SOURCE, None
+    core = package_digest("orchestrator")
+
+    def reference(index: int) -> str:
+        if index == SOURCE:
+            return digest_of({"model": source_digest, "dtype": source.dtype})
+        return steps[index].fingerprint
+
+    for index, draft in enumerate(drafts):
+        method = draft.method
+        inputs = {"model": SOURCE if isinstance(method, Calibrator) else model}
+        if isinstance(method, ModelMethod | Evaluator):
+            inputs["dense"] = SOURCE
+        reads_calibration = isinstance(method, ModelMethod) or (
+            isinstance(method, LayerMethod) and method.needs is not Needs.WEIGHT
+        )
+        if reads_calibration and calibration is not None:
+            inputs["calibration"] = calibration
+        identity: dict[str, Any] = {
+            "kind": draft.installed.kind,
+            "stage": method.stage.value,
+            "method": method.name,
+            "parameters": draft.parameters,
+            "plugin": _plugin_identity(draft.installed),
+            "core": core,
+            "environment": _environment(),
+            "inputs": {role: reference(at) for role, at in inputs.items()},
+        }
+        if not isinstance(method, LayerMethod | Publisher):
+            identity["seed"] = spec.seed
+        if isinstance(method, LayerMethod):
+            identity["skip"] = sorted(draft.spec.skip)
+        if isinstance(method, Publisher):
+            identity |= {
+                "name": spec.name,
+                "registry": tracking_uri,
+                "engines": [
+                    {
+                        "name": engine.name,
+                        "parameters": engine.model_dump(mode="json"),
+                        "plugin": _plugin_identity(found),
+                    }
+                    for found, engine in draft.engines
+                ],
+            }
+        steps.append(
+            Step(
+                index=index,
+                place=file.place((*draft.location, draft.spec.stage.value)),
+                method=method,
+                skip=draft.spec.skip,
+                require={name: bound.model_dump(exclude_none=True) for name, bound in draft.spec.require.items()},
+                engines=tuple(engine for _, engine in draft.engines),
+                inputs=inputs,
+                identity=identity,
+                fingerprint=digest_of(identity),
+            )
+        )
+        if isinstance(method, Calibrator):
+            calibration = index
+        elif steps[-1].makes_model:
+            model = index
+    return Plan(spec.name, file.path, spec.seed, source, source_digest, tuple(steps))
+
+
+def _plugin_identity(installed: InstalledMethod) -> dict[str, str]:
+    return {
+        "distribution": installed.origin.distribution,
+        "version": installed.origin.version,
+        "source": installed.source_digest,
+    }

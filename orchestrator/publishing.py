@@ -1,0 +1,297 @@
+"""How a folder becomes a release in any store, and comes back: create-only, COMPLETE last, every byte verified.
+
+No key is ever overwritten. A publish that was killed leaves keys but no COMPLETE; publishing the same content again
+goes on from there. What differs between kinds of storage is in store.py: a handful of primitives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from orchestrator.canonical import canonical_json, sync_folder
+from orchestrator.errors import OrchestratorError, PublishError, SpecError
+from orchestrator.release import COMPLETE, RELEASE, Item, Release, StoredFile, check_key, check_name, parse, scan
+
+FILES_AT_ONCE = 4
+ATTEMPTS = 5
+
+Progress = Callable[[str, int], None]
+T = TypeVar("T")
+
+
+class TakenError(Exception):
+    """The key exists, or somebody is creating it right now."""
+
+
+class MissingError(Exception):
+    """There is no such key."""
+
+
+class StoppedError(Exception):
+    """Another part of the same work failed, or the user interrupted it."""
+
+
+class Meter:
+    """Follows the bytes of one publish or fetch.
+
+    Calls the caller's progress function: one call at a time, and per file never more than its size in total. Once
+    `stop` is set, ends the workers at the next bytes they report, so that an interrupt need not wait for whole files.
+    """
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self._progress, self._lock = progress, threading.Lock()
+        self.stop = threading.Event()
+        self._seen: Counter[str] = Counter()
+
+    def advance(self, file: StoredFile, amount: int) -> None:
+        if self.stop.is_set():
+            raise StoppedError
+        with self._lock:
+            amount = min(amount, file.bytes - self._seen[file.key])
+            self._seen[file.key] += amount
+            if self._progress and amount:
+                self._progress(file.key, amount)
+
+
+class Store(ABC):
+    """A root under which releases live. Safe to use from several threads; publishers on other machines may race it."""
+
+    uri: str
+
+    @abstractmethod
+    def check(self) -> None:
+        """Find out in seconds, leaving nothing behind, whether a release could be published; PreflightError if not."""
+
+    def publish(self, name: str, folder: Path, manifest: dict[str, Any], progress: Progress | None = None) -> Release:
+        """Store every file of `folder` as the release `name`; return it once it is complete.
+
+        name: words joined by ``/``, e.g. ``quickstart/3f2a``.
+        progress: called with (key, bytes more), one call at a time, from whichever thread did the work. What it raises
+            ends the publish and is passed on.
+
+        Publishing the same files again returns the release that is there, with the manifest it was first given.
+        Raises PublishError if it cannot be done or would overwrite anything; then no new release is visible.
+        """
+        check_name(name)
+        if "files" in manifest:
+            raise ValueError("the manifest of a release must not have an entry 'files': publish adds it")
+        uri = f"{self.uri}/{name}"
+        meter = Meter(progress)
+        with self._errors(PublishError, f"cannot publish {uri}"):
+            items = scan(folder)
+            files = tuple(item.file for item in items)
+            body = canonical_json({**manifest, "files": [asdict(file) for file in files]})
+            self._prepare()
+            existing = self._read_listing(name)
+            if existing is not None and parse(uri, existing).files != files:
+                raise PublishError(f"{uri} is already published with other files", remedy="publish under another name")
+            in_parallel(lambda item: self._settle(f"{name}/{item.file.key}", item, meter), items, meter.stop)
+            body = self._settle_listing(f"{name}/{RELEASE}", body, files)
+            seal = f"{hashlib.sha256(body).hexdigest()}\n".encode()
+            self._settle(f"{name}/{COMPLETE}", Item.of_bytes(COMPLETE, seal), Meter())
+            return parse(uri, body)
+
+    def read_release(self, name: str) -> Release | None:
+        """Return the release `name`, or None if it is not complete; PublishError if it is damaged."""
+        check_name(name)
+        with self._errors(PublishError, f"cannot read {self.uri}/{name}"):
+            body = self._read_listing(name)
+            return None if body is None else parse(f"{self.uri}/{name}", body)
+
+    def fetch(self, name: str, target: Path) -> Release:
+        """Download the release `name` into the folder `target`, which appears whole and verified, or not at all.
+
+        Raises SpecError if `target` exists and is not an empty folder, PublishError if there is no such release or
+        any byte differs from what was published.
+        """
+        check_name(name)
+        target = target.absolute()
+        meter = Meter()
+        with self._errors(PublishError, f"cannot fetch {self.uri}/{name}"):
+            if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+                raise SpecError(f"{target} exists and is not an empty folder", remedy="choose another folder")
+            body = self._read_listing(name)
+            if body is None:
+                raise PublishError(
+                    f"there is no complete release {self.uri}/{name}", remedy="check the address, or publish it first"
+                )
+            release = parse(f"{self.uri}/{name}", body)
+            part = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"
+            part.mkdir(parents=True)
+            try:
+                in_parallel(lambda file: self._download(name, file, part, meter), release.files, meter.stop)
+                for key, data in ((RELEASE, body), (COMPLETE, f"{release.digest}\n".encode())):
+                    write_synced(part / key, (data,))
+                for directory in [path for path in part.rglob("*") if path.is_dir()] + [part]:
+                    sync_folder(directory)
+                part.replace(target)
+                sync_folder(target.parent)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)  # gone already, unless something failed
+            return release
+
+    def get_bytes(self, key: str) -> bytes | None:
+        """Return the object at `key` (relative to the root), unverified, or None if there is none."""
+        check_key(key)
+        with self._errors(PublishError, f"cannot read {self.uri}/{key}"):
+            return self._get(key)
+
+    @contextmanager
+    def _errors(self, failure: type[OrchestratorError], doing: str) -> Iterator[None]:
+        """Turn what the machine or the server says into one message."""
+        try:
+            yield
+        except OSError as error:
+            place = f" ({error.filename})" if error.filename else ""
+            remedy = "see that the path exists, is readable or writable as needed, and that the disk is not full"
+            raise failure(f"{doing}: {error.strerror or error}{place}", remedy=remedy) from None
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Get ready to publish."""
+
+    @abstractmethod
+    def _read(self, key: str) -> Iterator[bytes]:
+        """Yield the bytes at `key`; MissingError if there is no such key."""
+
+    @abstractmethod
+    def _create(self, key: str, item: Item, meter: Meter) -> None:
+        """Store `item` at `key`, whole or not at all; TakenError if the key exists."""
+
+    def _identify(self, key: str) -> tuple[str, int] | None:
+        """Return (sha256, size in bytes) of what is at `key`, or None."""
+        digest, size = hashlib.sha256(), 0
+        try:
+            for chunk in self._read(key):
+                digest.update(chunk)
+                size += len(chunk)
+        except MissingError:
+            return None
+        return digest.hexdigest(), size
+
+    def _get(self, key: str) -> bytes | None:
+        try:
+            return b"".join(self._read(key))
+        except MissingError:
+            return None
+
+    def _read_listing(self, name: str) -> bytes | None:
+        """Return the release.json that COMPLETE vouches for; None without COMPLETE."""
+        seal = self._get(f"{name}/{COMPLETE}")
+        if seal is None:
+            return None
+        body = self._get(f"{name}/{RELEASE}")
+        if body is None or seal.decode("ascii", "replace").strip() != hashlib.sha256(body).hexdigest():
+            raise PublishError(
+                f"{self.uri}/{name} is damaged: its {COMPLETE} does not belong to its {RELEASE}",
+                remedy="delete this release and publish it again",
+            )
+        return body
+
+    def _settle(self, key: str, item: Item, meter: Meter) -> None:
+        """See to it that `key` holds `item`, creating it at most; what is there already is accepted if identical."""
+
+        def is_ours() -> bool | None:
+            found = self._identify(key)
+            return found and found == (item.file.sha256, item.file.bytes)
+
+        self._create_unless(key, item, meter, is_ours)
+        meter.advance(item.file, item.file.bytes)
+
+    def _settle_listing(self, key: str, body: bytes, files: tuple[StoredFile, ...]) -> bytes:
+        """Store release.json and return it; one that is there already is adopted if it lists the same files."""
+        kept = body
+
+        def lists_ours() -> bool | None:
+            nonlocal kept
+            found = self._get(key)
+            if found is None:
+                return None
+            kept = found
+            return parse(f"{self.uri}/{key}", found).files == files
+
+        self._create_unless(key, Item.of_bytes(RELEASE, body), Meter(), lists_ours)
+        return kept
+
+    def _create_unless(self, key: str, item: Item, meter: Meter, is_ours: Callable[[], bool | None]) -> None:
+        """Create `key` unless something is there. is_ours: None if nothing is, else whether that will do.
+
+        Losing a race, or an answer that got lost and was asked for again, is settled by looking at what is there.
+        """
+        for attempt in range(ATTEMPTS):
+            verdict = is_ours()
+            if verdict is None:
+                try:
+                    return self._create(key, item, meter)
+                except TakenError:
+                    time.sleep(0.1 * 2**attempt)
+            elif verdict:
+                return None
+            else:
+                raise PublishError(
+                    f"{self.uri}/{key} exists with other content and is never overwritten",
+                    remedy="publish under another name, or delete the unfinished release if nobody is writing it",
+                )
+        raise PublishError(f"{self.uri}/{key} is being written by others all the time", remedy="try again later")
+
+    def _download(self, name: str, file: StoredFile, folder: Path, meter: Meter) -> None:
+        digest, size = hashlib.sha256(), 0
+
+        def verified(chunks: Iterator[bytes]) -> Iterator[bytes]:
+            nonlocal size
+            for chunk in chunks:
+                size += len(chunk)
+                if size > file.bytes:
+                    return
+                digest.update(chunk)
+                meter.advance(file, len(chunk))
+                yield chunk
+
+        path = folder / file.key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place = f"{self.uri}/{name}/{file.key}"
+        try:
+            write_synced(path, verified(self._read(f"{name}/{file.key}")))
+        except MissingError:
+            raise PublishError(f"{place} is missing", remedy="publish the release again") from None
+        if (digest.hexdigest(), size) != (file.sha256, file.bytes):
+            raise PublishError(
+                f"{place} is not what was published: its sha256 or size differs from {RELEASE}",
+                remedy="do not use this release; delete it and publish it again",
+            )
+
+
+def in_parallel(work: Callable[[T], None], items: Iterable[T], stop: threading.Event) -> None:
+    """Call work(item) for every item; the first failure sets `stop`, cancels what has not begun, and is raised."""
+    pool = ThreadPoolExecutor(FILES_AT_ONCE)
+    try:
+        futures = [pool.submit(work, item) for item in items]
+        for future in as_completed(futures):
+            future.result()
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def write_synced(path: Path, chunks: Iterable[bytes]) -> None:
+    """Create the file `path` and flush it to disk; FileExistsError if it is there."""
+    with path.open("xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())

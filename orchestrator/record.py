@@ -1,0 +1,144 @@
+"""What a run leaves in MLflow: a parent run, a child run for each step, and the registered version.
+
+The parent run is opened when the first step has to be computed: a run that finds everything cached leaves no trace,
+because nothing happened.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.artifact import Artifact
+from orchestrator.errors import OrchestratorError
+from orchestrator.home import Settings
+from orchestrator.method import Publisher
+from orchestrator.plan import Plan, Step
+from orchestrator.registry import ModelRegistry
+from orchestrator.report import as_markdown, metric_rows
+from orchestrator.tracking import RunStatus, Tracker
+
+if TYPE_CHECKING:
+    from orchestrator.run import StepOutcome
+
+EXPERIMENT = "orchestrator"
+
+
+class RunRecord:
+    """One run's record. `mlflow_run` is the id of the parent run once there is one."""
+
+    def __init__(self, plan: Plan, settings: Settings, run_id: str, engine: str) -> None:
+        self._plan = plan
+        self._run_id = run_id
+        self._engine = engine
+        self._tracker = Tracker(settings.tracking_uri, EXPERIMENT)
+        self.registry = ModelRegistry(settings.tracking_uri)
+        self.mlflow_run: str | None = None
+        self._waiting: list[Callable[[str], object]] = []  # cached steps before the first computed one
+
+    def begin(self) -> str:
+        """Open the parent run if it is not open yet. Raises `PreflightError` if MLflow cannot be reached."""
+        if self.mlflow_run is None:
+            self._tracker.check()
+            plan = self._plan
+            params = {"model": plan.source.path.name, "seed": plan.seed, "steps": len(plan.steps)}
+            for step in plan.steps:
+                params[f"{step.index}.{step.stage}"] = step.method.name
+            tags = {
+                "orchestrator.run": self._run_id,
+                "orchestrator.engine": self._engine,
+                "orchestrator.model": plan.source_digest,
+            }
+            self.mlflow_run = self._tracker.start_pipeline(plan.name, params, tags)
+            for log in self._waiting:
+                log(self.mlflow_run)
+            self._waiting.clear()
+        return self.mlflow_run
+
+    def step(self, step: Step, outcome: StepOutcome, artifact: Artifact, started_ms: int, *, failed: bool) -> None:
+        """Record a step that has its result; `failed` if that violates a gate."""
+        ended_ms = time.time_ns() // 1_000_000
+        metrics: dict[str, float] = {**outcome.metrics, "step_seconds": outcome.seconds}
+        if not outcome.cached:
+            metrics["step_peak_memory_bytes"] = outcome.peak_memory_bytes
+
+        def log(parent: str) -> None:
+            self._tracker.log_step(
+                parent,
+                name=step.label,
+                params=_flat(step.identity["parameters"]),
+                metrics=metrics,
+                tags=_tags(step, cached=outcome.cached) | {"orchestrator.artifact": artifact.digest},
+                manifest=artifact.manifest,
+                started_ms=started_ms,
+                ended_ms=ended_ms,
+                status="FAILED" if failed else "FINISHED",
+            )
+
+        if self.mlflow_run is None:
+            self._waiting.append(log)
+        else:
+            log(self.mlflow_run)
+
+    def failed_step(self, step: Step, message: str, started_ms: int) -> None:
+        """Record a step that failed. MLflow being the reason itself must not hide the failure."""
+        if self.mlflow_run is None:
+            return
+        try:
+            self._tracker.log_step(
+                self.mlflow_run,
+                name=step.label,
+                params=_flat(step.identity["parameters"]),
+                metrics={},
+                tags=_tags(step, cached=False) | {"orchestrator.error": message[:4000]},
+                manifest={"identity": step.identity, "error": message},
+                started_ms=started_ms,
+                ended_ms=time.time_ns() // 1_000_000,
+                status="FAILED",
+            )
+        except OrchestratorError:
+            self.mlflow_run = None  # the step's own error is raised by the caller, and is what matters
+
+    def release_gone(self, publisher: Publisher, release: Mapping[str, Any]) -> str | None:
+        """Return what of a recorded release is no longer there, or None."""
+        found = publisher.find(release["name"])
+        if found is None or found.digest != release["digest"]:
+            return f"the release is no longer at {release['uri']}"
+        if not self.registry.version_exists(release["model_name"], release["model_version"]):
+            return f"version {release['model_version']} of {release['model_name']} is no longer in the model registry"
+        return None
+
+    def finish(self, outcomes: Mapping[int, StepOutcome], *, failed: bool) -> None:
+        """Close the parent run, if there is one."""
+        if self.mlflow_run is None:
+            return
+        rows = metric_rows(outcome.as_dict() for _, outcome in sorted(outcomes.items()))
+        metrics = {row.name: row.compressed for row in rows} | {
+            f"dense_{row.name}": row.dense for row in rows if row.dense is not None
+        }
+        status: RunStatus = "FAILED" if failed else "FINISHED"
+        try:
+            self._tracker.finish_pipeline(self.mlflow_run, status, metrics, as_markdown(rows) if rows else None)
+        except OrchestratorError:
+            if not failed:  # otherwise the failure that is on its way up is the one to see
+                raise
+
+
+def _tags(step: Step, *, cached: bool) -> dict[str, str]:
+    return {
+        "orchestrator.stage": step.stage.value,
+        "orchestrator.method": step.method.name,
+        "orchestrator.fingerprint": step.fingerprint,
+        "orchestrator.cached": str(cached).lower(),
+    }
+
+
+def _flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

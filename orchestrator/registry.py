@@ -1,0 +1,215 @@
+"""Versions and aliases in MLflow's model registry: names for releases, never the bytes of a model.
+
+A version's `source` is the release's address and its tag ``orchestrator.digest`` the release's digest, so that a name
+can be followed back to bytes that prove themselves. A tracking server refuses a version whose source is a folder of
+some client (``file://…``); such a version gets ``orchestrator-file://HOST/…``, which says whose folder it is, and
+`resolve` gives the plain address back on that machine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from orchestrator.errors import PublishError, SpecError
+from orchestrator.tracking import connect, is_server, translated
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+
+DIGEST_TAG = "orchestrator.digest"
+HOSTED_FILE = "orchestrator-file://"
+ABSENT_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the second: an alias that is not set
+READY_SECONDS = 30
+_REF = re.compile(r"models:/(?P<name>[^/:@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+_NAME = re.compile(r"[^/:@'\"`\s][^/:@'\"`\n]*")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """A version of a registered model. source: the address of its release."""
+
+    name: str
+    version: str
+    source: str
+    tags: Mapping[str, str]
+    run_id: str | None
+    aliases: tuple[str, ...]
+
+
+class ModelRegistry:
+    """The model registry at `uri`. Raises `PreflightError` if nothing answers there."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def register(
+        self,
+        name: str,
+        *,
+        source: str,
+        run_id: str | None,
+        tags: Mapping[str, str],
+        alias: str | None,
+        description: str,
+    ) -> str:
+        """Make a version of `name` for the release at `source`, point `alias` at it, and return its number.
+
+        A version with the same source and the same tag ``orchestrator.digest`` is used again. What was written is
+        read back. Raises `PublishError` if the registry refuses or shows something else, `SpecError` for a bad name.
+        """
+        if not _NAME.fullmatch(name):
+            raise SpecError(
+                f"{name!r} cannot name a registered model", remedy="leave out quotes, '/', ':', '@' and line breaks"
+            )
+        if DIGEST_TAG not in tags:
+            raise ValueError(f"a version needs the tag {DIGEST_TAG}")
+        address = self._written(source)
+        with translated(self.uri, PublishError, f"could not register {name!r}"):
+            client = connect(self.uri)
+            self._make_model(name)
+            version = self._find(name, address, tags[DIGEST_TAG])
+            if version is None:
+                made = client.create_model_version(
+                    name, address, run_id, dict(tags), description=description, await_creation_for=READY_SECONDS
+                )
+                version = str(made.version)
+            if alias is not None:
+                client.set_registered_model_alias(name, alias, version)
+            self._verify(name, version, address, tags[DIGEST_TAG], alias)
+            return version
+
+    def version_exists(self, name: str, version: str) -> bool:
+        """Whether `name` has that version."""
+        with translated(self.uri, PublishError, f"could not look up {name!r}"):
+            client = connect(self.uri)
+            return _unless_absent(lambda: client.get_model_version(name, version)) is not None
+
+    def resolve(self, ref: str) -> RegisteredVersion:
+        """Return what ``models:/NAME@ALIAS`` or ``models:/NAME/3`` names. Raises `SpecError` if it names nothing."""
+        match = _REF.fullmatch(ref)
+        if match is None:
+            raise SpecError(
+                f"{ref!r} names no model version", remedy="write models:/NAME@ALIAS or models:/NAME/VERSION"
+            )
+        name, alias, version = match["name"], match["alias"], match["version"]
+        with translated(self.uri, PublishError, f"could not look up {ref!r}"):
+            client = connect(self.uri)
+            model = _unless_absent(lambda: client.get_registered_model(name))
+            if model is None:
+                names = [str(known.name) for known in client.search_registered_models()]
+                raise SpecError(f"there is no registered model {name!r}", remedy=_suggestion(name, names, "names"))
+            if alias is not None:
+                found = _unless_absent(lambda: client.get_model_version_by_alias(name, alias))
+                choices, kind = sorted(model.aliases), "aliases"
+            else:
+                found = _unless_absent(lambda: client.get_model_version(name, version))
+                choices = sorted((str(known.version) for known in self._versions(name)), key=int)
+                kind = "versions"
+            if found is None:
+                wanted = f"alias {alias!r}" if alias is not None else f"version {version}"
+                raise SpecError(f"model {name!r} has no {wanted}", remedy=_suggestion(alias or "", choices, kind))
+            return self._as_registered(found, model)
+
+    def _as_registered(self, found: ModelVersion, model: RegisteredModel) -> RegisteredVersion:
+        version = str(found.version)
+        return RegisteredVersion(
+            name=str(found.name),
+            version=version,
+            source=_read(str(found.source)),
+            tags=dict(found.tags),
+            run_id=found.run_id or None,
+            # A version fetched by its alias lists no other; the model knows them all.
+            aliases=tuple(sorted(alias for alias, target in model.aliases.items() if str(target) == version)),
+        )
+
+    def _make_model(self, name: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        client = connect(self.uri)
+        if _unless_absent(lambda: client.get_registered_model(name)) is None:
+            try:
+                client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was faster
+                    raise
+
+    def _versions(self, name: str) -> list[ModelVersion]:
+        client = connect(self.uri)
+        found: list[ModelVersion] = []
+        token: str | None = None
+        while True:
+            page = client.search_model_versions(f"name = '{name}'", page_token=token)
+            found.extend(page)
+            token = page.token
+            if not token:
+                return found
+
+    def _find(self, name: str, address: str, digest: str) -> str | None:
+        """Return the oldest version with that address and digest."""
+        same = [
+            int(known.version)
+            for known in self._versions(name)
+            if known.source == address and known.tags.get(DIGEST_TAG) == digest
+        ]
+        return str(min(same)) if same else None
+
+    def _verify(self, name: str, version: str, address: str, digest: str, alias: str | None) -> None:
+        client = connect(self.uri)
+        seen = client.get_model_version(name, version)
+        if (seen.source, seen.tags.get(DIGEST_TAG), seen.status) != (address, digest, "READY"):
+            raise PublishError(
+                f"the registry shows version {version} of {name!r} as {seen.status}, source {seen.source}, digest "
+                f"{seen.tags.get(DIGEST_TAG)}, which is not what was written",
+                remedy="check who else writes to this model, and run again",
+            )
+        if alias is not None:
+            now = str(client.get_model_version_by_alias(name, alias).version)
+            if now != version:
+                raise PublishError(
+                    f"alias {alias!r} of {name!r} points at version {now} instead of {version}",
+                    remedy="another run moved it at the same time; run again to move it back",
+                )
+
+    def _written(self, source: str) -> str:
+        """Return the source to write for the release at `source`."""
+        if is_server(self.uri) and source.startswith("file:///"):
+            return HOSTED_FILE + socket.gethostname() + source.removeprefix("file://")
+        return source
+
+
+def _read(source: str) -> str:
+    """Undo `_written`. Raises `SpecError` if the folder is another machine's."""
+    if not source.startswith(HOSTED_FILE):
+        return source
+    host, _, path = source.removeprefix(HOSTED_FILE).partition("/")
+    if host != socket.gethostname():
+        raise SpecError(
+            f"the release lies in the folder /{path} of the machine {host!r}, not of this one",
+            remedy="publish it to s3:// for use on other machines",
+        )
+    return f"file:///{path}"
+
+
+def _unless_absent(call: Callable[[], T]) -> T | None:
+    """Return what `call` returns, or None if mlflow says that there is no such thing."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return call()
+    except MlflowException as error:
+        if error.error_code in ABSENT_CODES:
+            return None
+        raise
+
+
+def _suggestion(wanted: str, known: list[str], kind: str) -> str:
+    close = difflib.get_close_matches(wanted, known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known {kind}: {', '.join(known[:10])}" if known else f"there are no {kind} yet"

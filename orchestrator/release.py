@@ -1,0 +1,134 @@
+"""What a release is: its files, its listing, and which names are allowed.
+
+A release called NAME is, below the root of a store:
+
+    NAME/<files>        the published folder, byte for byte (empty folders are not kept)
+    NAME/release.json   canonical JSON: the manifest plus ``"files": [{"key", "sha256", "bytes"}]``
+    NAME/COMPLETE       the sha256 of release.json; written last: without it there is no release
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.canonical import file_sha256
+from orchestrator.errors import PublishError, SpecError
+
+RELEASE = "release.json"
+COMPLETE = "COMPLETE"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a release. key: POSIX path relative to the release; sha256: hex."""
+
+    key: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """A complete release. digest: sha256 of its release.json; manifest: as given to `publish`, without the files."""
+
+    uri: str
+    digest: str
+    files: tuple[StoredFile, ...]
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """What shall be stored under a key: bytes, or a file on this machine."""
+
+    file: StoredFile
+    data: Path | bytes
+
+    @classmethod
+    def of_bytes(cls, key: str, data: bytes) -> Item:
+        return cls(StoredFile(key, hashlib.sha256(data).hexdigest(), len(data)), data)
+
+    def chunks(self, size: int) -> Iterator[bytes]:
+        """Yield the content in pieces of `size` bytes; the last one may be shorter."""
+        if isinstance(self.data, bytes):
+            yield self.data
+            return
+        with self.data.open("rb") as file:
+            while chunk := file.read(size):
+                yield chunk
+
+    def check_unchanged(self, sha256: str) -> None:
+        """Raise PublishError if what was read just now is not what was promised."""
+        if sha256 != self.file.sha256:
+            raise PublishError(f"{self.file.key!r} changed while it was being published", remedy="publish again")
+
+
+def check_name(name: str) -> None:
+    """Raise SpecError unless `name` can name a release."""
+    if not all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", word) for word in name.split("/")):
+        raise SpecError(
+            f"{name!r} cannot name a release",
+            remedy="use words of letters, digits, '.', '_' and '-', joined by '/', none of which begins with a dot",
+        )
+
+
+def is_plain(key: str) -> bool:
+    """Say whether `key` is a relative POSIX path that stays in its folder and reads the same everywhere."""
+    return key.isprintable() and "\\" not in key and not {"", ".", ".."} & set(key.split("/"))
+
+
+def check_key(key: str) -> str:
+    """Return `key` if it is plain; PublishError if it is not."""
+    if not is_plain(key):
+        raise PublishError(f"{key!r} is not a key for a file of a release", remedy="rename the file")
+    return key
+
+
+def scan(folder: Path) -> list[Item]:
+    """Return every file below `folder`, hashed, sorted by key. Links to files count as files."""
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    paths = []
+    for place, folders, names in os.walk(folder, onerror=unreadable):
+        paths += [Path(place, name) for name in names]
+        paths += [path for name in folders if (path := Path(place, name)).is_symlink()]
+    items = []
+    for path in paths:
+        if not path.is_file():
+            raise PublishError(f"{path} is not a regular file", remedy="publish a folder of plain files")
+        key = check_key(path.relative_to(folder).as_posix())
+        if key in (RELEASE, COMPLETE):
+            raise PublishError(f"{path} has a name that a release keeps for itself", remedy="rename the file")
+        items.append(Item(StoredFile(key, file_sha256(path), path.stat().st_size), path))
+    if not items:
+        raise PublishError(f"{folder} holds no files", remedy="check the path of the folder to publish")
+    return sorted(items, key=lambda item: item.file.key)
+
+
+def parse(uri: str, body: bytes) -> Release:
+    """Read release.json; PublishError if it is not one, or names a key twice or outside the release."""
+    try:
+        manifest = json.loads(body)
+        files = tuple(StoredFile(**entry) for entry in manifest.pop("files"))
+        for file in files:
+            if not (isinstance(file.key, str) and re.fullmatch("[0-9a-f]{64}", file.sha256)):
+                raise ValueError
+            if type(file.bytes) is not int or file.bytes < 0:
+                raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise PublishError(
+            f"the {RELEASE} of {uri} is not one", remedy="delete this release and publish it again"
+        ) from None
+    keys = [check_key(file.key) for file in files]
+    if len({*keys, RELEASE, COMPLETE}) != len(keys) + 2:
+        raise PublishError(f"the {RELEASE} of {uri} names a key twice", remedy="do not use this release")
+    return Release(uri, hashlib.sha256(body).hexdigest(), files, manifest)

@@ -1,0 +1,326 @@
+"""Executing a plan, step by step: cache hit (verified), compute, gate, record. The in-process engine.
+
+Prefect runs the same `Execution`, one task for a step; it schedules and shows, and is not asked what is done
+already. That is the store's business: a step whose result is there, whole and made from the same inputs, is not
+computed again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from orchestrator.artifact import Artifact, ArtifactStore
+from orchestrator.calibration import CalibrationSet
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.errors import GateError, OrchestratorError, Problem, StepError
+from orchestrator.home import Settings
+from orchestrator.journal import Journal, lease
+from orchestrator.method import Publisher
+from orchestrator.plan import SOURCE, Plan, Step, make_plan
+from orchestrator.plugins import Methods
+from orchestrator.record import RunRecord
+from orchestrator.register import release_step, released
+from orchestrator.status import remember
+from orchestrator.steps import StepInputs, perform
+from orchestrator.usage import Usage
+
+
+class Observer(Protocol):
+    """Who wants to see a run while it happens."""
+
+    def run_started(self, run_id: str, plan: Plan) -> None:
+        """The plan is made; steps follow."""
+
+    def step_started(self, step: Step) -> None:
+        """A step is looked at."""
+
+    def step_progress(self, step: Step, fraction: float, message: str) -> None:
+        """A step got to `fraction` of its work."""
+
+    def step_finished(self, step: Step, outcome: StepOutcome) -> None:
+        """A step has its result."""
+
+    def note(self, message: str) -> None:
+        """Something worth saying happened, for instance a damaged artifact was set aside."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a run did for one step. `seconds` and `peak_memory_bytes` are this run's, also for a cached step."""
+
+    stage: str
+    method: str
+    fingerprint: str
+    cached: bool
+    seconds: float
+    peak_memory_bytes: int
+    digest: str
+    path: Path
+    metrics: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that `run --json` prints."""
+        return {
+            "stage": self.stage,
+            "method": self.method,
+            "fingerprint": self.fingerprint,
+            "cached": self.cached,
+            "seconds": round(self.seconds, 4),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "artifact": {"digest": self.digest, "path": str(self.path)},
+            "metrics": dict(self.metrics),
+        }
+
+
+@dataclass
+class Execution:
+    """One run of a plan. Steps may be run one after the other from any thread."""
+
+    plan: Plan
+    settings: Settings
+    observer: Observer
+    engine: str
+    outcomes: dict[int, StepOutcome] = field(default_factory=dict)
+    release: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.store = ArtifactStore(self.settings.home)
+        self.journal = Journal(self.settings.home)
+        self.record = RunRecord(self.plan, self.settings, self.journal.run_id, self.engine)
+        self._turn = threading.Lock()  # peak memory is the process's, so steps take turns
+        self.journal.write("run started", pipeline=self.plan.name, spec=str(self.plan.spec_path), engine=self.engine)
+        self.observer.run_started(self.journal.run_id, self.plan)
+
+    @property
+    def run_id(self) -> str:
+        """The name of this run and of its journal."""
+        return self.journal.run_id
+
+    def run_step(self, index: int) -> StepOutcome:
+        """Bring one step's result about. Steps before it must have run.
+
+        Raises `StepError`, `GateError` or `PublishError`; nothing of a failed step stays in the store, except the
+        evidence of a failed gate.
+        """
+        step = self.plan.steps[index]
+        with self._turn, self._failures_recorded(step):
+            self.observer.step_started(step)
+            usage = Usage()
+            waiting = f"{step.label}: another run is at it; waiting"
+            with lease(self.settings.home, step.fingerprint, lambda: self.observer.note(waiting)):
+                artifact = self._cached(step)
+                cached = artifact is not None
+                if artifact is None:
+                    self.journal.write("step started", step=index, fingerprint=step.fingerprint)
+                    artifact = self._compute(step, usage)
+            outcome = StepOutcome(
+                stage=step.stage.value,
+                method=step.method.name,
+                fingerprint=step.fingerprint,
+                cached=cached,
+                seconds=usage.seconds,
+                peak_memory_bytes=usage.peak_memory_bytes,
+                digest=artifact.digest,
+                path=artifact.path,
+                metrics=artifact.metrics,
+            )
+            self.outcomes[index] = outcome
+            if isinstance(step.method, Publisher):
+                self.release = released(artifact)
+            self.journal.write("step finished", step=index, digest=artifact.digest, cached=cached)
+            violations = gate_violations(step, artifact)
+            self.record.step(step, outcome, artifact, usage.started_ms, failed=bool(violations))
+            self.observer.step_finished(step, outcome)
+            if violations:
+                raise GateError(violations)
+            return outcome
+
+    def _cached(self, step: Step) -> Artifact | None:
+        """The step's artifact, if it is whole and was made from what the steps before gave in this run."""
+        artifact = self.store.lookup(step.fingerprint)
+        if artifact is None:
+            return None
+        damage = artifact.damage()
+        if damage:
+            self.observer.note(
+                f"{step.label}: artifact {artifact.digest[:12]} is damaged ({damage}); computing it again"
+            )
+            self.journal.write("artifact damaged", digest=artifact.digest, damage=damage)
+            self.store.discard(artifact)
+            return None
+        if artifact.manifest["inputs"] != self._input_digests(step):
+            self.observer.note(f"{step.label}: its input differs from the one it was made from; computing it again")
+            return None
+        if isinstance(step.method, Publisher):
+            gone = self.record.release_gone(step.method, released(artifact))
+            if gone:
+                self.observer.note(f"{step.label}: {gone}; releasing again")
+                return None
+        return artifact
+
+    def _compute(self, step: Step, usage: Usage) -> Artifact:
+        self.record.begin()
+        folder = self.store.stage(step.fingerprint)
+        scratch = self.store.stage(f"{step.fingerprint}.scratch")
+        try:
+            inputs = self._inputs(step, scratch)
+            if isinstance(step.method, Publisher):
+                facts = release_step(self.plan, step, inputs, self._lineage(step), self.record, folder)
+            else:
+                facts = perform(step, inputs, folder)
+            return self.store.commit(
+                step.fingerprint,
+                folder,
+                {
+                    "kind": facts.kind,
+                    "stage": step.stage.value,
+                    "method": step.method.name,
+                    "identity": step.identity,
+                    "inputs": self._input_digests(step),
+                    "invariants": dict(facts.invariants),
+                    "metrics": dict(facts.metrics),
+                },
+                seconds=usage.seconds,
+                peak_memory_bytes=usage.peak_memory_bytes,
+            )
+        finally:
+            self.store.unstage(step.fingerprint)
+            self.store.unstage(f"{step.fingerprint}.scratch")
+
+    def _inputs(self, step: Step, scratch: Path) -> StepInputs:
+        calibration = step.inputs.get("calibration")
+        source = step.inputs["model"]
+        return StepInputs(
+            model=self._model(source),
+            dense=self.plan.source,
+            calibration=None if calibration is None else CalibrationSet.load(self.outcomes[calibration].path),
+            invariants={} if source == SOURCE else self._artifact(source).manifest["invariants"],
+            seed=self.plan.seed,
+            scratch=scratch,
+            progress=lambda fraction, message: self.observer.step_progress(step, fraction, message),
+        )
+
+    def _model(self, index: int) -> Checkpoint:
+        return self.plan.source if index == SOURCE else Checkpoint(self.outcomes[index].path)
+
+    def _artifact(self, index: int) -> Artifact:
+        return self.store.find(self.outcomes[index].digest)
+
+    def _input_digests(self, step: Step) -> dict[str, str]:
+        return {
+            role: self.plan.source_digest if index == SOURCE else self.outcomes[index].digest
+            for role, index in step.inputs.items()
+        }
+
+    def _lineage(self, step: Step) -> list[dict[str, Any]]:
+        """The steps that gave the model that `step` reads, first to last."""
+        indices: set[int] = set()
+        pending = list(step.inputs.values())
+        while pending:
+            index = pending.pop()
+            if index != SOURCE and index not in indices:
+                indices.add(index)
+                pending += self.plan.steps[index].inputs.values()
+        return [
+            {
+                "stage": self.plan.steps[index].stage.value,
+                "method": self.plan.steps[index].method.name,
+                "parameters": self.plan.steps[index].identity["parameters"],
+                "plugin": self.plan.steps[index].identity["plugin"],
+                "fingerprint": self.plan.steps[index].fingerprint,
+                "artifact": self.outcomes[index].digest,
+            }
+            for index in sorted(indices)
+        ]
+
+    @contextmanager
+    def _failures_recorded(self, step: Step) -> Iterator[None]:
+        """Give every failure a place and a record; turn what a plugin raises into a `StepError`."""
+        started_ms = time.time_ns() // 1_000_000
+        try:
+            yield
+        except OrchestratorError as error:
+            placed = [Problem(p.what, p.where or step.place, p.remedy) for p in error.problems]
+            error.__init__(placed)  # type: ignore[misc]
+            if not isinstance(error, GateError):  # its step has its record, with the numbers
+                self._failed(step, str(error), started_ms)
+            raise
+        except Exception as error:
+            path = self.journal.path.with_suffix(".traceback.txt")
+            path.write_text(traceback.format_exc(), encoding="utf-8")
+            message = f"{step.label} failed: {type(error).__name__}: {error}"
+            self._failed(step, message, started_ms)
+            raise StepError(message, where=step.place, remedy=f"the details are in {path}") from error
+
+    def _failed(self, step: Step, message: str, started_ms: int) -> None:
+        self.journal.write("step failed", step=step.index, error=message)
+        self.record.failed_step(step, message, started_ms)
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Close the journal and the tracked run."""
+        self.journal.write("run failed" if error else "run finished", error=str(error) if error else None)
+        if error is None:
+            remember(self.plan, self.settings.home)
+        self.record.finish(self.outcomes, failed=error is not None)
+
+    def document(self) -> dict[str, Any]:
+        """What `run --json` prints."""
+        return {
+            "run": self.run_id,
+            "pipeline": self.plan.name,
+            "mlflow_run": self.record.mlflow_run,
+            "steps": [self.outcomes[index].as_dict() for index in sorted(self.outcomes)],
+            "release": self.release,
+        }
+
+
+def gate_violations(step: Step, artifact: Artifact) -> list[Problem]:
+    """Return a problem with the numbers for each metric that is outside its bounds."""
+    problems = []
+    for name, bound in step.require.items():
+        value = artifact.metrics[name]
+        for side, violated in (("min", value < bound.get("min", value)), ("max", value > bound.get("max", value))):
+            if violated:
+                what = f"{name} is {value:.6g}, {side} allowed is {bound[side]:.6g}"
+                remedy = f"nothing was registered; the evidence is artifact {artifact.digest[:12]}"
+                problems.append(Problem(what, f"{step.place}.require.{name}", remedy))
+    return problems
+
+
+def start(spec_path: Path, methods: Methods, settings: Settings, observer: Observer, engine: str) -> Execution:
+    """Plan a specification with every file read, and open an execution of it.
+
+    Raises `SpecError` or `PreflightError`, before anything is computed or written.
+    """
+    plan = make_plan(
+        spec_path, methods, settings.home, tracking_uri=settings.public_tracking_uri, trust_file_times=False
+    )
+    execution = Execution(plan, settings, observer, engine)
+    return execution
+
+
+def run_locally(spec_path: Path, methods: Methods, settings: Settings, observer: Observer) -> Execution:
+    """Run a specification in this process, without Prefect."""
+    execution = start(spec_path, methods, settings, observer, "local")
+    with finishing(execution):
+        for step in execution.plan.steps:
+            execution.run_step(step.index)
+    return execution
+
+
+@contextmanager
+def finishing(execution: Execution) -> Iterator[None]:
+    """Close the execution, however the block ends."""
+    try:
+        yield
+    except BaseException as error:
+        execution.finish(error)
+        raise
+    execution.finish()

@@ -1,0 +1,254 @@
+"""The specification: YAML to a pydantic model, with every error at its line. Imports no torch.
+
+The core owns the keys beside `with`; the method owns those inside it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from orchestrator.errors import Problem, SpecError
+from orchestrator.method import Stage
+
+Location = tuple[str | int, ...]
+M = TypeVar("M", bound=BaseModel)
+
+
+class ModelSpec(BaseModel):
+    """The model to compress."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(min_length=1, description="A local folder (relative to the specification) or a hub id.")
+    revision: str = Field("main", min_length=1, description="Revision of a hub id: branch, tag or commit.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Dtype to load and store plain weights in; 'auto' is the stored one."
+    )
+
+
+class Bound(BaseModel):
+    """What a metric must satisfy before anything is registered."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    min: float | None = Field(None, description="Smallest value allowed.")
+    max: float | None = Field(None, description="Largest value allowed.")
+
+    @model_validator(mode="after")
+    def _some_bound(self) -> Bound:
+        if self.min is None and self.max is None:
+            raise ValueError("give min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is larger than max {self.max}")
+        return self
+
+
+class StepSpec(BaseModel):
+    """One step: exactly one stage key, whose value is the method's name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=False)
+
+    calibrate: str | None = None
+    prune: str | None = None
+    distill: str | None = None
+    quantize: str | None = None
+    validate_: str | None = Field(None, alias="validate")
+    register_: str | None = Field(None, alias="register")
+    with_: dict[str, Any] = Field(default_factory=dict, alias="with")
+    skip: tuple[str, ...] = ()
+    require: dict[str, Bound] = Field(default_factory=dict)
+    engines: tuple[dict[str, dict[str, Any] | None], ...] = ()
+
+    @model_validator(mode="after")
+    def _one_stage(self) -> StepSpec:
+        named = [stage.value for stage in Stage if self._value(stage) is not None]
+        if len(named) != 1:
+            found = " and ".join(named) or "none"
+            raise ValueError(f"a step names exactly one stage ({', '.join(Stage)}); found {found}")
+        for engine in self.engines:
+            if len(engine) != 1:
+                raise ValueError("each entry of engines is one engine's name with its parameters")
+        return self
+
+    def _value(self, stage: Stage) -> str | None:
+        attribute = stage.value + ("_" if stage in (Stage.VALIDATE, Stage.REGISTER) else "")
+        value = getattr(self, attribute)
+        return None if value is None else str(value)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that this step names."""
+        return next(stage for stage in Stage if self._value(stage) is not None)
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return str(self._value(self.stage))
+
+
+class PipelineSpec(BaseModel):
+    """A whole specification."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Name of pipeline and released model.")
+    model: ModelSpec
+    seed: int = Field(0, ge=0, lt=2**63, description="The only source of randomness.")
+    steps: tuple[StepSpec, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class SpecFile:
+    """A parsed specification and where each of its values stands."""
+
+    path: Path
+    spec: PipelineSpec
+    lines: Mapping[Location, int]
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths in the specification are relative to."""
+        return self.path.parent
+
+    def place(self, location: Location) -> str:
+        """Return "file:line: steps[1].prune" for a location, falling back to the nearest enclosing line."""
+        return _place(self.path, self.lines, location)
+
+    def problems(self, error: ValidationError, prefix: Location, known: Iterable[str]) -> list[Problem]:
+        """Turn what pydantic found below `prefix` into problems with places and remedies."""
+        return _problems(self.path, self.lines, error, prefix, lambda _: known)
+
+
+def load_spec(path: Path) -> SpecFile:
+    """Read and validate a specification. Raises `SpecError` with all problems at once."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError(f"there is no specification {path}", remedy="give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} cannot be read: {error}") from None
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        lines: dict[Location, int] = {}
+        duplicates: list[Problem] = []
+        if node is not None:
+            _index(node, (), lines, duplicates, path)
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise SpecError(f"not valid YAML: {error.problem or error.context}", where=f"{path}:{line}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise SpecError(f"not valid YAML: {error}", where=str(path)) from None
+    if duplicates:
+        raise SpecError(duplicates)
+    if not isinstance(data, dict):
+        raise SpecError("a specification is a mapping with version, name, model and steps", where=f"{path}:1")
+    try:
+        spec = PipelineSpec.model_validate_json(_as_json(data), strict=True)
+    except ValidationError as error:
+        raise SpecError(_problems(path, lines, error, (), _known_core_keys)) from None
+    return SpecFile(path, spec, lines)
+
+
+def validate_strictly(cls: type[M], data: Mapping[str, Any]) -> M:
+    """Validate as JSON in strict mode: "4" is not 4, true is not 1.0, a list is a tuple."""
+    return cls.model_validate_json(_as_json(data), strict=True)
+
+
+def _as_json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, default=str)  # YAML dates become text; NaN is refused by the models
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _index(
+    node: yaml.Node, location: Location, lines: dict[Location, int], duplicates: list[Problem], path: Path
+) -> None:
+    """Record the line of every value, and every key that is given twice."""
+    lines[location] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            here = (*location, name)
+            if name in seen:
+                where = f"{path}:{key.start_mark.line + 1}: {_dotted(here)}"
+                duplicates.append(Problem("this key is given twice", where, "keep one"))
+            seen.add(name)
+            _index(value, here, lines, duplicates, path)
+            lines[here] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _index(value, (*location, index), lines, duplicates, path)
+
+
+def _dotted(location: Location) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return text.removeprefix(".")
+
+
+def _place(path: Path, lines: Mapping[Location, int], location: Location) -> str:
+    known = location
+    while known and known not in lines:
+        known = known[:-1]
+    return f"{path}:{lines.get(known, 1)}" + (f": {_dotted(location)}" if location else "")
+
+
+def _known_core_keys(location: Location) -> Iterable[str]:
+    """The keys allowed in the mapping at `location`."""
+    models: dict[int, type[BaseModel]] = {0: PipelineSpec}
+    model: type[BaseModel] | None = models.get(len(location))
+    if location[:1] == ("model",):
+        model = ModelSpec
+    elif location[:1] == ("steps",):
+        model = Bound if "require" in location else StepSpec
+    fields = model.model_fields.items() if model else ()
+    return [info.alias or name for name, info in fields]
+
+
+def _problems(
+    path: Path,
+    lines: Mapping[Location, int],
+    error: ValidationError,
+    prefix: Location,
+    known: Any,
+) -> list[Problem]:
+    problems = []
+    for item in error.errors(include_url=False):
+        location = (*prefix, *item["loc"])
+        message, remedy = item["msg"], None
+        if item["type"] == "extra_forbidden":
+            name = str(item["loc"][-1])
+            allowed = sorted(known(tuple(item["loc"][:-1])))
+            near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
+            message = "there is no such key"
+            remedy = f'did you mean "{near[0]}"?' if near else f"allowed here: {', '.join(allowed) or 'none'}"
+        elif item["type"] == "missing":
+            message, location_above = f"the key {item['loc'][-1]!r} is missing", (*prefix, *item["loc"][:-1])
+            location = location_above
+        else:
+            message = message.removeprefix("Value error, ")
+            message = message[:1].lower() + message[1:]
+            if not isinstance(item["input"], Mapping | Sequence) or isinstance(item["input"], str):
+                message += f", not {json.dumps(item['input'], default=str)}"
+        problems.append(Problem(message, _place(path, lines, location), remedy))
+    return problems

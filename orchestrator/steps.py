@@ -1,0 +1,123 @@
+"""How a step of each method kind is carried out: inputs and a working folder in, facts for the manifest out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.calibration import CalibrationSet
+from orchestrator.canonical import canonical_json
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.errors import StepError
+from orchestrator.layers import ignored_layers
+from orchestrator.method import Calibrator, Context, Evaluator, Invariant, LayerMethod, ModelMethod
+from orchestrator.plan import Step
+
+METRICS_FILE = "metrics.json"
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step reads, in the roles that the plan gave it."""
+
+    model: Checkpoint
+    dense: Checkpoint
+    calibration: CalibrationSet | None
+    invariants: Mapping[str, Any]  # of the model
+    seed: int
+    scratch: Path
+    progress: Callable[[float, str], None]
+
+    def context(self) -> Context:
+        """The context that a method gets."""
+        return Context(self.seed, self.dense, self.calibration, self.scratch, self.progress)
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What goes into the artifact's manifest beside its files."""
+
+    kind: str  # "calibration", "model" or "report"
+    metrics: Mapping[str, float]
+    invariants: Mapping[str, Any]
+
+
+def perform(step: Step, inputs: StepInputs, folder: Path) -> StepFacts:
+    """Carry out a calibrate, prune, distill, quantize or validate step, writing its files into `folder`.
+
+    Raises `OrchestratorError` for what the user can mend; whatever else a method raises passes through.
+    """
+    method = step.method
+    if isinstance(method, Calibrator):
+        return _calibrate(method, inputs, folder)
+    if isinstance(method, LayerMethod):
+        return _compress_layers(step, method, inputs, folder)
+    if isinstance(method, ModelMethod):
+        return _change_model(method, inputs, folder)
+    if isinstance(method, Evaluator):
+        return _evaluate(method, inputs, folder)
+    raise TypeError(f"{type(method).__name__} is not performed here")
+
+
+def _calibrate(method: Calibrator, inputs: StepInputs, folder: Path) -> StepFacts:
+    drawn = method.sample(inputs.model.load_tokenizer(), inputs.seed)
+    num_sequences, num_tokens = drawn.tokens_NT.shape
+    vocabulary = int(inputs.model.config.get("vocab_size", drawn.tokens_NT.max() + 1))
+    if drawn.tokens_NT.max() >= vocabulary or drawn.tokens_NT.min() < 0:
+        raise StepError(
+            f"{method.name} gave token {int(drawn.tokens_NT.max())}, but the model knows {vocabulary} tokens",
+            remedy="use the tokenizer that belongs to the model",
+        )
+    drawn.save(folder)
+    return StepFacts("calibration", {"sequences": num_sequences, "tokens": num_sequences * num_tokens}, {})
+
+
+def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder: Path) -> StepFacts:
+    from orchestrator.export import ModelWriter
+    from orchestrator.invariants import check_artifact
+    from orchestrator.walk import walk
+
+    scheme = method.scheme()
+    names = [layer.name for layer in inputs.model.block_layers()]
+    writer = ModelWriter(inputs.model, folder, scheme=scheme, ignored=ignored_layers(names, step.skip) if scheme else ())
+    report = walk(inputs.model, method, inputs.calibration, writer, skip=step.skip, progress=inputs.progress)
+    claims: dict[str, Any] = {}
+    if Invariant.ZEROS in method.provides:
+        claims["zeros"] = {"pattern": method.sparsity_pattern(), "skip": list(step.skip)}
+    if scheme:
+        claims["grid"] = scheme.weight_args()
+    invariants = check_artifact(inputs.model, Checkpoint(folder), kept=inputs.invariants, claims=claims)
+    (folder / "layers.json").write_bytes(canonical_json(report.layers))
+    return StepFacts("model", _finite(method.name, report.metrics), invariants)
+
+
+def _change_model(method: ModelMethod, inputs: StepInputs, folder: Path) -> StepFacts:
+    from orchestrator.export import save_model
+    from orchestrator.invariants import check_artifact
+
+    result = method.apply(inputs.model.load(), inputs.context())
+    save_model(result.model, inputs.model, folder)
+    invariants = check_artifact(inputs.model, Checkpoint(folder), kept=inputs.invariants)
+    return StepFacts("model", _finite(method.name, result.metrics), invariants)
+
+
+def _evaluate(method: Evaluator, inputs: StepInputs, folder: Path) -> StepFacts:
+    measured = _finite(method.name, method.measure(inputs.model, inputs.dense, inputs.context()))
+    missing = sorted(set(method.metrics) - set(measured))
+    if missing:
+        raise StepError(f"{method.name} did not measure {', '.join(missing)}, which it declares")
+    (folder / METRICS_FILE).write_text(json.dumps(measured, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return StepFacts("report", measured, {})
+
+
+def _finite(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Numbers as plain Python numbers; a NaN or infinity is a fault of the step, not a result."""
+    plain = {key: value if isinstance(value, int) else float(value) for key, value in metrics.items()}
+    bad = sorted(key for key, value in plain.items() if not math.isfinite(value))
+    if bad:
+        raise StepError(f"{name} measured {', '.join(f'{key} = {plain[key]}' for key in bad)}", remedy="see the model")
+    return plain

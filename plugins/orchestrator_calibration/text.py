@@ -1,0 +1,63 @@
+"""Calibration on random windows of text.
+
+Shape legend: N = sequences, T = tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from orchestrator.api import CalibrationSet, Calibrator, PreflightError, Stage, TextSource, token_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Text(Calibrator):
+    """Distinct windows, drawn at random without overlap, of documents joined with the end token."""
+
+    stage: ClassVar = Stage.CALIBRATE
+    name: ClassVar = "text"
+    paper: ClassVar = (
+        "Random windows of concatenated text, the calibration set of GPTQ (arXiv:2210.17323, section 4), "
+        "drawn without replacement."
+    )
+
+    source: TextSource = Field(
+        min_length=1,
+        description="Text: a file (.jsonl, .parquet, or plain UTF-8 text), or hub:OWNER/NAME[/CONFIG]:SPLIT@REVISION.",
+    )
+    sequences: int = Field(128, ge=1, le=1_000_000, description="Number of windows.")
+    length_tokens: int = Field(512, ge=2, le=1_048_576, description="Length of each window, tokens.")
+    field: str = Field("text", min_length=1, description="Key or column of JSON lines, Parquet or hub rows with text.")
+    start_token: bool = Field(False, description="Put the tokenizer's start token first in every window.")
+
+    def preflight(self) -> None:
+        """Refuse a text file with fewer bytes than tokens needed. (The plan itself refuses an unreadable source.)"""
+        path = Path(self.source)
+        # A token stands for at least a byte of text, but Parquet is compressed, and a hub's size is not known here.
+        if path.suffix == ".parquet" or not path.is_file():
+            return
+        needed = self.sequences * (self.length_tokens - self.start_token)
+        size = path.stat().st_size
+        if size < needed:
+            raise PreflightError(
+                f"{path} holds {size} bytes, too few for the {needed} tokens of {self.sequences} windows",
+                remedy="name a source with more text, or lower `sequences` or `length_tokens`",
+            )
+
+    def sample(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> CalibrationSet:
+        """Return token ids [N, T]. Raises `StepError` if the source holds too little text."""
+        return token_windows(
+            self.source,
+            tokenizer,
+            num_sequences=self.sequences,
+            length=self.length_tokens,
+            seed=seed,
+            field=self.field,
+            random=True,
+            start_token=self.start_token,
+        )

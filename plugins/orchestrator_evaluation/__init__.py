@@ -1,0 +1,16 @@
+"""Evaluators: quality of a compressed model beside the dense one, and what it costs to store and to run."""
+
+from __future__ import annotations
+
+from orchestrator.api import Method, hookimpl
+from orchestrator_evaluation.fidelity import Fidelity
+from orchestrator_evaluation.footprint import Footprint
+from orchestrator_evaluation.perplexity import Perplexity
+
+ORCHESTRATOR_API = ">=1.0,<2"
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Return the methods of this family."""
+    return [Perplexity, Fidelity, Footprint]

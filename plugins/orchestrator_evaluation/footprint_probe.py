@@ -1,0 +1,97 @@
+"""Load one model with stock Transformers in a process of its own, let it write, and print what that took as JSON.
+
+    python -P footprint_probe.py FOLDER --dtype auto --new-tokens 64 --repeats 3
+
+Run by `footprint`, as a file, so that nothing of this project is in the process that is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPT_TOKENS = 16
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory that this process ever had, bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # unlike ru_maxrss, this does not count what the parent held before exec
+        match = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"), re.MULTILINE)
+        if match:
+            return int(match[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    """Measure and print one JSON line."""
+    parser = argparse.ArgumentParser(description="Measure what loading and running a model takes.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    # Transformers imports an architecture's code, and compressed-tensors, only when a model needs them: seconds that
+    # would drown the loading of a small model.
+    config = AutoConfig.from_pretrained(options.folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        import compressed_tensors  # noqa: F401
+        from transformers.quantizers import quantizer_compressed_tensors  # noqa: F401
+
+    start = time.perf_counter()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        options.folder, dtype=options.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    load_seconds = time.perf_counter() - start
+    model: Any = loaded.eval()
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    prompt = torch.arange(PROMPT_TOKENS).remainder(rows).unsqueeze(0)
+
+    def seconds(new_tokens: int) -> float:
+        begin = time.perf_counter()
+        # `min_new_tokens`: an end token must not make a run shorter.
+        written = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            pad_token_id=0,
+        )
+        if written.shape[1] != PROMPT_TOKENS + new_tokens:
+            raise RuntimeError(f"{written.shape[1] - PROMPT_TOKENS} tokens were written instead of {new_tokens}")
+        return time.perf_counter() - begin
+
+    seconds(1)  # warm up
+    # The first new token is the prompt's: what remains is decoding alone.
+    first = statistics.median(seconds(1) for _ in range(options.repeats))
+    whole = statistics.median(seconds(1 + options.new_tokens) for _ in range(options.repeats))
+    measured = {
+        "load_seconds": load_seconds,
+        "tokens_per_second": options.new_tokens / max(whole - first, 1e-9),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    print(json.dumps(measured))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

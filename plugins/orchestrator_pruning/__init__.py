@@ -1,0 +1,21 @@
+"""Pruning methods: which weights become zero.
+
+| method      | score                       | what it needs to know of the inputs |
+|-------------|-----------------------------|-------------------------------------|
+| `magnitude` | absolute weight             | nothing                             |
+| `wanda`     | absolute weight x input norm| the norm of each input feature      |
+"""
+
+from __future__ import annotations
+
+from orchestrator.api import Method, hookimpl
+from orchestrator_pruning.magnitude import Magnitude
+from orchestrator_pruning.wanda import Wanda
+
+ORCHESTRATOR_API = ">=1.0,<2"
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """The methods of this package."""
+    return [Magnitude, Wanda]

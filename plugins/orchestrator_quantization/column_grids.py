@@ -1,0 +1,64 @@
+"""Which grid each column is rounded onto when columns are quantized one after another.
+
+Shape legend: O = out features, I = in features, G = groups along I.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from orchestrator.api import QuantScheme
+from orchestrator_quantization.grid import Grid, fit_grid
+
+if TYPE_CHECKING:
+    import torch
+
+
+class UpdatedGrids:
+    """Columns in their own order; a group's grid is fitted when its first column is reached, to updated weights."""
+
+    def __init__(self, scheme: QuantScheme, dtype: torch.dtype, clip: str, zero_IO: torch.Tensor) -> None:
+        self._scheme, self._dtype, self._clip = scheme, dtype, clip
+        self._zero_IO = zero_IO  # what becomes zero must not widen the range
+        self._width = scheme.group_width(zero_IO.shape[0])
+        self._grids: list[Grid] = []
+
+    def of(self, column: int, weight_IO: torch.Tensor) -> Grid:
+        """Return the grid [O] of a column; columns must be asked for in order."""
+        if column % self._width == 0:
+            group = slice(column, column + self._width)
+            weight_OW = weight_IO[group].masked_fill(self._zero_IO[group], 0.0).T
+            self._grids.append(fit_grid(weight_OW, self._scheme, self._dtype, self._clip))
+        return self._grids[-1]
+
+    def all(self) -> Grid:
+        """Return the grids of all groups [O, G]."""
+        import torch
+
+        scale_OG = torch.stack([grid.scale_X for grid in self._grids], 1)
+        zero_point_OG = torch.stack([grid.zero_point_X for grid in self._grids], 1)
+        return Grid(scale_OG, zero_point_OG, self._scheme, self._dtype)
+
+
+class StaticGrids:
+    """Columns in any order; all grids are fitted to the weights as they were before the first update."""
+
+    def __init__(
+        self, weight_OI: torch.Tensor, scheme: QuantScheme, dtype: torch.dtype, clip: str, order_I: torch.Tensor
+    ) -> None:
+        num_out, num_in = weight_OI.shape
+        width = scheme.group_width(num_in)
+        self._grid_OG = fit_grid(weight_OI.view(num_out, -1, width), scheme, dtype, clip)
+        scale_GO = self._grid_OG.scale_X.T.contiguous()
+        zero_point_GO = self._grid_OG.zero_point_X.T.contiguous()
+        pairs = zip(scale_GO, zero_point_GO, strict=True)
+        self._grids = [Grid(scale_O, zero_point_O, scheme, dtype) for scale_O, zero_point_O in pairs]
+        self._group_of = (order_I // width).tolist()
+
+    def of(self, column: int, weight_IO: torch.Tensor) -> Grid:
+        """Return the grid [O] of the column that comes at this place in the order."""
+        return self._grids[self._group_of[column]]
+
+    def all(self) -> Grid:
+        """Return the grids of all groups [O, G]."""
+        return self._grid_OG

@@ -1,0 +1,15 @@
+"""Register stage: publishing a release, and the files with which engines serve it."""
+
+from __future__ import annotations
+
+from orchestrator_serving.release import Release
+from orchestrator_serving.vllm import VLLM
+
+from orchestrator.api import Method, hookimpl
+
+ORCHESTRATOR_API = ">=1.0,<2"
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    return [Release, VLLM]

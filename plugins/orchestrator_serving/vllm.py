@@ -1,0 +1,93 @@
+"""vLLM: a configuration file for ``vllm serve --config vllm.yaml`` whose KV cache has been calculated.
+
+Written for vLLM 0.30 to 0.33. Only keys that all of these know are written (`calculate_kv_scales` is gone since 0.33:
+fp8 scales come from the checkpoint, else they are 1.0). Sizes are stated for one accelerator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import Field
+
+from orchestrator.api import KVPlan, ModelShape, ServingEngine, SpecError, Stage
+
+FILE_NAME = "vllm.yaml"
+LATENT_BLOCK_SIZE = 64
+# What compressed-tensors checkpoints can be computed in; vLLM refuses others.
+COMPUTE_DTYPES = ("bfloat16", "float16")
+
+
+class VLLM(ServingEngine):
+    """Renders ``vllm.yaml``, to be used from inside the folder of the release."""
+
+    stage: ClassVar = Stage.REGISTER
+    name: ClassVar = "vllm"
+    paper: ClassVar = "Kwon et al. 2023, arXiv:2309.06180 (paged KV cache)."
+    supported_versions: ClassVar = ">=0.30,<0.34"
+
+    kv_cache_dtype: Literal["auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"] = Field(
+        "auto", description="Element type of the KV cache; 'auto' is the dtype the model is served in."
+    )
+    block_size: Literal[16, 32, 64, 128] = Field(
+        16, description="Tokens per KV-cache block; models with latent attention (MLA) need 64."
+    )
+    max_num_seqs: int = Field(
+        1024, ge=1, le=1024, description="Most sequences to run at once; the file gets fewer if fewer fit. Sequences."
+    )
+    prefix_caching: bool = Field(True, description="Keep and share the KV blocks of common prompt beginnings.")
+
+    def render(self, shape: ModelShape, plan: KVPlan) -> Mapping[str, str]:
+        """Return ``{"vllm.yaml": text}``. Raises `SpecError` for what vLLM would refuse or silently change."""
+        dtype = shape.serving_dtype
+        if dtype not in COMPUTE_DTYPES:
+            raise SpecError(f"vLLM does not serve a compressed model in {dtype}", remedy="save it in bfloat16")
+        if shape.kv_lora_rank is not None and plan.block_size != LATENT_BLOCK_SIZE:
+            raise SpecError(
+                f"vLLM replaces a block_size of {plan.block_size} by {LATENT_BLOCK_SIZE} for latent attention, and the "
+                "calculation would be wrong",
+                remedy=f"set block_size: {LATENT_BLOCK_SIZE}",
+            )
+        fitting = int(plan.max_concurrency)
+        settings: dict[str, Any] = {
+            "model": ".",
+            "dtype": dtype,
+            "max-model-len": plan.max_model_len,
+            "block-size": plan.block_size,
+            "gpu-memory-utilization": plan.memory_utilization,
+            "kv-cache-dtype": _cache_dtype(dtype, plan),
+            "max-num-seqs": max(1, min(self.max_num_seqs, fitting)),
+            "enable-prefix-caching": self.prefix_caching,
+        }
+        notes = [
+            f"vLLM {self.supported_versions}. Run in this folder: vllm serve --config {FILE_NAME}",
+            "",
+            "How the KV cache was calculated (one accelerator, tensor parallelism 1):",
+            *(f"  {step}" for step in plan.steps),
+            f"  {fitting} whole sequences of {plan.max_model_len} tokens fit; max-num-seqs is at most "
+            f"{self.max_num_seqs}",
+            "",
+            "Assumed: weights take in memory what they take on disk, and activations and CUDA graphs what the",
+            "specification leaves them (activation_gib). vLLM measures both when it starts; compare its log line",
+            f"'GPU KV cache size' with {plan.kv_tokens} tokens.",
+        ]
+        if shape.dtype != dtype:
+            notes.append(f"The checkpoint is {shape.dtype}; vLLM computes in {dtype}, and keeps the KV cache in it.")
+        if plan.element_dtype.startswith("fp8"):
+            notes.append("The checkpoint holds no fp8 KV scales: vLLM takes 1.0, which can cost accuracy. Measure it.")
+        header = "".join(f"# {note}".rstrip() + "\n" for note in notes)
+        return {FILE_NAME: header + yaml.safe_dump(settings, sort_keys=False)}
+
+
+def _cache_dtype(dtype: str, plan: KVPlan) -> str:
+    """Return vLLM's name for the plan's element type: it has none for a 16-bit cache other than 'auto'."""
+    if plan.element_dtype == dtype:
+        return "auto"
+    if plan.element_dtype.startswith("fp8"):
+        return plan.element_dtype
+    raise SpecError(
+        f"vLLM keeps the KV cache of this model in {dtype} or fp8, not in {plan.element_dtype}",
+        remedy="set kv_cache_dtype: auto",
+    )

@@ -1,0 +1,109 @@
+"""The specification: what is accepted, and what each mistake is answered with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import SpecError
+from orchestrator.method import Stage
+from orchestrator.spec import load_spec
+
+GOOD = """\
+version: 1
+name: a-model
+model: {id: model}
+steps:
+  - prune: magnitude
+    with: {sparsity: 0.5}
+  - validate: perplexity
+    with: {source: text.txt}
+    require: {perplexity_ratio: {max: 1.05}}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "spec.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(folder: Path, text: str) -> list[str]:
+    with pytest.raises(SpecError) as caught:
+        load_spec(write(folder, text))
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_a_good_specification_is_read(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, GOOD)).spec
+    assert [(step.stage, step.method) for step in spec.steps] == [
+        (Stage.PRUNE, "magnitude"),
+        (Stage.VALIDATE, "perplexity"),
+    ]
+    assert spec.steps[0].with_ == {"sparsity": 0.5}
+    assert spec.steps[1].require["perplexity_ratio"].max == 1.05
+    assert spec.seed == 0
+
+
+def test_all_errors_come_at_once_each_with_its_line(tmp_path: Path) -> None:
+    text = GOOD.replace("seed", "x").replace("model: {id: model}", "modle: {id: model}\nseed: -1")
+    text = text.replace("max: 1.05", "maximum: 1.05")
+    problems = problems_of(tmp_path, text)
+    path = tmp_path / "spec.yaml"
+    assert f'{path}:3: modle: there is no such key; did you mean "model"?' in problems
+    assert any(p.startswith(f"{path}:4: seed: input should be greater than or equal to 0, not -1") for p in problems)
+    assert any(p.startswith(f"{path}:10: steps[1].require.perplexity_ratio.maximum: there is no") for p in problems)
+    assert any("the key 'model' is missing" in p for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "said"),
+    [
+        ("version: 1", "version: 2", 1, "version"),
+        ("prune: magnitude", "prun: magnitude", 5, 'did you mean "prune"?'),
+        ("  - prune: magnitude", "  - prune: magnitude\n    distill: logits", 5, "names exactly one stage"),
+        ("name: a-model", "name: ../evil", 2, "should match pattern"),
+        ("name: a-model", "name: 3", 2, "should be a valid string"),
+        ("model: {id: model}", "model: {id: model, dtype: int3}", 3, "model.dtype"),
+        ("{max: 1.05}", "{}", 9, "give min, max or both"),
+        ("{max: 1.05}", "{max: '1.05'}", 9, "valid number"),
+        ("{max: 1.05}", "{max: true}", 9, "valid number"),
+        ("{max: 1.05}", "{max: .nan}", 9, "finite"),
+        ("{max: 1.05}", "{min: 2, max: 1}", 9, "larger than max"),
+        ("{sparsity: 0.5}", "[0.5]", 6, "steps[0].with"),
+        ("name: a-model", "name: a-model\nname: b", 3, "given twice"),
+    ],
+)
+def test_a_mistake_is_answered_with_place_and_reason(
+    tmp_path: Path, old: str, new: str, line: int, said: str
+) -> None:
+    assert old in GOOD
+    problems = problems_of(tmp_path, GOOD.replace(old, new, 1))
+    assert any(problem.startswith(f"{tmp_path / 'spec.yaml'}:{line}") and said in problem for problem in problems)
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "just text\n", "a: [1\n", "a: \x01\n", "version: 1\n", "{: }\n- x"])
+def test_what_is_no_specification_is_refused(tmp_path: Path, text: str) -> None:
+    assert problems_of(tmp_path, text)
+
+
+def test_deep_nesting_and_tags_are_refused(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, "[" * 5000)
+    assert problems_of(tmp_path, "version: !!python/object/apply:os.system ['true']\n")
+    assert problems_of(tmp_path, "a: &a [*a]\n")
+
+
+def test_missing_file_and_binary_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="there is no specification"):
+        load_spec(tmp_path / "none.yaml")
+    with pytest.raises(SpecError, match="cannot be read"):
+        load_spec(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SpecError, match="cannot be read"):
+        load_spec(tmp_path / "binary.yaml")
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, GOOD.replace("0.5", "1e-4"))).spec
+    assert spec.steps[0].with_["sparsity"] == pytest.approx(1e-4)

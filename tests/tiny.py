@@ -1,0 +1,115 @@
+"""Tiny real models for tests: random but not degenerate weights, a real BPE tokenizer, a few hundred kilobytes.
+
+Activations have a few strong features, as trained models have, so that methods that look at inputs differ from those
+that do not.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = 256
+_TEXT = [
+    "the quick brown fox jumps over the lazy dog while seven wizards quietly judge my vow",
+    "import os\nfor name in sorted(os.listdir(path)):\n    print(name, os.stat(name).st_size)\n",
+    "a model is compressed layer by layer, block by block, and never as a whole: 0123456789",
+]
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
+
+
+def make_model(
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    tied: bool = False,
+    seed: int = 0,
+    hidden_size: int = 64,
+    intermediate_size: int = 128,
+    layers: int = 3,
+    tokenizer: bool = True,
+) -> Path:
+    """Write a checkpoint of `architecture` into `folder`; the same arguments give the same bytes.
+
+    "mistral" has a sliding window of 8 tokens; "qwen2" has one in its last layers only, and biases.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _config(architecture, tied, hidden_size, intermediate_size, layers)
+    config.architectures = None  # set when saving
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                spread = 1.0 if "embed" in name else 1.2 / parameter.shape[1] ** 0.5
+                parameter.data = torch.randn(parameter.shape, generator=generator) * spread
+            elif name.endswith("bias"):
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+            else:  # norms: a few features are strong
+                parameter.data = torch.exp(torch.randn(parameter.shape, generator=generator) * 0.7)
+    if tied:
+        model.tie_weights()
+    model.to(dtype).save_pretrained(folder)
+    if tokenizer:
+        make_tokenizer(folder)
+    return folder
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Write a byte-level BPE tokenizer with `VOCABULARY` entries at most into `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # Bytes that the text does not hold are left out: 256 entries have to do for merges too.
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+
+
+def make_tokens(sequences: int = 6, length: int = 24, seed: int = 0) -> torch.Tensor:
+    """Random token ids [N, T]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (sequences, length), generator=generator)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change entries of config.json in place; None removes one."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def _config(architecture: str, tied: bool, hidden_size: int, intermediate_size: int, layers: int) -> Any:
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    if architecture == "llama":
+        return LlamaConfig(**common)
+    if architecture == "mistral":
+        return MistralConfig(**common, sliding_window=8, head_dim=hidden_size // 4)
+    if architecture == "qwen2":
+        return Qwen2Config(**common, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    if architecture == "qwen3":
+        return Qwen3Config(**common, head_dim=hidden_size // 2)
+    raise ValueError(f"no tiny {architecture}")
