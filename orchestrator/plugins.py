@@ -20,7 +20,7 @@ import importlib.metadata
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 PROJECT = "orchestrator"
 GROUP = "orchestrator.plugins"
 API_VERSION = "1.0"
-_NAME = re.compile(r"^[a-z][a-z0-9_]*$")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -128,10 +128,10 @@ class Methods:
         names = sorted(other for other_stage, other in self.installed if other_stage == stage)
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         elsewhere = sorted(other.value for other, other_name in self.installed if other_name == name)
-        if near:
-            remedy = f'did you mean "{near[0]}"?'
-        elif elsewhere:
+        if elsewhere:
             remedy = f'"{name}" belongs to stage {" or ".join(elsewhere)}'
+        elif near:
+            remedy = f'did you mean "{near[0]}"?'
         else:
             remedy = f"installed for {stage}: {', '.join(names) or 'none'}"
         for broken in self.broken:
@@ -147,12 +147,7 @@ def discover(entry_points: Iterable[importlib.metadata.EntryPoint] | None = None
     if entry_points is None:
         entry_points = importlib.metadata.entry_points(group=GROUP)
     for entry_point in sorted(entry_points, key=lambda point: (point.name, point.value)):
-        distribution = entry_point.dist
-        origin = Origin(
-            entry_point.name,
-            distribution.name if distribution else "unknown distribution",
-            distribution.version if distribution else "0",
-        )
+        origin = _origin(entry_point)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # stdout carries results only
                 methods.add(_load(manager, entry_point, origin))
@@ -160,6 +155,15 @@ def discover(entry_points: Iterable[importlib.metadata.EntryPoint] | None = None
             reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
             methods.broken.append(BrokenPlugin(origin, " ".join(reason.split())))
     return methods
+
+
+def _origin(entry_point: importlib.metadata.EntryPoint) -> Origin:
+    """Name the distribution, also one whose metadata is damaged: that must not hide the others."""
+    name = version = None
+    with contextlib.suppress(Exception):  # a missing METADATA file raises differently from version to version
+        if entry_point.dist:
+            name, version = entry_point.dist.name, entry_point.dist.version
+    return Origin(entry_point.name, name or "unknown distribution", version or "0")
 
 
 def _load(
@@ -177,7 +181,7 @@ def _load(
         classes = calls[0].function()
         if not isinstance(classes, list):
             raise PluginError(f"register_methods returned {type(classes).__name__}, not a list of classes")
-        return [InstalledMethod(_checked(cls), origin) for cls in classes]
+        return [InstalledMethod(check_class(cls), origin) for cls in classes]
     finally:
         if manager.has_plugin(registered_as):
             manager.unregister(name=registered_as)
@@ -194,29 +198,34 @@ def _check_api(declared: object) -> None:
         raise PluginError(f"it was written for API {declared}, this is API {API_VERSION}")
 
 
-def _kind_of(cls: type) -> str:
+def _kinds() -> Mapping[type[Method], tuple[str, ...]]:
+    """The method kinds and the stages where each makes sense."""
     from orchestrator import method
 
-    for kind in (
-        method.Calibrator,
-        method.LayerMethod,
-        method.ModelMethod,
-        method.Evaluator,
-        method.Publisher,
-        method.ServingEngine,
-    ):
+    return {
+        method.Calibrator: ("calibrate",),
+        method.LayerMethod: ("prune", "quantize"),
+        method.ModelMethod: ("prune", "distill", "quantize"),
+        method.Evaluator: ("validate",),
+        method.Publisher: ("register",),
+        method.ServingEngine: ("register",),
+    }
+
+
+def _kind_of(cls: type) -> str:
+    for kind in _kinds():
         if issubclass(cls, kind):
             return kind.__name__
     raise PluginError(f"{cls.__name__} is of no method kind: derive it from LayerMethod, Evaluator, ...")
 
 
-def _checked(cls: object) -> type[Method]:
-    """Return `cls` if it is a complete method class; raise `PluginError` otherwise."""
-    from orchestrator.method import Method, Stage
+def check_class(cls: object) -> type[Method]:
+    """Return `cls` if it is a complete method class; raise `PluginError` with the first thing it lacks otherwise."""
+    from orchestrator.method import Invariant, Method, Stage
 
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise PluginError(f"register_methods returned {cls!r}, which is not a method class")
-    _kind_of(cls)
+    kind = _kind_of(cls)
     label = f"{cls.__module__}.{cls.__qualname__}"
     if inspect.isabstract(cls):
         raise PluginError(f"{label} lacks {', '.join(sorted(cls.__abstractmethods__))}")
@@ -225,14 +234,34 @@ def _checked(cls: object) -> type[Method]:
             raise PluginError(f"{label} has no ClassVar {attribute!r}")
     if not isinstance(cls.stage, Stage):
         raise PluginError(f"{label}.stage is {cls.stage!r}, not a Stage")
-    if not _NAME.match(cls.name):
+    stages = next(stages for base, stages in _kinds().items() if base.__name__ == kind)
+    if cls.stage not in stages:
+        raise PluginError(f"{label} is a {kind}, which has no place in stage {cls.stage}, only in {', '.join(stages)}")
+    if not (isinstance(cls.name, str) and _NAME.fullmatch(cls.name)):
         raise PluginError(f"{label}.name is {cls.name!r}; use lower-case letters, digits and _")
-    if _kind_of(cls) == "LayerMethod" and not getattr(cls, "needs", None):
-        raise PluginError(f"{label} has no ClassVar 'needs'")
+    for attribute in ("keeps", "provides"):
+        claimed = getattr(cls, attribute)
+        if not (isinstance(claimed, frozenset) and all(isinstance(item, Invariant) for item in claimed)):
+            raise PluginError(f"{label}.{attribute} is {claimed!r}, not a frozenset of Invariant")
+    _check_kind(cls, label)
     undescribed = sorted(name for name, info in cls.model_fields.items() if not info.description)
     if undescribed:
         raise PluginError(f"{label} does not describe its parameter(s) {', '.join(undescribed)}")
     return cls
+
+
+def _check_kind(cls: type[Method], label: str) -> None:
+    """Check the ClassVars that only some kinds have."""
+    from orchestrator.method import Evaluator, LayerMethod, Needs, ServingEngine
+
+    if issubclass(cls, LayerMethod) and not isinstance(getattr(cls, "needs", None), Needs):
+        raise PluginError(f"{label} has no ClassVar 'needs' (Needs.WEIGHT, Needs.INPUT_NORM or Needs.INPUT_MOMENT)")
+    if issubclass(cls, Evaluator):
+        metrics = getattr(cls, "metrics", None)
+        if not (isinstance(metrics, Mapping) and metrics and all(metrics.values())):
+            raise PluginError(f"{label} has no ClassVar 'metrics' that says what each metric means")
+    if issubclass(cls, ServingEngine) and not isinstance(getattr(cls, "supported_versions", None), str):
+        raise PluginError(f"{label} has no ClassVar 'supported_versions', e.g. '>=0.30,<0.34'")
 
 
 @lru_cache

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
+    from orchestrator.outcome import StepOutcome
     from orchestrator.plan import Plan, Step
-    from orchestrator.run import StepOutcome
 
 _LINE_SECONDS = 10.0  # between two plain progress lines of one step
 

@@ -20,7 +20,7 @@ from orchestrator.report import as_markdown, metric_rows
 from orchestrator.tracking import RunStatus, Tracker
 
 if TYPE_CHECKING:
-    from orchestrator.run import StepOutcome
+    from orchestrator.outcome import StepOutcome
 
 EXPERIMENT = "orchestrator"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from orchestrator.errors import GateError, OrchestratorError, Problem, StepError
 from orchestrator.home import Settings
 from orchestrator.journal import Journal, lease
 from orchestrator.method import Publisher
+from orchestrator.outcome import StepOutcome
 from orchestrator.plan import SOURCE, Plan, Step, make_plan
 from orchestrator.plugins import Methods
 from orchestrator.record import RunRecord
@@ -49,34 +50,6 @@ class Observer(Protocol):
 
     def note(self, message: str) -> None:
         """Something worth saying happened, for instance a damaged artifact was set aside."""
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What a run did for one step. `seconds` and `peak_memory_bytes` are this run's, also for a cached step."""
-
-    stage: str
-    method: str
-    fingerprint: str
-    cached: bool
-    seconds: float
-    peak_memory_bytes: int
-    digest: str
-    path: Path
-    metrics: Mapping[str, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The form that `run --json` prints."""
-        return {
-            "stage": self.stage,
-            "method": self.method,
-            "fingerprint": self.fingerprint,
-            "cached": self.cached,
-            "seconds": round(self.seconds, 4),
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "artifact": {"digest": self.digest, "path": str(self.path)},
-            "metrics": dict(self.metrics),
-        }
 
 
 @dataclass
@@ -118,6 +91,8 @@ class Execution:
                 artifact = self._cached(step)
                 cached = artifact is not None
                 if artifact is None:
+                    self.record.begin()
+                    usage = Usage()
                     self.journal.write("step started", step=index, fingerprint=step.fingerprint)
                     artifact = self._compute(step, usage)
             outcome = StepOutcome(
@@ -166,7 +141,6 @@ class Execution:
         return artifact
 
     def _compute(self, step: Step, usage: Usage) -> Artifact:
-        self.record.begin()
         folder = self.store.stage(step.fingerprint)
         scratch = self.store.stage(f"{step.fingerprint}.scratch")
         try:
@@ -302,8 +276,8 @@ def start(spec_path: Path, methods: Methods, settings: Settings, observer: Obser
     plan = make_plan(
         spec_path, methods, settings.home, tracking_uri=settings.public_tracking_uri, trust_file_times=False
     )
-    execution = Execution(plan, settings, observer, engine)
-    return execution
+    settings.make_home()
+    return Execution(plan, settings, observer, engine)
 
 
 def run_locally(spec_path: Path, methods: Methods, settings: Settings, observer: Observer) -> Execution:

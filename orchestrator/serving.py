@@ -23,16 +23,15 @@ from orchestrator.errors import PreflightError, SpecError
 
 GIB = 2**30
 LEAVE_OUT = "leave the serving configuration out of the specification"
-# Families whose K and V are [tokens, KV heads, head_dim] in every layer. In the first set a configuration without
-# `head_dim` means hidden_size / num_attention_heads; in the second it must say, as Transformers has other defaults.
-DIVIDING_FAMILIES = frozenset({"granite", "llama", "ministral", "mistral", "mixtral", "olmo2", "phi3"}) | {
-    *("qwen2", "qwen2_moe", "smollm3", "starcoder2")
-}
+# Families whose K and V are [tokens, KV heads, head_dim] in every layer, by what Transformers takes a missing key for:
+# `num_key_value_heads` means one KV head per attention head, `head_dim` means hidden_size / num_attention_heads;
+ONE_KV_HEAD_PER_HEAD = frozenset({"granite", "llama", "olmo2", "phi3"})
+# only `head_dim` means that;
+DIVIDING_FAMILIES = ONE_KV_HEAD_PER_HEAD | {"ministral", "mistral", "mixtral", "qwen2", "qwen2_moe", "starcoder2"}
+# neither does: the configuration must say.
 STATING_FAMILIES = frozenset({"gemma", "gemma2", "gemma3_text", "gpt_oss", "qwen3", "qwen3_moe"})
 MLA_FAMILIES = frozenset({"deepseek_v2", "deepseek_v3"})
 FAMILIES = DIVIDING_FAMILIES | STATING_FAMILIES | MLA_FAMILIES
-# Families in which a missing `num_key_value_heads` means one KV head per attention head.
-ONE_KV_HEAD_PER_HEAD = frozenset({"granite", "llama", "olmo2", "phi3"})
 ELEMENT_BYTES: Mapping[str, int] = {
     "float32": 4,
     "float16": 2,
@@ -243,7 +242,9 @@ def _windows(config: Mapping[str, Any], family: str, num_layers: int) -> tuple[i
             what = f"layers of type {', '.join(unknown)}" if unknown else f"{len(kinds)} types for {num_layers} layers"
             raise SpecError(f"the KV cache of a model with {what} is not understood", remedy=LEAVE_OUT)
         slides = [kind == "sliding_attention" for kind in kinds]
-    elif family in {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}:
+    elif family.startswith("qwen"):
+        if config.get("use_sliding_window") and family not in ("qwen2", "qwen3"):
+            raise SpecError(f"config.json of this {family} must give layer_types", remedy="complete config.json")
         first = config.get("max_window_layers") or 0
         slides = [bool(config.get("use_sliding_window")) and index >= first for index in range(num_layers)]
     elif family in {"gemma2", "gpt_oss"}:

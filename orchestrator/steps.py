@@ -13,7 +13,6 @@ from orchestrator.calibration import CalibrationSet
 from orchestrator.canonical import canonical_json
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
-from orchestrator.layers import ignored_layers
 from orchestrator.method import Calibrator, Context, Evaluator, Invariant, LayerMethod, ModelMethod
 from orchestrator.plan import Step
 
@@ -82,9 +81,9 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
     from orchestrator.walk import walk
 
     scheme = method.scheme()
-    names = [layer.name for layer in inputs.model.block_layers()]
-    writer = ModelWriter(inputs.model, folder, scheme=scheme, ignored=ignored_layers(names, step.skip) if scheme else ())
+    writer = ModelWriter(inputs.model, folder, scheme=scheme, skip=step.skip)
     report = walk(inputs.model, method, inputs.calibration, writer, skip=step.skip, progress=inputs.progress)
+    writer.finish()
     claims: dict[str, Any] = {}
     if Invariant.ZEROS in method.provides:
         claims["zeros"] = {"pattern": method.sparsity_pattern(), "skip": list(step.skip)}

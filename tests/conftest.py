@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
+
+from orchestrator.tracking import Tracker
 from tests.s3_server import s3_bucket, s3_endpoint
 
-__all__ = ["s3_bucket", "s3_endpoint"]
+__all__ = ["s3_bucket", "s3_endpoint", "tracking_uri"]
+
+
+@pytest.fixture(scope="session")
+def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An MLflow database; one for the session, because making its schema takes seconds."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    Tracker(uri, "orchestrator").check()
+    return uri

@@ -115,12 +115,13 @@ def _within(modules: list[tuple[str, bytes]], limit: int) -> list[bytes]:
 def _write(path: Path, texts: list[bytes]) -> Path:
     """Replace `path` in one step: a reader sees the old file or the whole new one."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    unfinished = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.writelines(texts)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        unfinished.chmod(0o644)
+        unfinished.replace(path)
     except BaseException:
-        os.unlink(name)
+        unfinished.unlink()
         raise
     return path

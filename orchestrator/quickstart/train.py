@@ -143,7 +143,7 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
-    copy.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0)  # type: ignore[no-untyped-call]
+    copy.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0)
     copy.bfloat16()
     copy.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner alone
@@ -167,7 +167,7 @@ def train(out: Path, recipe: Recipe, train_text: str, valid_text: str) -> None:
     import torch
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
     tokenizer = train_tokenizer(train_text, recipe)
     train_N = torch.tensor(tokenizer.encode(train_text).ids)
@@ -201,7 +201,8 @@ def train(out: Path, recipe: Recipe, train_text: str, valid_text: str) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def main() -> None:

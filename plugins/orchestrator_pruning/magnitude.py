@@ -38,6 +38,10 @@ class Magnitude(Unstructured):
             raise ValueError(f"scope 'layer' does not go with pattern {self.pattern}")
         return self
 
+    def sparsity_pattern(self) -> str | None:
+        """Where the zeros fall; over a whole layer they keep to no pattern."""
+        return super().sparsity_pattern() if self.scope == "row" else None
+
     def compress(self, weight_OI: torch.Tensor, statistic: InputMoment | None) -> LayerResult:
         """Return the weight with zeros in place of the smallest entries."""
         if self.scope == "layer":

@@ -40,16 +40,20 @@ class Unstructured(LayerMethod):
                 raise ValueError(f"pattern {self.pattern} fixes sparsity at {1 - kept / width}, not {self.sparsity}")
         return self
 
+    def sparsity_pattern(self) -> str | None:
+        """Where the zeros fall."""
+        return self.pattern
+
     def check_layer(self, layer: LayerShape) -> tuple[str, str] | None:
         """Refuse rows that runs of m do not fill, and rows too short for one weight to be removed."""
         if self.pattern == "row":
             if num_pruned(self.sparsity, layer.in_features) == 0:
-                what = f"{self.sparsity} of in_features {layer.in_features} of {layer.name} is less than one weight"
+                what = f"{self.sparsity} of a row is less than one weight of the in_features {layer.in_features}"
                 return "sparsity", what
             return None
         _, width = run_of(self.pattern)
         if layer.in_features % width:
-            what = f"{self.pattern} needs a multiple of {width}, not in_features {layer.in_features} of {layer.name}"
+            what = f"{width} does not divide in_features {layer.in_features}"
             return "pattern", what
         return None
 
@@ -93,7 +97,7 @@ def choose(weight_OI: torch.Tensor, score_OI: torch.Tensor, pattern: Pattern, sp
     if pattern == "row":
         return lowest(score_OI, num_pruned(sparsity, score_OI.shape[1]))
     kept, width = run_of(pattern)
-    return lowest(score_OI.unflatten(1, (-1, width)), width - kept).flatten(1)
+    return lowest(score_OI.view(len(score_OI), -1, width), width - kept).flatten(1)
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:

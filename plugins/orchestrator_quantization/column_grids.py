@@ -53,7 +53,7 @@ class StaticGrids:
         zero_point_GO = self._grid_OG.zero_point_X.T.contiguous()
         pairs = zip(scale_GO, zero_point_GO, strict=True)
         self._grids = [Grid(scale_O, zero_point_O, scheme, dtype) for scale_O, zero_point_O in pairs]
-        self._group_of = (order_I // width).tolist()
+        self._group_of: list[int] = (order_I // width).tolist()
 
     def of(self, column: int, weight_IO: torch.Tensor) -> Grid:
         """Return the grid [O] of the column that comes at this place in the order."""

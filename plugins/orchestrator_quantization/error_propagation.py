@@ -26,8 +26,8 @@ def quantize_columns(
     *,
     block_size: int,
     group_width: int,
-) -> tuple[torch.Tensor, float]:
-    """Return the integers [I, O] as int8 and the sum of e^2 / 2, the loss of the paper.
+) -> torch.Tensor:
+    """Return the integers [I, O] as int8.
 
     weight_IO: float32; overwritten. upper_II: U with U^T U = H^-1. zero_IO: entries that must become exactly zero,
     or None if there are none; their error is propagated like any other.
@@ -38,7 +38,6 @@ def quantize_columns(
     num_in, num_out = weight_IO.shape
     q_IO = torch.empty(num_in, num_out, dtype=torch.int8, device=weight_IO.device)
     pivots = upper_II.diagonal().tolist()
-    loss = 0.0
     for start, end in blocks(num_in, block_size, group_width):
         error_BO = torch.empty(end - start, num_out, device=weight_IO.device)
         block_BO = weight_IO[start:end]
@@ -56,8 +55,7 @@ def quantize_columns(
             q_IO[start + column] = q_O
             error_BO[column] = error_O
         weight_IO[end:].addmm_(upper_II[start:end, end:].T, error_BO, alpha=-1)
-        loss += error_BO.square().sum().item() / 2
-    return q_IO, loss
+    return q_IO
 
 
 def blocks(num_in: int, block_size: int, group_width: int) -> Iterator[tuple[int, int]]:

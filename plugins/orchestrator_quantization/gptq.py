@@ -20,7 +20,7 @@ from pydantic import Field
 from orchestrator.api import InputMoment, LayerResult, Needs, QuantizedWeight, QuantScheme, Stage, StepError
 from orchestrator_quantization.column_grids import StaticGrids, UpdatedGrids
 from orchestrator_quantization.error_propagation import quantize_columns
-from orchestrator_quantization.grid import encode, require_finite, round_to_nearest
+from orchestrator_quantization.grid import encode, require_finite, require_weight, round_to_nearest
 from orchestrator_quantization.inverse_factor import MAX_RAISES, inverse_factor
 from orchestrator_quantization.weight_only import WeightOnly
 
@@ -52,7 +52,7 @@ class GPTQ(WeightOnly):
         """Return the quantized weight and its integers. Raise `StepError` for a weight or an H that is unusable."""
         import torch
 
-        require_finite("the weight", weight_OI)
+        require_weight(weight_OI, self.storage_dtype())
         hessian_II, num_tokens = _mean_hessian(statistic)
         dead_I = hessian_II.diagonal() == 0
         # Falling H_jj; of equal ones the lower index first.
@@ -64,9 +64,8 @@ class GPTQ(WeightOnly):
             encoding = round_to_nearest(target_OI, self.scheme(), self.storage_dtype(), self.clip)
             metrics |= {"fallback_rtn": 1.0, "damping_used": 0.0, "damping_raised": float(MAX_RAISES)}
         else:
-            encoding, loss = self._solve(target_OI, factor.upper_II, order_I)
+            encoding = self._solve(target_OI, factor.upper_II, order_I)
             metrics |= {"fallback_rtn": 0.0, "damping_used": factor.damping, "damping_raised": float(factor.num_raised)}
-            metrics["propagated_loss"] = loss
         quantized_OI = encoding.dequantize(torch.float32)
         hessian_II = hessian_II.float()
         error = _quadratic(weight_OI - quantized_OI, hessian_II)
@@ -76,10 +75,8 @@ class GPTQ(WeightOnly):
         metrics["zero_fraction"] = (quantized_OI == 0).float().mean().item()
         return LayerResult(quantized_OI, encoding, metrics)
 
-    def _solve(
-        self, weight_OI: torch.Tensor, upper_II: torch.Tensor, order_I: torch.Tensor | None
-    ) -> tuple[QuantizedWeight, float]:
-        """Return the encoding and the loss of the column loop; columns in `order_I`, or in their own."""
+    def _solve(self, weight_OI: torch.Tensor, upper_II: torch.Tensor, order_I: torch.Tensor | None) -> QuantizedWeight:
+        """Return the encoding; columns are quantized in the order `order_I`, or in their own."""
         import torch
 
         scheme, dtype = self.scheme(), self.storage_dtype()
@@ -94,7 +91,7 @@ class GPTQ(WeightOnly):
             zero_IO = weight_IO == 0
             grids = StaticGrids(weight_OI, scheme, dtype, self.clip, order_I)
             group_width = 1  # blocks need not respect groups
-        q_IO, loss = quantize_columns(
+        q_IO = quantize_columns(
             weight_IO,
             upper_II,
             zero_IO if bool(zero_IO.any()) else None,
@@ -104,7 +101,7 @@ class GPTQ(WeightOnly):
         )
         if order_I is not None:
             q_IO = torch.empty_like(q_IO).index_copy_(0, order_I, q_IO)
-        return encode(q_IO.T.contiguous(), grids.all()), loss
+        return encode(q_IO.T.contiguous(), grids.all())
 
 
 def _mean_hessian(statistic: InputMoment | None) -> tuple[torch.Tensor, int]:

@@ -103,13 +103,29 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+def require_weight(weight_OI: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise `StepError` unless the weight is finite and far enough from the largest number of `dtype`.
+
+    A grid may reach beyond the largest weight by a third (two bits, symmetric), and updates make weights larger.
+    """
+    import torch
+
+    require_finite("the weight", weight_OI)
+    limit = torch.finfo(dtype).max / 4
+    largest = float(weight_OI.abs().max())
+    if largest > limit:
+        raise StepError(
+            f"weight {largest:g} exceeds {limit:g}, a quarter of the range of {dtype}", remedy="use bfloat16"
+        )
+
+
 def _grid_for_range(low_X: torch.Tensor, high_X: torch.Tensor, scheme: QuantScheme, dtype: torch.dtype) -> Grid:
     """Return the grid that covers [low, high], where low <= 0 <= high."""
     import torch
 
     num_steps = scheme.quant_max - scheme.quant_min
     range_X = 2 * torch.maximum(-low_X, high_X) if scheme.symmetric else high_X - low_X
-    scale_X = (range_X / num_steps).clamp_(max=torch.finfo(dtype).max).to(dtype).float()
+    scale_X = (range_X / num_steps).to(dtype).float()
     scale_X = torch.where(scale_X == 0, 1.0, scale_X)
     if scheme.symmetric:
         return Grid(scale_X, torch.zeros_like(scale_X), scheme, dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from orchestrator.api import InputMoment, LayerResult, Needs, Stage
-from orchestrator_quantization.grid import require_finite, round_to_nearest
+from orchestrator_quantization.grid import require_weight, round_to_nearest
 from orchestrator_quantization.weight_only import WeightOnly
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class RTN(WeightOnly):
         """Return the rounded weight and its integers. Raise `StepError` for weights that are not finite."""
         import torch
 
-        require_finite("the weight", weight_OI)
+        require_weight(weight_OI, self.storage_dtype())
         encoding = round_to_nearest(weight_OI, self.scheme(), self.storage_dtype(), self.clip)
         rounded_OI = encoding.dequantize(torch.float32)
         energy = weight_OI.square().sum().item()

@@ -40,7 +40,7 @@ class WeightOnly(LayerMethod):
     def check_layer(self, layer: LayerShape) -> tuple[str, str] | None:
         """Refuse groups that do not fill the rows."""
         if self.group_size is not None and layer.in_features % self.group_size:
-            return "group_size", f"{self.group_size} does not divide in_features {layer.in_features} of {layer.name}"
+            return "group_size", f"{self.group_size} does not divide in_features {layer.in_features}"
         return None
 
     def scheme(self) -> QuantScheme:

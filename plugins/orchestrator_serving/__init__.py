@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from orchestrator.api import Method, hookimpl
 from orchestrator_serving.release import Release
 from orchestrator_serving.vllm import VLLM
-
-from orchestrator.api import Method, hookimpl
 
 ORCHESTRATOR_API = ">=1.0,<2"
 

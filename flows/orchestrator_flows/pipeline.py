@@ -1,0 +1,155 @@
+"""The flow: one task for each step of the plan, one after the other.
+
+Prefect schedules and shows. What is done already is the store's business, so that tasks have no cache policy and no
+retries; their results are references to artifacts, kept as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import re
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from prefect import Task, flow, get_client, get_run_logger
+from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+
+from orchestrator.errors import GateError
+from orchestrator.home import Settings
+from orchestrator.plan import Step
+from orchestrator.plugins import discover
+from orchestrator.report import metric_rows, shown
+from orchestrator.run import Execution, finishing, start
+from orchestrator_flows.observers import LogObserver, Relay
+
+T = TypeVar("T")
+
+
+class Conduct(Protocol):
+    """Runs a function that computes for minutes outside of the event loop, and awaits it."""
+
+    async def __call__(self, function: Callable[[], T]) -> T:
+        """Return what the function returns, raise what it raises."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """An execution that was opened, and is closed, by whoever called the flow; and where its steps are run."""
+
+    execution: Execution
+    conduct: Conduct
+
+
+_given: ContextVar[Given | None] = ContextVar("given", default=None)
+
+
+@contextmanager
+def giving(execution: Execution, conduct: Conduct) -> Iterator[None]:
+    """Let `compress`, called in this block, run `execution`."""
+    token = _given.set(Given(execution, conduct))
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+@flow(name="compress", persist_result=True, result_serializer="json", retries=0, validate_parameters=True)
+async def compress(spec: str) -> dict[str, Any]:
+    """Compress a model as a specification says.
+
+    spec: path of the specification, relative to the working folder. Returns the document of `orchestrator run --json`.
+    Raises `OrchestratorError`.
+    """
+    logger = get_run_logger()
+    given = _given.get()
+    if given:
+        given.execution.observer = Relay(given.execution.observer, LogObserver(logger))
+        return await _run_steps(given.execution, given.conduct)
+    settings = Settings.from_environment()
+    execution = await in_thread(lambda: start(Path(spec), discover(), settings, LogObserver(logger), "prefect"))
+    with finishing(execution):
+        return await _run_steps(execution, in_thread)
+
+
+async def _run_steps(execution: Execution, conduct: Conduct) -> dict[str, Any]:
+    async with get_client() as client:
+        await client.set_flow_run_name(flow_run.id, f"{execution.plan.name}-{execution.run_id}")
+    try:
+        for step in execution.plan.steps:
+            await _task(execution, step, conduct)()
+    except GateError:
+        await _show(execution)  # the numbers that the gate refused
+        raise
+    await _show(execution)
+    return execution.document()
+
+
+def _task(execution: Execution, step: Step, conduct: Conduct) -> Task[[], Coroutine[Any, Any, dict[str, Any]]]:
+    async def run_step() -> dict[str, Any]:
+        outcome = await conduct(lambda: execution.run_step(step.index))
+        return outcome.as_dict()
+
+    return Task(
+        run_step,
+        name=step.label,
+        task_run_name=step.label,
+        description=f"{step.label}, fingerprint {step.fingerprint}",
+        tags={step.stage.value},
+        cache_policy=NO_CACHE,
+        retries=0,
+        persist_result=True,
+        result_serializer="json",
+    )
+
+
+async def _show(execution: Execution) -> None:
+    """Publish the metrics and the release as Prefect artifacts."""
+    document = execution.document()
+    key = artifact_key(execution.plan.name)
+    rows = metric_rows(document["steps"])
+    if rows:
+        await acreate_table_artifact(
+            key=f"{key}-metrics",
+            table=[
+                {"metric": row.name, "dense": shown(row.name, row.dense), "compressed": shown(row.name, row.compressed)}
+                for row in rows
+            ],
+            description=f"{execution.plan.name}, run {execution.run_id}",
+        )
+    release = document["release"]
+    if release:
+        await acreate_markdown_artifact(
+            key=f"{key}-release",
+            markdown=f"`{release['uri']}`\n\n"
+            f"- digest `{release['digest']}`\n"
+            f"- registered as `models:/{release['model_name']}/{release['model_version']}`\n"
+            f"- {len(release['files'])} files\n",
+            description=f"Release of {execution.plan.name}, run {execution.run_id}",
+        )
+
+
+def artifact_key(name: str) -> str:
+    """The name of a pipeline as Prefect allows it in the key of an artifact: lower-case letters, digits, dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+async def in_thread(function: Callable[[], T]) -> T:
+    """Run `function` in a thread that does not keep the process alive when the flow run is cancelled."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="step", daemon=True).start()
+    return await asyncio.wrap_future(future)

@@ -1,0 +1,51 @@
+"""Run in a process of its own: what planning does with a method, and which heavy packages that imports.
+
+Reads {"module", "class", "parameters", "config"} from stdin; writes {"imported", "error"} as the last line of stdout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from typing import Any
+
+HEAVY = ("torch", "transformers")
+
+
+def main() -> None:
+    """Import, make and preflight the method; ask it what the planner asks."""
+    request = json.load(sys.stdin)
+    error = None
+    try:
+        _plan(request)
+    except (Exception, SystemExit) as raised:  # told to the plugin's author by the process that started this one
+        error = f"{type(raised).__name__}: {raised}"
+    imported = [name for name in HEAVY if name in sys.modules]
+    print(f"\n{json.dumps({'imported': imported, 'error': error})}")  # noqa: T201
+
+
+def _plan(request: dict[str, Any]) -> None:
+    from orchestrator.method import LayerMethod, LayerShape, ModelMethod, ServingEngine
+    from orchestrator.serving import ModelShape, plan_kv
+    from orchestrator.spec import validate_strictly
+
+    found: Any = importlib.import_module(request["module"])
+    if "<locals>" in request["class"]:
+        return  # a class inside a function cannot be reached from here; its module was imported at least
+    for name in request["class"].split("."):
+        found = getattr(found, name)
+    method = validate_strictly(found, request["parameters"])
+    method.preflight()
+    if isinstance(method, LayerMethod):
+        method.scheme()
+        method.check_layer(LayerShape("model.layers.0.mlp.up_proj", 128, 64))
+    elif isinstance(method, ModelMethod):
+        method.needs_calibration()
+    elif isinstance(method, ServingEngine):
+        shape = ModelShape.from_config(request["config"])
+        method.render(shape, plan_kv(shape, weight_bytes=0, **method.budget()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The conformance kit passes what is right and names what is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from orchestrator.api import Method
+from orchestrator.plugins import Methods, discover
+from orchestrator.testing import CHECKS, SAMPLE_TEXT, check_method
+from tests import seeded_bugs, seeded_torch_import
+
+# Every first-party method, by "stage name", with the parameters it is tried with.
+_WINDOWS = {"source": SAMPLE_TEXT, "windows": 4, "length_tokens": 32}
+FIRST_PARTY: dict[str, list[dict[str, object]]] = {
+    "calibrate text": [
+        {"source": SAMPLE_TEXT, "sequences": 4, "length_tokens": 16},
+        {"source": SAMPLE_TEXT, "sequences": 4, "length_tokens": 16, "start_token": True},
+    ],
+    "prune magnitude": [{}, {"pattern": "4:8"}, {"scope": "layer", "sparsity": 0.3}],
+    "prune wanda": [{"sparsity": 0.7}, {"pattern": "2:4"}],
+    "distill logits": [
+        {"updates": 3, "length_tokens": 32, "batch_sequences": 2},
+        {"source": SAMPLE_TEXT, "sequences": 8, "updates": 2, "length_tokens": 16, "alpha": 0.5, "temperature": 2.0},
+    ],
+    "quantize rtn": [
+        {},
+        {"num_bits": 3, "group_size": -1, "symmetric": False, "clip": "mse", "scale_dtype": "float32"},
+    ],
+    "quantize gptq": [
+        {"group_size": 32},
+        {"act_order": True, "symmetric": False, "num_bits": 8, "group_size": 16, "scale_dtype": "float16"},
+        {"group_size": None, "num_bits": 2, "block_size": 8},
+    ],
+    "validate perplexity": [_WINDOWS],
+    "validate fidelity": [_WINDOWS],
+    "validate footprint": [{"new_tokens": 2, "repeats": 1, "threads": 1}],
+    "register release": [{}, {"alias": "candidate"}],
+    "register vllm": [{}, {"kv_cache_dtype": "fp8", "block_size": 32}],
+}
+
+# Each bug, and the check that must name it.
+BUGS = {
+    seeded_bugs.Mutates: "L3 pure",
+    seeded_bugs.MutatesStatistic: "L3 pure",
+    seeded_bugs.GlobalRandom: "C7 surroundings",
+    seeded_bugs.HiddenGlobalRandom: "C8 deterministic",
+    seeded_bugs.Nondeterministic: "C8 deterministic",
+    seeded_bugs.LosesZeros: "L6 keeps zeros",
+    seeded_bugs.PrunesNothing: "L7 prunes",
+    seeded_bugs.UndeclaredNeed: "L2 needs",
+    seeded_bugs.NotANumber: "L5 finite",
+    seeded_bugs.Transposed: "L4 form",
+    seeded_bugs.WrongPattern: "L8 pattern",
+    seeded_bugs.GradModeLeft: "C7 surroundings",
+    seeded_bugs.Undescribed: "C1 complete",
+    seeded_bugs.Unbounded: "C2 bounded",
+    seeded_bugs.Thawed: "C4 frozen",
+    seeded_bugs.Stateful: "C4 frozen",
+    seeded_bugs.Lax: "C5 closed",
+    seeded_bugs.RefusesParameters: "C6 planning",
+    seeded_torch_import.ImportsTorch: "C6 planning",
+    seeded_bugs.WrongEncoding: "L11 weight is encoding",
+    seeded_bugs.OutOfRange: "L10 grid",
+    seeded_bugs.OtherScheme: "L9 encoding",
+    seeded_bugs.NoEncoding: "L9 encoding",
+    seeded_bugs.Useless: "L13 useful",
+    seeded_bugs.ForgetsMask: "M3 keeps what it claims",
+    seeded_bugs.SeedsGlobally: "C7 surroundings",
+    seeded_bugs.WritesTeacher: "C9 inputs untouched",
+    seeded_bugs.PercentProgress: "M4 progress",
+    seeded_bugs.IgnoresSeed: "S3 seed",
+    seeded_bugs.Int32Tokens: "S2 tokens",
+    seeded_bugs.PadsWithMinusOne: "S2 tokens",
+    seeded_bugs.TimeStamped: "C8 deterministic",
+    seeded_bugs.PathInProvenance: "S4 storable",
+    seeded_bugs.Unmeasured: "E2 declared",
+    seeded_bugs.Undeclared: "E2 declared",
+    seeded_bugs.Unfair: "E4 fair",
+    seeded_bugs.InfiniteMetric: "E3 finite",
+    seeded_bugs.Drifts: "C8 deterministic",
+    seeded_bugs.Forgets: "P2 finds",
+    seeded_bugs.AddsFile: "P1 publishes",
+    seeded_bugs.Renamed: "P3 idempotent",
+    seeded_bugs.Overwrites: "P4 immutable",
+    seeded_bugs.BrokenYaml: "V2 files",
+    seeded_bugs.EscapesFolder: "V2 files",
+    seeded_bugs.TimeInFile: "V1 renders",
+    seeded_bugs.NoVersions: "V4 versions",
+    seeded_bugs.Crashes: "V3 refuses",
+}
+RIGHT = [
+    seeded_bugs.Halve,
+    seeded_bugs.Eight,
+    seeded_bugs.Nudge,
+    seeded_bugs.Firsts,
+    seeded_bugs.Bytes,
+    seeded_bugs.WholePublisher,
+    seeded_bugs.Engine,
+]
+
+
+@cache
+def installed() -> Methods:
+    return discover()
+
+
+def first_party_names() -> set[str]:
+    ours = (method for method in installed().installed.values() if method.cls.__module__.startswith("orchestrator_"))
+    return {f"{method.cls.stage} {method.cls.name}" for method in ours}
+
+
+def test_every_first_party_method_is_tried_here() -> None:
+    assert first_party_names() == FIRST_PARTY.keys()
+    assert [broken for broken in installed().broken if broken.origin.distribution == "compression-orchestrator"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [pytest.param(name, values, id=f"{name} {n}") for name, entries in FIRST_PARTY.items() for n, values in enumerate(entries)],
+)
+def test_first_party_method_conforms(name: str, parameters: dict[str, object]) -> None:
+    by_name = {f"{method.cls.stage} {method.cls.name}": method.cls for method in installed().installed.values()}
+    check_method(by_name[name].model_validate(parameters))
+
+
+@pytest.mark.parametrize("method", RIGHT, ids=lambda cls: cls.__name__)
+def test_method_without_bug_conforms(method: type[Method]) -> None:
+    check_method(method())
+
+
+@pytest.mark.parametrize(("method", "check"), BUGS.items(), ids=[cls.__name__ for cls in BUGS])
+def test_seeded_bug_is_named_by_its_check(method: type[Method], check: str) -> None:
+    with pytest.raises(AssertionError) as caught:
+        check_method(method())
+    failed = [line.strip().partition(":")[0] for line in str(caught.value).splitlines()[1:]]
+    assert check in failed, str(caught.value)
+    assert len(failed) == 1 or method in (seeded_bugs.LosesZeros, seeded_bugs.GlobalRandom), str(caught.value)
+
+
+def test_seeded_bugs_cover_all_kinds_of_checks() -> None:
+    assert set(BUGS.values()) <= CHECKS.keys()
+    assert {check[0] for check in BUGS.values()} == {check[0] for check in CHECKS}
+
+
+def test_all_failures_of_a_method_are_told_at_once() -> None:
+    class Several(seeded_bugs.Mutates):
+        _seen: int = 0
+        strength: float = seeded_bugs.Unbounded.model_fields["strength"]
+
+    with pytest.raises(AssertionError) as caught:
+        check_method(Several())
+    assert all(check in str(caught.value) for check in ("C2 bounded", "C4 frozen", "L3 pure"))
+
+
+def test_class_instead_of_instance_is_refused_with_a_sentence() -> None:
+    with pytest.raises(AssertionError, match="takes an instance"):
+        check_method(seeded_bugs.Halve)  # type: ignore[arg-type]
+
+
+def test_kit_runs_in_a_plain_python_process_without_pytest(tmp_path: Path) -> None:
+    code = """
+import sys
+from orchestrator.testing import check_method
+assert "torch" not in sys.modules, "importing the kit imports torch"
+from tests.seeded_bugs import Halve
+check_method(Halve())
+assert "pytest" not in sys.modules
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,261 @@
+"""Planning: everything a user can get wrong is found here, and fingerprints change exactly when results may."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.artifact import ArtifactStore
+from orchestrator.errors import OrchestratorError, PreflightError, SpecError
+from orchestrator.plan import Plan, make_plan
+from orchestrator.plugins import Methods, discover
+from orchestrator.status import statuses
+from tests.tiny import make_model
+
+CHAIN = """\
+version: 1
+name: chain
+model: {id: model}
+steps:
+  - calibrate: text
+    with: {source: text.txt, sequences: 4, length_tokens: 16}
+  - prune: wanda
+    with: {sparsity: 0.5}
+  - quantize: gptq
+    with: {num_bits: 4, group_size: 32}
+  - validate: perplexity
+    with: {source: text.txt, length_tokens: 16}
+    require: {perplexity_ratio: {max: 2}}
+  - register: release
+    engines: [{vllm: {gpu_memory_gib: 8, max_model_len: 32}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def methods() -> Methods:
+    return discover()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("plan") / "model")
+
+
+@pytest.fixture
+def planner(tmp_path: Path, model: Path, methods: Methods) -> Callable[[str], Plan]:
+    """A function that plans a specification beside a copy of the model and some text."""
+    (tmp_path / "model").mkdir()
+    for file in model.iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "text.txt").write_text("some words to read. " * 200, encoding="utf-8")
+
+    def plan(text: str) -> Plan:
+        (tmp_path / "spec.yaml").write_text(text, encoding="utf-8")
+        return make_plan(tmp_path / "spec.yaml", methods, tmp_path / "home")
+
+    return plan
+
+
+def refused(plan: Callable[[str], Plan], text: str, kind: type[OrchestratorError] = SpecError) -> str:
+    with pytest.raises(kind) as caught:
+        plan(text)
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+def fingerprints(plan: Plan) -> list[str]:
+    return [step.fingerprint for step in plan.steps]
+
+
+def test_planning_twice_gives_the_same_fingerprints_and_writes_nothing(
+    planner: Callable[[str], Plan], tmp_path: Path
+) -> None:
+    assert fingerprints(planner(CHAIN)) == fingerprints(planner(CHAIN))
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "first_changed"),
+    [
+        ("sequences: 4", "sequences: 5", 0),
+        ("sparsity: 0.5", "sparsity: 0.4", 1),
+        ("num_bits: 4", "num_bits: 8", 2),
+        ("length_tokens: 16}\n    require", "length_tokens: 8}\n    require", 3),
+        ("max_model_len: 32", "max_model_len: 16", 4),
+    ],
+)
+def test_a_changed_parameter_changes_its_step_and_those_that_read_it(
+    planner: Callable[[str], Plan], old: str, new: str, first_changed: int
+) -> None:
+    before, after = fingerprints(planner(CHAIN)), fingerprints(planner(CHAIN.replace(old, new, 1)))
+    changed = [index for index in range(5) if before[index] != after[index]]
+    downstream = {0: [0, 1, 2, 3, 4], 1: [1, 2, 3, 4], 2: [2, 3, 4], 3: [3], 4: [4]}
+    assert changed == downstream[first_changed]
+
+
+def test_gate_bounds_change_no_fingerprint(planner: Callable[[str], Plan]) -> None:
+    assert fingerprints(planner(CHAIN)) == fingerprints(planner(CHAIN.replace("max: 2", "max: 3")))
+
+
+def test_one_flipped_byte_of_model_or_text_changes_fingerprints(planner: Callable[[str], Plan], tmp_path: Path) -> None:
+    before = fingerprints(planner(CHAIN))
+    (tmp_path / "text.txt").write_text("some words to reae. " * 200, encoding="utf-8")
+    text_changed = fingerprints(planner(CHAIN))
+    assert all(a != b for a, b in zip(before[:4], text_changed[:4], strict=True))
+    weights = tmp_path / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert all(a != b for a, b in zip(text_changed, fingerprints(planner(CHAIN)), strict=True))
+
+
+def test_moving_the_folder_changes_no_fingerprint_but_the_release_address(
+    planner: Callable[[str], Plan], tmp_path: Path, methods: Methods
+) -> None:
+    before = fingerprints(planner(CHAIN))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("model", "text.txt", "spec.yaml"):
+        (tmp_path / name).rename(moved / name)
+    assert fingerprints(make_plan(moved / "spec.yaml", methods, tmp_path / "home"))[:4] == before[:4]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "said"),
+    [
+        ("prune: wanda", "prune: wnada", 7, 'did you mean "wanda"?'),
+        ("prune: wanda", "prune: gptq", 7, "belongs to stage quantize"),
+        ("{sparsity: 0.5}", "{sparsity: 1.5}", 8, "less than 1"),
+        ("{sparsity: 0.5}", "{sparsity: '0.5'}", 8, "valid number"),
+        ("{sparsity: 0.5}", "{sparsty: 0.5}", 8, 'did you mean "sparsity"?'),
+        ("group_size: 32", "group_size: 100", 10, "100"),
+        ("text.txt, length_tokens: 16}\n    require", "none.txt, length_tokens: 16}\n    require", 12, "none.txt"),
+        ("perplexity_ratio:", "perplexity_ration:", 13, "perplexity_ratio"),
+        ("{vllm:", "{vlm:", 15, 'did you mean "vllm"?'),
+        ("{vllm:", "{release:", 15, "no serving engine"),
+        ("register: release", "register: vllm", 14, "engines"),
+        ("max_model_len: 32", "max_model_len: 100000", 15, "max_model_len"),
+        ("with: {sparsity: 0.5}", "with: {sparsity: 0.5}\n    engines: [{vllm: {}}]", 9, "means nothing"),
+        ("with: {num_bits: 4, group_size: 32}", "with: {num_bits: 4, group_size: 32}\n    skip: [q_proj]", 11, "fuse"),
+        ("with: {num_bits: 4, group_size: 32}", "with: {num_bits: 4, group_size: 32}\n    skip: [nothing]", 11, "no layer"),
+        ("with: {num_bits: 4, group_size: 32}", "with: {num_bits: 4, group_size: 32}\n    skip: ['*']", 11, "every layer"),
+    ],
+)
+def test_a_mistake_is_answered_with_place_and_remedy(
+    planner: Callable[[str], Plan], tmp_path: Path, old: str, new: str, line: int, said: str
+) -> None:
+    assert old in CHAIN
+    with pytest.raises((SpecError, PreflightError)) as caught:
+        planner(CHAIN.replace(old, new, 1))
+    found = [str(problem) for problem in caught.value.problems]
+    assert any(p.startswith(f"{tmp_path / 'spec.yaml'}:{line}") and said in p for p in found), found
+
+
+def test_all_mistakes_come_at_once(planner: Callable[[str], Plan]) -> None:
+    text = CHAIN.replace("wanda", "wnada").replace("group_size: 32", "group_size: 7").replace("{vllm:", "{vlm:")
+    message = refused(planner, text.replace("id: model", "id: ./nowhere"))
+    assert all(word in message for word in ("wnada", "vlm", "nowhere"))
+
+
+def test_a_chain_that_loses_an_invariant_is_refused(planner: Callable[[str], Plan]) -> None:
+    prune, quantize = CHAIN.index("  - prune"), CHAIN.index("  - quantize")
+    rest = CHAIN.index("  - validate")
+    swapped = CHAIN[:prune] + CHAIN[quantize:rest] + CHAIN[prune:quantize] + CHAIN[rest:]
+    message = refused(planner, swapped)
+    assert "prune wanda would destroy the grid that quantize gptq established" in message
+    assert "put prune wanda before quantize gptq" in message
+
+
+def test_a_method_that_needs_calibration_says_so(planner: Callable[[str], Plan]) -> None:
+    start, end = CHAIN.index("  - calibrate"), CHAIN.index("  - prune")
+    assert "put a calibrate step before" in refused(planner, CHAIN[:start] + CHAIN[end:])
+
+
+def _truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+
+
+def _garbage(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+
+
+def _pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def _remote_code(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (_truncate, "damaged"),
+        (_garbage, "cannot be read"),
+        (_pickle, "pickle"),
+        (_no_config, "config.json"),
+        (_remote_code, "remote code"),
+    ],
+)
+def test_an_unusable_checkpoint_is_refused(
+    planner: Callable[[str], Plan], tmp_path: Path, harm: Callable[[Path], None], said: str
+) -> None:
+    planner(CHAIN)
+    harm(tmp_path / "model")
+    message = refused(planner, CHAIN, PreflightError)
+    assert said in message
+    assert f"{tmp_path / 'spec.yaml'}:3: model.id" in message
+
+
+def test_a_model_that_cannot_be_had_is_refused(
+    planner: Callable[[str], Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "hub" in refused(planner, CHAIN.replace("id: model", "id: nobody/nothing"), PreflightError)
+
+
+def test_why_says_what_changed(planner: Callable[[str], Plan], tmp_path: Path) -> None:
+    from orchestrator.status import remember
+
+    store = ArtifactStore(tmp_path / "home")
+    plan = planner(CHAIN)
+    assert {status.why for status in statuses(plan, store)} == {"not run yet"}
+    remember(plan, store.home)
+    changed = planner(CHAIN.replace("sparsity: 0.5", "sparsity: 0.4"))
+    assert statuses(changed, store)[1].why == "changed: parameters.sparsity"
+    assert statuses(changed, store)[2].why == "changed: inputs.model"
+
+
+def test_help_methods_and_plan_import_no_torch(planner: Callable[[str], Plan], tmp_path: Path) -> None:
+    planner(CHAIN)
+    program = (
+        "import sys, contextlib, io\n"
+        "from orchestrator.cli import app\n"
+        "for arguments in (['--help'], ['methods'], ['plan', sys.argv[1]]):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()):\n"
+        "        app(arguments, standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'mlflow', 'prefect'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "spec.yaml")],
+        env={**os.environ, "ORCHESTRATOR_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,156 @@
+"""The first-party serving plugins: the vLLM configuration file, and publishing a release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from orchestrator_serving import ORCHESTRATOR_API, register_methods
+from orchestrator_serving.release import Release
+from orchestrator_serving.vllm import VLLM
+from packaging.specifiers import SpecifierSet
+from pydantic import ValidationError
+
+from orchestrator.api import API_VERSION, ModelShape, PreflightError, PublishError, SpecError, Stage
+from orchestrator.serving import GIB, plan_kv
+from tests.test_serving import DEEPSEEK_V3, GPT_OSS_120B, LLAMA_8B
+
+# Every key of the file, as a flag of `vllm serve` in vLLM 0.30 to 0.33.
+VLLM_FLAGS = {
+    "model",
+    "dtype",
+    "max-model-len",
+    "block-size",
+    "gpu-memory-utilization",
+    "kv-cache-dtype",
+    "max-num-seqs",
+    "enable-prefix-caching",
+}
+
+
+def render(engine: VLLM, config: dict[str, Any], weight_bytes: int = 5 * GIB) -> tuple[dict[str, Any], str]:
+    shape = ModelShape.from_config(config)
+    files = engine.render(shape, plan_kv(shape, weight_bytes=weight_bytes, **engine.budget()))
+    assert list(files) == ["vllm.yaml"]
+    text = files["vllm.yaml"]
+    parsed = yaml.safe_load(text)
+    assert isinstance(parsed, dict)
+    return parsed, text
+
+
+def test_both_methods_enter_by_the_door_of_every_plugin() -> None:
+    assert register_methods() == [Release, VLLM]
+    assert API_VERSION in SpecifierSet(ORCHESTRATOR_API)
+    assert {(method.stage, method.name) for method in register_methods()} == {
+        (Stage.REGISTER, "release"),
+        (Stage.REGISTER, "vllm"),
+    }
+
+
+def test_the_file_says_what_was_calculated() -> None:
+    engine = VLLM(memory_utilization=0.5, max_model_len=8192)
+    settings, text = render(engine, LLAMA_8B)
+    assert settings == {
+        "model": ".",
+        "dtype": "bfloat16",
+        "max-model-len": 8192,
+        "block-size": 16,
+        "gpu-memory-utilization": 0.5,
+        "kv-cache-dtype": "auto",
+        "max-num-seqs": 6,
+        "enable-prefix-caching": True,
+    }
+    assert set(settings) == VLLM_FLAGS
+    assert "#   2 (K and V) x 32 layers x 8 KV heads x 128 x 2 bytes (bfloat16) = 131072 bytes per token\n" in text
+    assert "fp8" not in text
+    assert render(engine, LLAMA_8B) == (settings, text)
+
+
+def test_fp8_doubles_what_fits_and_names_its_missing_scales() -> None:
+    settings, text = render(VLLM(memory_utilization=0.5, max_model_len=8192, kv_cache_dtype="fp8_e4m3"), LLAMA_8B)
+    assert (settings["kv-cache-dtype"], settings["max-num-seqs"]) == ("fp8_e4m3", 12)
+    assert "no fp8 KV scales" in text
+
+
+def test_the_number_of_sequences_is_bounded() -> None:
+    assert render(VLLM(max_model_len=16), LLAMA_8B)[0]["max-num-seqs"] == 1024
+    assert render(VLLM(max_model_len=16, max_num_seqs=7), LLAMA_8B)[0]["max-num-seqs"] == 7
+    assert render(VLLM(max_model_len=131072), LLAMA_8B)[0]["max-num-seqs"] == 1
+    assert render(VLLM(prefix_caching=False), LLAMA_8B)[0]["enable-prefix-caching"] is False
+    with pytest.raises(ValidationError):
+        VLLM(max_num_seqs=1025)
+
+
+def test_a_float32_checkpoint_is_served_in_bfloat16_and_the_file_says_so() -> None:
+    settings, text = render(VLLM(), {**LLAMA_8B, "torch_dtype": "float32"})
+    assert (settings["dtype"], settings["kv-cache-dtype"]) == ("bfloat16", "auto")
+    assert "The checkpoint is float32" in text
+
+
+def test_a_16_bit_cache_has_only_the_models_own_type() -> None:
+    assert render(VLLM(kv_cache_dtype="bfloat16"), LLAMA_8B)[0]["kv-cache-dtype"] == "auto"
+    with pytest.raises(SpecError, match="in bfloat16 or fp8, not in float16"):
+        render(VLLM(kv_cache_dtype="float16"), LLAMA_8B)
+
+
+def test_latent_attention_needs_the_block_that_its_kernels_use() -> None:
+    with pytest.raises(SpecError, match="block_size: 64"):
+        render(VLLM(), DEEPSEEK_V3)
+    assert render(VLLM(block_size=64), DEEPSEEK_V3)[0]["block-size"] == 64
+
+
+def test_a_model_with_windows_gets_a_lower_bound() -> None:
+    assert "lower bound" in render(VLLM(), GPT_OSS_120B)[1]
+
+
+@pytest.mark.parametrize("wrong", [{"block_size": 17}, {"kv_cache_dtype": "fp9"}, {"calculate_kv_scales": True}])
+def test_what_vllm_does_not_know_is_refused_in_the_specification(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        VLLM(**wrong)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    (folder / "serving").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    (folder / "serving" / "vllm.yaml").write_text("model: .\n", encoding="utf-8")
+    return folder
+
+
+def check_publishing(method: Release, bundle: Path) -> None:
+    method.preflight()
+    assert method.find("tiny/1") is None
+    made = method.publish(bundle, {"name": "tiny"}, "tiny/1")
+    assert [file.key for file in made.files] == ["model.safetensors", "serving/vllm.yaml"]
+    assert made.manifest == {"name": "tiny"}
+    assert method.find("tiny/1") == made
+    assert method.publish(bundle, {"name": "tiny"}, "tiny/1") == made
+    (bundle / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(PublishError):
+        method.publish(bundle, {"name": "tiny"}, "tiny/1")
+    assert method.find("tiny/1") == made
+
+
+def test_a_release_in_a_folder(bundle: Path, tmp_path: Path) -> None:
+    check_publishing(Release(uri=(tmp_path / "releases").as_uri(), alias="candidate"), bundle)
+
+
+def test_a_release_in_a_bucket(bundle: Path, s3_bucket: str) -> None:
+    check_publishing(Release(uri=f"s3://{s3_bucket}/models"), bundle)
+
+
+def test_a_store_that_cannot_be_used_is_found_before_any_compute(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    with pytest.raises(PreflightError):
+        Release(uri=(tmp_path / "file" / "releases").as_uri()).preflight()
+    with pytest.raises(SpecError):
+        Release(uri="ftp://host/releases").preflight()
+
+
+def test_the_default_place_is_the_cores_to_fill_in(bundle: Path) -> None:
+    Release().preflight()
+    with pytest.raises(ValueError, match="core must fill in"):
+        Release().publish(bundle, {}, "tiny/1")
