@@ -172,11 +172,16 @@ class Checkpoint:
         return digest_of({name: sha256(self.path / name) for name in self.model_files()})
 
     @property
+    def dtype_name(self) -> str:
+        """The torch name of the dtype in which the model is loaded and plain weights are written."""
+        return self.stored_dtype if self.dtype == "auto" else self.dtype
+
+    @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype in which the model is loaded."""
+        """The same as torch knows it."""
         import torch
 
-        return getattr(torch, self.stored_dtype if self.dtype == "auto" else self.dtype)  # type: ignore[no-any-return]
+        return getattr(torch, self.dtype_name)  # type: ignore[no-any-return]
 
     def load(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Load with stock Transformers, in eval mode. `dtype` defaults to the checkpoint's own.

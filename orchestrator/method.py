@@ -176,6 +176,13 @@ class LayerMethod(Method):
         """Return (parameter name, what is wrong) if this layer cannot be compressed. Called while planning."""
         return None
 
+    def for_dtype(self, dtype: str) -> LayerMethod:
+        """Return this method with what follows from the model's dtype ("bfloat16", ...) filled in. Called while planning.
+
+        Raises `SpecError` if the parameters contradict it.
+        """
+        return self
+
     def scheme(self) -> QuantScheme | None:
         """The quantization scheme of the result; None for a pruning method."""
         return None

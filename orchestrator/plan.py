@@ -118,6 +118,12 @@ def make_plan(
         check_chain(drafts, note)
         if source:
             for draft in drafts:
+                if isinstance(draft.method, LayerMethod):
+                    try:
+                        draft.method = draft.method.for_dtype(source[0].dtype_name)
+                        draft.parameters = _parameters(draft.method, digests)
+                    except OrchestratorError as error:
+                        note(error, (*draft.location, "with"))
                 check_against_model(draft, source[0], note)
     digests.save()
     if problems:

@@ -188,7 +188,7 @@ def _load(
 
 
 def _check_api(declared: object) -> None:
-    if declared is None:
+    if declared is None or not str(declared).strip():  # an empty specifier would accept every version to come
         raise PluginError('it declares no ORCHESTRATOR_API, e.g. ORCHESTRATOR_API = ">=1.0,<2"')
     try:
         accepted = SpecifierSet(str(declared))

@@ -29,6 +29,7 @@ from orchestrator.api import (
     Needs,
     PreflightError,
     Publisher,
+    PublishError,
     QuantizedWeight,
     QuantScheme,
     Release,
@@ -110,13 +111,10 @@ class Nondeterministic(Halve):
 
 
 class LosesZeros(Halve):
-    """Says that it keeps zeros, and shifts every weight that is left."""
+    """Says that it keeps zeros, and spares zeros that are there already, with a small number in their place."""
 
     def compress(self, weight_OI: torch.Tensor, statistic: InputMoment | None) -> LayerResult:
-        import torch
-
-        pruned_OI = halved(weight_OI)
-        return LayerResult(torch.where(pruned_OI.any(0), weight_OI - weight_OI.mean(1, keepdim=True), 0.0))
+        return LayerResult(halved(weight_OI.masked_fill(weight_OI == 0, 0.001)))
 
 
 class PrunesNothing(Halve):
@@ -460,6 +458,15 @@ class Renamed(WholePublisher):
 
     def publish(self, bundle: Path, manifest: Mapping[str, Any], name: str) -> Release:
         return super().publish(bundle, manifest, f"{name}-{next(_calls)}")
+
+
+class FailsOnRetry(WholePublisher):
+    """Takes its own release for somebody else's."""
+
+    def publish(self, bundle: Path, manifest: Mapping[str, Any], name: str) -> Release:
+        if self.find(name) is not None:
+            raise PublishError(f"{name} exists")
+        return super().publish(bundle, manifest, name)
 
 
 class Overwrites(WholePublisher):

@@ -155,19 +155,18 @@ def load() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def held_out(corpus: CorpusFiles, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Ids of 24 windows of 256 tokens from all over the held-out text."""
+    """The ids of the held-out text."""
     import torch
 
     text = corpus.valid.read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer.backend_tokenizer.encode(text).ids)
-    rows = ids[: len(ids) // 256 * 256].view(-1, 256)
-    return rows[:: len(rows) // 24][:24].flatten()
+    return torch.tensor(tokenizer.backend_tokenizer.encode(text).ids)
 
 
 def perplexity(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
+    """Of 24 windows from all over the text."""
     from orchestrator.quickstart.train import perplexity as measured
 
-    return measured(model, ids, 256)
+    return measured(model, ids, 256, 24)
 
 
 def test_the_model_folder_is_small_and_holds_what_hugging_face_folders_hold() -> None:
@@ -206,8 +205,8 @@ def test_python_source_survives_encoding_and_decoding(tokenizer: PreTrainedToken
 
 
 def test_the_dense_model_predicts_held_out_modules(held_out: torch.Tensor) -> None:
-    """README's figure over all held-out text is the reference; an untrained model is at 2048."""
-    assert perplexity(load(), held_out) < 20.0
+    """18.2 on these windows of Python 3.11; untrained it is 2048, and on the text it was trained on 9.5."""
+    assert 12 < perplexity(load(), held_out) < 22
 
 
 def test_damage_is_visible_and_grows_as_the_grid_coarsens(held_out: torch.Tensor) -> None:

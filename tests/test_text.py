@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +269,7 @@ def test_random_windows_are_distinct_pieces_of_the_text_without_overlap(
         assert len(found) == 1
         starts += found
     ordered = sorted(starts)
-    assert all(later - earlier >= length for earlier, later in zip(ordered, ordered[1:], strict=False))
+    assert all(later - earlier >= length for earlier, later in pairwise(ordered))
 
 
 def test_windows_depend_on_the_seed_alone_and_leave_random_state_as_it_was(tmp_path: Path, tokenizer: Any) -> None:

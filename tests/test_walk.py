@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import filecmp
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -273,39 +276,58 @@ def test_progress_reaches_one_and_never_falls(tmp_path: Path) -> None:
     assert shown == sorted(shown) and shown[-1] == 1.0 and len(shown) == 3
 
 
-def test_only_one_block_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    num_blocks = 8
-    checkpoint = Checkpoint(
-        make_model(tmp_path / "model", hidden_size=320, intermediate_size=1280, layers=num_blocks, tokenizer=False)
-    )
+_MEASURE_MEMORY = """
+import sys
+from pathlib import Path
+import torch
+from orchestrator.calibration import CalibrationSet
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.export import ModelWriter
+from orchestrator.method import LayerResult
+from orchestrator.walk import walk
+from tests.layer_methods import Identity
+from tests.tiny import make_tokens
+
+def private_bytes():
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
+
+peak = 0
+
+class Watch(Identity):
+    name = "watch"
+    def compress(self, weight_OI, statistic):
+        global peak
+        peak = max(peak, private_bytes())
+        return LayerResult(weight_OI)
+
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
     peak = 0
-
-    class Watch(Identity):
-        name = "watch"
-
-        def compress(self, weight_OI: torch.Tensor, statistic: InputMoment | None) -> LayerResult:
-            nonlocal peak
-            peak = max(peak, _private_bytes())
-            return LayerResult(weight_OI)
-
-    writer = ModelWriter(checkpoint, tmp_path / "out", max_shard_bytes=3_000_000)
-    _run(Checkpoint(make_model(tmp_path / "small")), Identity(), tmp_path / "warm-up", make_tokens(2, 16))
-    Identity.seen.clear()
-    start = _private_bytes()
-    walk(checkpoint, Watch(), CalibrationSet(make_tokens(2, 16), {}), writer)
+    writer = ModelWriter(Checkpoint(Path(folder)), Path(folder + "-out"), max_shard_bytes=3_000_000)
+    walk(writer.checkpoint, Watch(), CalibrationSet(make_tokens(2, 16), {}), writer)
     writer.finish()
-    block_bytes = 4 * sum(s.in_features * s.out_features for s in checkpoint.block_layers()) // num_blocks
-    hessian_bytes = 4 * (3 * 320**2 + 1280**2)
-    shard_bytes = 3_000_000
-    # One block in float32, its statistics, a pending shard with the copy being written, and temporaries.
-    assert peak - start < block_bytes + hessian_bytes + 2 * shard_bytes + block_bytes
-    assert peak - start < num_blocks * block_bytes / 2
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 5
+    print(peak)
+"""
 
 
-def _private_bytes() -> int:
-    """Anonymous memory of this process: what was allocated, without mapped files."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    pytest.skip("no RssAnon in /proc/self/status")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_memory_does_not_grow_with_the_depth_of_the_model(tmp_path: Path) -> None:
+    """In a fresh process, so that memory which other tests left behind hides nothing.
+
+    Every larger tensor gets pages of its own, so that what is measured is what the walk holds. With glibc's default
+    the heap of this small model fragments: the process grew by 38 MB over 24 blocks while 3 MB of tensors were alive.
+    """
+    folders = [
+        make_model(tmp_path / str(layers), layers=layers, hidden_size=320, intermediate_size=1280, tokenizer=False)
+        for layers in (6, 24)
+    ]
+    command = [sys.executable, "-c", _MEASURE_MEMORY, *map(str, folders)]
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root, env=environment)
+    shallow, deep = map(int, run.stdout.split())
+    block_bytes = 4 * sum(s.in_features * s.out_features for s in Checkpoint(folders[0]).block_layers()) // 6
+    # Holding the model would take 18 blocks more; holding it as stored, in two bytes, 9.
+    assert deep - shallow < 3 * block_bytes, (shallow, deep, block_bytes)
+    assert len(list((tmp_path / "24-out").glob("model-*.safetensors"))) > 5

@@ -43,7 +43,7 @@ def run(spec: Path, settings: Settings, observer: Observer) -> dict[str, Any]:
     execution = start(spec, discover(), settings, observer, "prefect")
     with finishing(execution):
         _prepare_environment(settings.home)
-        with _api() as url:
+        with _api(observer) as url:
             return _run_flow(execution, url)
 
 
@@ -61,7 +61,7 @@ def _prepare_environment(home: Path) -> None:
 
 
 @contextmanager
-def _api() -> Iterator[str]:
+def _api(observer: Observer) -> Iterator[str]:
     """Yield the address of a Prefect API that answers: the configured one, or an embedded server's."""
     try:
         from prefect.settings import get_current_settings
@@ -78,6 +78,7 @@ def _api() -> Iterator[str]:
         asyncio.run(check_api(url))
         yield url
         return
+    observer.note("starting a Prefect server for this run")
     with embedded_server() as server:
         import orchestrator_flows.pipeline  # noqa: F401 - takes a second, in which the server starts
 

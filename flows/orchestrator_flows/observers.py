@@ -6,8 +6,9 @@ import logging
 import time
 from typing import Any
 
+from orchestrator.outcome import StepOutcome
 from orchestrator.plan import Plan, Step
-from orchestrator.run import Observer, StepOutcome
+from orchestrator.run import Observer
 
 _LINE_SECONDS = 30.0  # between two progress lines
 

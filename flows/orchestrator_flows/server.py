@@ -8,6 +8,7 @@ the flow run's last state is recorded, and writes tracebacks to the terminal.
 from __future__ import annotations
 
 import os
+import re
 import select
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 from orchestrator.errors import PreflightError
 
 WITHOUT_PREFECT = "use --local to run without Prefect"
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b")  # how the last line of a traceback begins
 _REQUEST_SECONDS = 8.0
 _CHECK_SECONDS = 18.0
 _STOP_SECONDS = 60.0  # a server that is asked to stop while it starts first completes its database
@@ -50,10 +52,10 @@ class EmbeddedServer:
 
         self.process.wait(_STOP_SECONDS)
         self.log.seek(0)
-        said = [line.strip() for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
+        said = self.log.read().decode(errors="replace").splitlines()
+        reasons = [line for line in said if _EXCEPTION.match(line)] or said or ["it said nothing"]
         raise PreflightError(
-            f"the embedded Prefect server did not start (exit code {self.process.returncode}): "
-            f"{said[-1] if said else 'it said nothing'}",
+            f"the embedded Prefect server did not start (exit code {self.process.returncode}): {reasons[-1]}",
             remedy=f"its database is in {get_current_settings().home}; {WITHOUT_PREFECT}",
         )
 

@@ -42,7 +42,8 @@ class EmbeddedServer(uvicorn.Server):
 
 
 def _end_with_parent(server: EmbeddedServer) -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not through sys.stdin, whose lock a thread must not hold when the process ends
+        pass
     server.should_exit = True
     server.settled.wait()  # a migration that is cut off would leave a database that no server starts on
     time.sleep(_GRACE_SECONDS)

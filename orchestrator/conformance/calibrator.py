@@ -67,9 +67,9 @@ def _check_tokens(drawn: CalibrationSet, laboratory: Laboratory, findings: Findi
     low, high = int(tokens.min()), int(tokens.max())
     return findings.expect(
         "S2 tokens",
-        0 <= low and high < vocabulary,
-        f"tokens reach from {low} to {high}, the vocabulary from 0 to {vocabulary - 1}; use the tokenizer that `sample` "
-        "is given, and no padding",
+        low >= 0 and high < vocabulary,
+        f"tokens reach from {low} to {high}, the vocabulary from 0 to {vocabulary - 1}; use the tokenizer that "
+        "`sample` is given, and no padding",
     )
 
 

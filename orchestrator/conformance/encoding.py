@@ -29,11 +29,12 @@ def check_encoding(method: LayerMethod, label: str, result: LayerResult, finding
             "quantizing method returns a QuantScheme and a QuantizedWeight",
         )
         return
-    findings.expect(
+    if not findings.expect(
         "L9 encoding",
         encoding.scheme == scheme,
         f"the encoding of {label} has the scheme {encoding.scheme!r}, scheme() says {scheme!r}; make both the same",
-    )
+    ):
+        return
     unsupported = check_scheme(scheme)
     if not findings.expect("L9 encoding", unsupported is None, f"the scheme cannot be stored: {unsupported}"):
         return

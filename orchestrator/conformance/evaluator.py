@@ -81,9 +81,7 @@ def _twins(measured: Mapping[str, float]) -> set[str]:
     return {name for name in measured if TWIN + name in measured and not _noisy(name)}
 
 
-def _check_repeated(
-    one: Mapping[str, float], other: Mapping[str, float], names: set[str], findings: Findings
-) -> None:
+def _check_repeated(one: Mapping[str, float], other: Mapping[str, float], names: set[str], findings: Findings) -> None:
     for name in sorted(names):
         findings.expect(
             "C8 deterministic",

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 _SEED = 20_240_501
 _SENTENCES = 1500
-_SUBJECTS = "the model|a layer|every row|one column|the teacher|a student|the scale|this block|her cat|some engine".split("|")
-_VERBS = "keeps loses rounds prunes learns writes reads packs finds measures forgets scales".split()
-_OBJECTS = "its weights|a zero|the largest token|two of four|an outlier|nothing|the error|old text|all inputs".split("|")
+_SUBJECTS = ("the model", "a layer", "every row", "one column", "the teacher", "a student", "the scale", "her cat")
+_VERBS = ("keeps", "loses", "rounds", "prunes", "learns", "writes", "reads", "packs", "finds", "measures", "forgets")
+_OBJECTS = ("its weights", "a zero", "the largest token", "two of four", "an outlier", "nothing", "the error", "all")
 _VOCABULARY = 384
 
 

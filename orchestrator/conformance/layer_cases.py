@@ -69,7 +69,7 @@ def cases(widths: list[int]) -> Iterator[LayerCase]:
     yield ordinary(8, wide)
     yield ordinary(1, narrow)
 
-    def changed(label: str, change: Callable[[torch.Tensor, torch.Tensor], None]) -> LayerCase:
+    def changed(label: str, change: Callable[[torch.Tensor, torch.Tensor], object]) -> LayerCase:
         case = ordinary(16, narrow)
         change(case.weight_OI, case.inputs_TI)
         return LayerCase(f"a layer {label} (16 x {narrow})", case.weight_OI, case.inputs_TI)

@@ -47,9 +47,11 @@ def check_layer_method(method: LayerMethod, findings: Findings) -> None:
     if Invariant.ZEROS in method.keeps:
         for case in pruned(widths):
             _check_case(method, case, findings)
-    if method.stage is Stage.QUANTIZE and not findings.failed("L1 runs"):
+    broken = any(map(findings.failed, ("L1 runs", "L2 needs", "L4 form")))
+    if method.stage is Stage.QUANTIZE and not broken:
         _check_useful(method, ordinary(64, widths[-1] if widths[-1] <= 256 else widths[0]), findings)
-    _check_determinism(method, ordinary(16, widths[0]), findings)
+    if not broken:
+        _check_determinism(method, ordinary(16, widths[0]), findings)
 
 
 def _check_refusal(method: LayerMethod, findings: Findings) -> None:
@@ -73,11 +75,14 @@ def _check_case(method: LayerMethod, case: LayerCase, findings: Findings) -> Non
     _check_pure(case, weight_OI, statistic, method.needs, findings)
     if not _has_form(case, result, findings):
         return
-    finite = bool(result.weight_OI.isfinite().all())
-    findings.expect("L5 finite", finite, f"the weight of {case.label} is not finite; guard divisions and logarithms")
     for name, value in result.metrics.items():
         number = isinstance(value, int | float) and math.isfinite(value)
         findings.expect("L5 finite", number, f"the metric {name} of {case.label} is {value!r}; return a finite float")
+    finite = bool(result.weight_OI.isfinite().all())
+    if not findings.expect(
+        "L5 finite", finite, f"the weight of {case.label} is not finite; guard divisions and logarithms"
+    ):
+        return  # what else could be said would follow from it
     _check_zeros(method, case, result, findings)
     if method.stage is Stage.QUANTIZE:
         check_encoding(method, case.label, result, findings)
@@ -177,9 +182,7 @@ def _check_zeros(method: LayerMethod, case: LayerCase, result: LayerResult, find
     if match:
         most, width = int(match[1]), int(match[2])
         num_out, num_in = result.weight_OI.shape
-        follows = num_in % width == 0 and bool(
-            (~zeros_OI).view(num_out, num_in // width, width).sum(-1).le(most).all()
-        )
+        follows = num_in % width == 0 and bool((~zeros_OI).view(num_out, num_in // width, width).sum(-1).le(most).all())
         findings.expect(
             "L8 pattern",
             follows,
@@ -224,7 +227,8 @@ def _check_determinism(method: LayerMethod, case: LayerCase, findings: Findings)
     findings.expect(
         "C8 deterministic",
         _same_result(first, third),
-        "the result of `compress` depends on the global random seed; draw from a torch.Generator seeded with a parameter",
+        "the result of `compress` depends on the global random seed; draw from a torch.Generator seeded with a "
+        "parameter",
     )
 
 

@@ -102,10 +102,8 @@ def _check_saved(
 
 
 def _check_invariants(method: ModelMethod, student: Checkpoint, folder: Path, findings: Findings) -> None:
-    kept = {}
-    if Invariant.ZEROS in method.keeps:
-        kept = {"zeros": {"pattern": "2:4"}}
-    claims = {"zeros": {}} if Invariant.ZEROS in method.provides else None
+    kept = {"zeros": {"pattern": "2:4"}} if Invariant.ZEROS in method.keeps else {}
+    claims: dict[str, dict[str, str]] | None = {"zeros": {}} if Invariant.ZEROS in method.provides else None
     remedy = "hold what `keeps` and `provides` claim (a mask after every update), or do not claim it"
     with findings.attempt("M3 keeps what it claims", f"holding the saved model against its claims ({remedy})"):
         check_artifact(student, Checkpoint(folder), kept, claims=claims)

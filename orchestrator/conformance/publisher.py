@@ -41,6 +41,12 @@ def check_publisher(method: Publisher, laboratory: Laboratory, findings: Finding
         )
     if findings.failed("P1 publishes"):
         return
+    if not findings.expect(
+        "P1 publishes",
+        release.uri.endswith(f"/{NAME}"),
+        f"the release {NAME} has the address {release.uri}; its address ends with its name",
+    ):
+        return
     with findings.attempt("P1 publishes", "`orchestrator pull` of the release"):
         root = release.uri.removesuffix(f"/{NAME}")
         fetched = laboratory.folder / "fetched"

@@ -28,7 +28,7 @@ TRAIN_FLOOR_BYTES = 1_000_000
 VALID_FLOOR_BYTES = 100_000
 
 _HELD_OUT_OF_256 = 26  # about a tenth of the names
-_SALT = "quickstart-73:"  # a tenth of the text, of a mixed kind, in 3.11 to 3.13 alike; chosen by sizes alone
+_SALT = "quickstart-73:"  # holds out a tenth of the text, of a mixed kind, in Python 3.11 to 3.13 alike
 _NOT_LIBRARY = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "_bundled", "lib-dynload"}
 )

@@ -117,11 +117,12 @@ def mean_loss(model: LlamaForCausalLM, ids_BT: torch.Tensor) -> torch.Tensor:
 
 
 def perplexity(model: LlamaForCausalLM, tokens_N: torch.Tensor, window: int, limit: int | None = None) -> float:
-    """Of consecutive windows without a start token, each predicted on its own; `limit` bounds their number."""
+    """Of consecutive windows without a start token, each predicted alone; at most `limit` of them, from all over."""
     import torch
 
     count = len(tokens_N) // window
-    rows_NT = tokens_N[: count * window].view(count, window)[:limit]
+    rows_NT = tokens_N[: count * window].view(count, window)
+    rows_NT = rows_NT[:: max(1, count // (limit or count))][:limit]
     with torch.inference_mode():
         losses = [mean_loss(model, ids_BT) * len(ids_BT) for ids_BT in torch.split(rows_NT, 16)]
     return math.exp(float(sum(losses)) / len(rows_NT))

@@ -48,7 +48,12 @@ class Logits(ModelMethod):
     length_tokens: int = Field(
         256, ge=2, le=1_048_576, description="Window length, tokens; longer calibration windows are cut to it."
     )
-    learning_rate: float = Field(5e-4, gt=0, le=1, description="Peak learning rate.")
+    learning_rate: float = Field(
+        5e-4,
+        gt=0,
+        le=1,
+        description="Peak learning rate. The default suits some million parameters; billions need 1e-5 to 1e-4.",
+    )
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Share of the updates with rising learning rate.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay, per unit of learning rate.")
     clip_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this global norm.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from orchestrator.api import Invariant, LayerMethod, LayerShape, QuantScheme
+from orchestrator.api import Invariant, LayerMethod, LayerShape, QuantScheme, SpecError
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +33,18 @@ class WeightOnly(LayerMethod):
     clip: Literal["none", "mse"] = Field(
         "none", description="Range of a group: its extremes, or the share of them with the least squared error."
     )
-    scale_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="Element type that scales are stored in; use the checkpoint's own."
+    scale_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Element type that scales are stored in: the model's own, which 'auto' stands for."
     )
+
+    def for_dtype(self, dtype: str) -> WeightOnly:
+        """Take the model's dtype for the scales: engines multiply in it, so another one would give other weights."""
+        if self.scale_dtype not in ("auto", dtype):
+            raise SpecError(
+                f"scale_dtype is {self.scale_dtype}, but the model is loaded in {dtype}",
+                remedy="leave scale_dtype out, or set the model's dtype",
+            )
+        return self.model_copy(update={"scale_dtype": dtype})
 
     def check_layer(self, layer: LayerShape) -> tuple[str, str] | None:
         """Refuse groups that do not fill the rows."""
@@ -53,8 +62,8 @@ class WeightOnly(LayerMethod):
         )
 
     def storage_dtype(self) -> torch.dtype:
-        """`scale_dtype` as torch knows it."""
+        """`scale_dtype` as torch knows it; bfloat16 for a method that was not planned for a model."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, self.scale_dtype)
+        dtype: torch.dtype = getattr(torch, "bfloat16" if self.scale_dtype == "auto" else self.scale_dtype)
         return dtype

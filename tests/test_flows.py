@@ -1,0 +1,493 @@
+"""Runs under Prefect: with the embedded server, against a real server, and deployed to a real worker.
+
+The pipeline is a throw-away plugin that counts tensors, so that what is tested is Prefect's side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import yaml
+
+from orchestrator.errors import GateError, OrchestratorError, PreflightError, StepError
+from orchestrator.home import Settings
+from tests.s3_server import free_port
+
+ROOT = Path(__file__).parents[1]
+DEPLOYMENTS = ROOT / "flows" / "prefect.yaml"
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 240  # for one thing to happen on a busy machine
+PLUGIN = '''
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from orchestrator.api import Evaluator, Stage, StepError, hookimpl
+
+ORCHESTRATOR_API = ">=1.0,<2"
+
+
+class Count(Evaluator):
+    """Counts tensors, slowly if asked to."""
+
+    stage: ClassVar[Stage] = Stage.VALIDATE
+    name: ClassVar[str] = "count"
+    paper: ClassVar[str] = "counting"
+    metrics: ClassVar[Mapping[str, str]] = {"tensors": "tensors", "dense_tensors": "tensors of the dense model"}
+    broken: bool = Field(False, description="Whether to fail.")
+    seconds: float = Field(0.0, ge=0, description="How long to take, seconds.")
+
+    def measure(self, candidate: Any, baseline: Any, context: Any) -> Mapping[str, float]:
+        if self.broken:
+            raise StepError("the counter is broken", remedy="mend it")
+        time.sleep(self.seconds)
+        return {"tensors": len(candidate.tensors), "dense_tensors": len(baseline.tensors)}
+
+
+@hookimpl
+def register_methods() -> list[type[Count]]:
+    return [Count]
+'''
+
+
+class Workplace:
+    """A folder with a model, specifications and an installed plugin; and the environment to run them in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.plugins = folder / "plugins"
+        self.home = folder / "home"
+        metadata = self.plugins / "tensor_counter-0.1.dist-info"
+        metadata.mkdir(parents=True)
+        (self.plugins / "tensor_counter.py").write_text(PLUGIN)
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: tensor-counter\nVersion: 0.1\n")
+        (metadata / "entry_points.txt").write_text("[orchestrator.plugins]\ncounter = tensor_counter\n")
+        model = folder / "model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        header = json.dumps({"weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
+        (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
+            "HOME": str(folder),  # no Prefect profiles of whoever runs the tests
+            "PWD": str(folder),
+            "PYTHONPATH": os.pathsep.join([str(self.plugins), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "ORCHESTRATOR_HOME": str(self.home),
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+            "DO_NOT_TRACK": "1",
+        }
+
+    @property
+    def with_prefect_home(self) -> dict[str, str]:
+        """The environment for Prefect's own commands."""
+        home = str(self.folder / "prefect")
+        return {**self.environment, "PREFECT_HOME": home, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.home, self.environment["MLFLOW_TRACKING_URI"])
+
+    def spec(self, name: str, last_step: dict[str, Any] | None = None) -> Path:
+        """Write a specification with two steps, of which the last one has these keys beside its stage."""
+        steps = [{"validate": "count"}, {"validate": "count", "with": {"seconds": 0.01}, **(last_step or {})}]
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({"version": 1, "name": name, "model": {"id": "model"}, "steps": steps}))
+        return path
+
+    def command_line(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start `orchestrator` in its own process group."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def servers(self) -> list[int]:
+        """Process ids of embedded servers that were started from here."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (process / "cmdline").read_bytes()
+                if b"orchestrator_flows.server_process" in command and (process / "cwd").readlink() == self.folder:
+                    found.append(int(process.name))
+            except OSError:  # it has ended
+                continue
+        return found
+
+    def query(self, sql: str) -> list[tuple[Any, ...]]:
+        """Ask the embedded server's database, which is at rest."""
+        with sqlite3.connect(self.home / "prefect" / "prefect.db") as database:
+            return database.execute(sql).fetchall()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    place = Workplace(tmp_path_factory.mktemp("flows"))
+    yield place
+    for server in place.servers():
+        os.kill(server, signal.SIGKILL)
+
+
+@contextmanager
+def running(
+    command: list[str], environment: dict[str, str], folder: Path, log: Path
+) -> Iterator[subprocess.Popen[Any]]:
+    """A process group that is gone when the block is left."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for(what: Callable[[], T | None], process: subprocess.Popen[Any], log: Path) -> T:
+    """Return what `what` returns once that is something; fail with the log if the process ends or time runs out."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        if (found := what()) is not None:
+            return found
+        if process.poll() is not None:
+            break
+        time.sleep(0.2)
+    pytest.fail(f"it did not happen; exit code {process.poll()}:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def server(workplace: Workplace) -> Iterator[str]:
+    """The address of a real Prefect server."""
+    import httpx
+
+    port, log = free_port(), workplace.folder / "server.log"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}/api"
+
+    def answers() -> bool | None:
+        try:
+            return httpx.get(f"{url}/health", timeout=5).status_code == 200 or None
+        except httpx.TransportError:
+            return None
+
+    with running(command, workplace.with_prefect_home, workplace.folder, log) as process:
+        wait_for(answers, process, log)
+        yield url
+
+
+@pytest.fixture
+def run_here(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[Path, str], tuple[dict[str, Any], Recorder]]]:
+    """Call the engine in this process, with the given PREFECT_API_URL."""
+    monkeypatch.syspath_prepend(str(workplace.plugins))
+    for name in ("HOME", "MLFLOW_TRACKING_URI", "DO_NOT_TRACK"):
+        monkeypatch.setenv(name, workplace.environment[name])
+    monkeypatch.setenv("PREFECT_HOME", str(workplace.folder / "prefect"))
+
+    def run(spec: Path, url: str) -> tuple[dict[str, Any], Recorder]:
+        from orchestrator_flows import engine
+
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()
+        recorder = Recorder()
+        return engine.run(spec, workplace.settings, recorder), recorder
+
+    yield run
+    monkeypatch.undo()
+    from prefect.context import refresh_global_settings_context
+
+    refresh_global_settings_context()
+
+
+class Recorder:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.finished: list[str] = []
+        self.notes: list[str] = []
+
+    def run_started(self, run_id: str, plan: Any) -> None: ...
+
+    def step_started(self, step: Any) -> None: ...
+
+    def step_progress(self, step: Any, fraction: float, message: str) -> None: ...
+
+    def step_finished(self, step: Any, outcome: Any) -> None:
+        self.finished.append(step.label)
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def client(url: str) -> Any:
+    from prefect.client.orchestration import SyncPrefectClient
+
+    return SyncPrefectClient(api=url)
+
+
+def flow_runs(url: str, name_prefix: str) -> list[Any]:
+    with client(url) as api:
+        return [run for run in api.read_flow_runs() if run.name.startswith(name_prefix)]
+
+
+def task_runs(url: str, flow_run_id: Any) -> list[Any]:
+    """The task runs of a flow run, once the server has recorded their end, which it does with a delay."""
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    only = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with client(url) as api:
+        while True:
+            runs = api.read_task_runs(flow_run_filter=only)
+            if (len(runs) == 2 and all(run.state.is_final() for run in runs)) or time.monotonic() > deadline:
+                return sorted(runs, key=lambda run: run.start_time)
+            time.sleep(0.2)
+
+
+# With the embedded server -------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_the_embedded_server_is_recorded_and_leaves_neither_noise_nor_processes(
+    workplace: Workplace,
+) -> None:
+    spec = workplace.spec("Counted_twice")
+    process = workplace.command_line("run", str(spec), "--json")
+    stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, stderr
+    assert workplace.servers() == []
+    document = json.loads(stdout)
+    assert [step["metrics"]["tensors"] for step in document["steps"]] == [1, 1]
+    for noise in ("Traceback", "prefect.", "| INFO", "| ERROR", "sqlalchemy"):
+        assert noise not in stderr
+
+    name = f"Counted_twice-{document['run']}"
+    assert workplace.query("select name, state_type, parameters from flow_run") == [
+        (name, "COMPLETED", json.dumps({"spec": str(spec)}))
+    ]
+    tasks = workplace.query("select name, state_type, tags, cache_key from task_run")
+    assert tasks == [("validate count", "COMPLETED", '["validate"]', None)] * 2
+    tables = workplace.query("select key, data from artifact where type = 'table'")
+    assert [key for key, _ in tables] == ["counted-twice-metrics"]
+    assert json.loads(json.loads(tables[0][1])) == [{"metric": "tensors", "dense": "1", "compressed": "1"}]
+    messages = [message for (message,) in workplace.query("select message from log")]
+    assert any(document["steps"][1]["artifact"]["digest"][:12] in message for message in messages)
+    results = [json.loads(path.read_text()) for path in (workplace.home / "prefect" / "storage").iterdir()]
+    assert document in results  # and every result is JSON
+
+
+def test_ctrl_c_ends_step_and_server_at_once_and_is_recorded(workplace: Workplace) -> None:
+    process = start_slow_run(workplace, "interrupted")
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert workplace.servers() == []
+    states = workplace.query("select state_type from flow_run where name like 'interrupted-%'")
+    assert states == [("CRASHED",)]
+    assert list((workplace.home / "staging").iterdir()) == []
+
+
+def test_the_embedded_server_ends_when_the_run_is_killed(workplace: Workplace) -> None:
+    process = start_slow_run(workplace, "killed")
+    servers = workplace.servers()
+    assert len(servers) == 1
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=PATIENCE_SECONDS)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while workplace.servers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workplace.servers() == []
+
+
+def start_slow_run(workplace: Workplace, name: str) -> subprocess.Popen[str]:
+    """Start a run whose last step takes for ever, and wait until it computes."""
+    spec = workplace.spec(name, {"with": {"seconds": 3600.0}})
+    process = workplace.command_line("run", str(spec))
+    assert process.stderr
+    for line in process.stderr:
+        if line.startswith("2/2"):
+            time.sleep(0.5)
+            return process
+    pytest.fail(f"the run ended: {process.wait()}")
+
+
+def test_an_embedded_server_that_cannot_start_says_why(workplace: Workplace, tmp_path: Path) -> None:
+    spec = workplace.spec("unstartable")
+    folder = tmp_path / "prefect"
+    folder.mkdir()
+    (folder / "prefect.db").write_bytes(b"this is no database, " * 100)
+    environment, workplace.environment = workplace.environment, {**workplace.environment, "PREFECT_HOME": str(folder)}
+    try:
+        process = workplace.command_line("run", str(spec))
+    finally:
+        workplace.environment = environment
+    _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == PreflightError.exit_code, stderr
+    assert "file is not a database" in stderr
+    assert str(folder) in stderr and "--local" in stderr
+    assert "Traceback" not in stderr
+    assert workplace.servers() == []
+
+
+# Against a server ---------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_step_fails_its_task_and_its_flow_and_comes_out_as_it_was_raised(
+    workplace: Workplace, server: str, run_here: Any
+) -> None:
+    spec = workplace.spec("broken", {"with": {"broken": True}})
+    with pytest.raises(StepError) as caught:
+        run_here(spec, server)
+    (problem,) = caught.value.problems
+    assert (problem.what, problem.remedy) == ("the counter is broken", "mend it")
+    assert problem.where and problem.where.startswith(f"{spec}:")
+    (flow_run,) = flow_runs(server, "broken-")
+    assert flow_run.state.is_failed() and "the counter is broken" in flow_run.state.message
+    first, last = task_runs(server, flow_run.id)
+    assert first.state.is_completed()
+    assert last.state.is_failed() and "the counter is broken" in last.state.message
+    assert last.run_count == 1  # no retry mends it
+
+
+def test_a_violated_gate_comes_out_with_its_exit_code_and_its_numbers_are_shown(
+    workplace: Workplace, server: str, run_here: Any
+) -> None:
+    spec = workplace.spec("gated", {"require": {"tensors": {"min": 2.0}}})
+    with pytest.raises(GateError, match="tensors is 1, min allowed is 2") as caught:
+        run_here(spec, server)
+    assert caught.value.exit_code == 5
+    (flow_run,) = flow_runs(server, "gated-")
+    assert flow_run.state.is_failed()
+    with client(server) as api:
+        tables = [artifact for artifact in api.read_artifacts() if artifact.key == "gated-metrics"]
+    assert [table.flow_run_id for table in tables] == [flow_run.id]
+
+
+def test_a_second_run_finds_everything_in_the_store(workplace: Workplace, server: str, run_here: Any) -> None:
+    spec = workplace.spec("twice")
+    run_here(spec, server)
+    document, recorder = run_here(spec, server)
+    assert [step["cached"] for step in document["steps"]] == [True, True]
+    assert recorder.finished == ["validate count"] * 2
+    assert {run.state.type.value for run in flow_runs(server, "twice-")} == {"COMPLETED"}
+
+
+@pytest.mark.parametrize("answering", [False, True], ids=["refused", "silent"])
+def test_an_unreachable_server_is_a_preflight_error(
+    workplace: Workplace, run_here: Any, monkeypatch: pytest.MonkeyPatch, answering: bool
+) -> None:
+    from orchestrator_flows import server
+
+    monkeypatch.setattr(server, "_CHECK_SECONDS", 2.0)
+    spec = workplace.spec("unreachable")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        if not answering:
+            listener.close()
+        with pytest.raises(PreflightError) as caught:
+            run_here(spec, f"http://user:secret@127.0.0.1:{port}/api")
+    message = str(caught.value)
+    assert f"http://127.0.0.1:{port}/api" in message and "secret" not in message
+    assert "PREFECT_API_URL" in message and "--local" in message
+
+
+def test_a_wrong_specification_is_found_before_any_server_is_asked(workplace: Workplace, run_here: Any) -> None:
+    spec = workplace.spec("wrong", {"with": {"secnods": 1}})
+    with pytest.raises(OrchestratorError, match="secnods") as caught:
+        run_here(spec, "http://127.0.0.1:9/api")
+    assert caught.value.exit_code == 2
+
+
+# Deployed -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_deployment_file_is_what_prefect_expects() -> None:
+    from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel
+    from prefect.flows import load_flow_from_entrypoint
+
+    data = yaml.safe_load(DEPLOYMENTS.read_text())
+    PrefectYamlModel.model_validate(data)
+    assert set(data) <= set(PrefectYamlModel.model_fields)  # the model ignores what it does not know
+    (deployment,) = data["deployments"]
+    assert set(deployment) <= set(DeploymentConfig.model_fields)
+    flow: Any = load_flow_from_entrypoint(deployment["entrypoint"])
+    assert flow.name == "compress"
+    assert set(deployment["parameters"]) == set(flow.parameters.properties)
+
+
+def test_the_deployment_runs_on_a_process_worker(workplace: Workplace, server: str) -> None:
+    environment = {**workplace.with_prefect_home, "PREFECT_API_URL": server, "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    log = workplace.folder / "worker.log"
+    prefect = [sys.executable, "-m", "prefect"]
+    worker = [*prefect, "worker", "start", "--pool", "compression", "--type", "process"]
+    with running(worker, environment, workplace.folder, log) as process, client(server) as api:
+
+        def pool() -> bool | None:
+            return any(pool.name == "compression" for pool in api.read_work_pools()) or None
+
+        wait_for(pool, process, log)
+        subprocess.run(
+            [*prefect, "--no-prompt", "deploy", "--prefect-file", str(DEPLOYMENTS), "--all"],
+            env=environment,
+            cwd=workplace.folder,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            timeout=PATIENCE_SECONDS,
+        )
+        deployment = api.read_deployment_by_name("compress/compress")
+        assert [schedule.active for schedule in deployment.schedules] == [False]
+        spec = workplace.spec("deployed").relative_to(workplace.folder)
+        created = api.create_flow_run_from_deployment(deployment.id, parameters={"spec": str(spec)})
+
+        def ended() -> Any:
+            run = api.read_flow_run(created.id)
+            return run if run.state.is_final() else None
+
+        run = wait_for(ended, process, log)
+        assert run.state.is_completed(), f"{run.state}\n{log.read_text()[-3000:]}"
+        assert run.name.startswith("deployed-")
+        tasks = task_runs(server, created.id)
+        assert [task.name for task in tasks] == ["validate count"] * 2
+        assert all(task.state.is_completed() for task in tasks)
+        assert [artifact.flow_run_id for artifact in api.read_artifacts() if artifact.key == "deployed-metrics"] == [
+            created.id
+        ]
+    journal = workplace.home / "runs" / f"{run.name.removeprefix('deployed-')}.jsonl"
+    events = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert events[0]["engine"] == "prefect" and events[-1]["event"] == "run finished"
+    digests = [event["digest"] for event in events if event["event"] == "step finished"]
+    assert len(digests) == 2
+    for digest in digests:
+        assert (workplace.home / "artifacts" / digest / "manifest.json").is_file()
