@@ -278,10 +278,11 @@ def _print_result(document: Mapping[str, Any], settings: Settings) -> None:
     rows = metric_rows(document["steps"])
     if rows:
         table = Table(title=document["pipeline"], title_justify="left")
-        for heading in ("", "dense", "compressed"):
+        for heading in ("", "dense", "compressed", "ratio"):
             table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
         for row in rows:
-            table.add_row(row.name.replace("_", " "), shown(row.name, row.dense), shown(row.name, row.compressed))
+            name = row.name.replace("_", " ")
+            table.add_row(name, shown(row.name, row.dense), shown(row.name, row.compressed), shown("ratio", row.ratio))
         console.print(table)
     models = [step for step in document["steps"] if step["stage"] in ("prune", "distill", "quantize")]
     if models:

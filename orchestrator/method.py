@@ -177,7 +177,7 @@ class LayerMethod(Method):
         return None
 
     def for_dtype(self, dtype: str) -> LayerMethod:
-        """Return this method with what follows from the model's dtype ("bfloat16", ...) filled in. Called while planning.
+        """Return this method with what follows from the model's dtype (as "bfloat16") filled in, while planning.
 
         Raises `SpecError` if the parameters contradict it.
         """

@@ -72,9 +72,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(
-                checkpoint.path, local_files_only=True, trust_remote_code=False
-            )
+            return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust tokenizer raises bare Exception
         raise PreflightError(
             f"{checkpoint.path} has no tokenizer that Transformers can read: {_first_line(error)}",

@@ -7,38 +7,48 @@ from dataclasses import dataclass
 from typing import Any
 
 DENSE = "dense_"
+RATIO = "_ratio"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A metric of the compressed model, and of the dense one where that was measured too."""
+    """A metric of the compressed model; where they were measured, the dense model's and compressed / dense."""
 
     name: str
     dense: float | None
     compressed: float
+    ratio: float | None
 
 
 def metric_rows(outcomes: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Return the rows of the validate steps among a run's steps (as `run --json` has them).
 
-    A metric ``dense_NAME`` stands beside NAME. The last step that measured a name wins.
+    ``dense_NAME`` and ``NAME_ratio`` stand beside NAME. The last step that measured a name wins.
     """
     measured: dict[str, float] = {}
     for outcome in outcomes:
         if outcome["stage"] == "validate":
             measured |= outcome["metrics"]
+    beside = {name for name in measured if _base(name) in measured}
     return [
-        Row(name, measured.get(DENSE + name), value)
+        Row(name, measured.get(DENSE + name), value, measured.get(name + RATIO))
         for name, value in measured.items()
-        if not (name.startswith(DENSE) and name.removeprefix(DENSE) in measured)
+        if name not in beside
     ]
+
+
+def _base(name: str) -> str | None:
+    """The metric beside which this one stands, if it has the name of one that does."""
+    if name.startswith(DENSE):
+        return name.removeprefix(DENSE)
+    return name.removesuffix(RATIO) if name.endswith(RATIO) else None
 
 
 def shown(name: str, value: float | None) -> str:
     """A number as people read it; names ending in _bytes or bytes_on_disk get a unit."""
     if value is None:
         return ""
-    if "bytes" in name and not name.endswith(("ratio", "per_byte")):
+    if "bytes" in name:
         size = float(value)
         for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
             if size < 1024 or unit == "TiB":
@@ -51,6 +61,8 @@ def shown(name: str, value: float | None) -> str:
 
 def as_markdown(rows: Iterable[Row]) -> str:
     """The table as Markdown."""
-    lines = ["| metric | dense | compressed |", "|---|---|---|"]
-    lines += [f"| {row.name} | {shown(row.name, row.dense)} | {shown(row.name, row.compressed)} |" for row in rows]
+    lines = ["| metric | dense | compressed | ratio |", "|---|---:|---:|---:|"]
+    for row in rows:
+        cells = (shown(row.name, row.dense), shown(row.name, row.compressed), shown(RATIO, row.ratio))
+        lines.append(f"| {row.name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -229,7 +229,7 @@ class Execution:
         except Exception as error:
             path = self.journal.path.with_suffix(".traceback.txt")
             path.write_text(traceback.format_exc(), encoding="utf-8")
-            message = f"{step.label} failed: {type(error).__name__}: {error}"
+            message = f"{step.label} failed: {type(error).__name__}: {' '.join([str(error), *_notes(error)])}"
             self._failed(step, message, started_ms)
             raise StepError(message, where=step.place, remedy=f"the details are in {path}") from error
 
@@ -239,9 +239,11 @@ class Execution:
 
     def finish(self, error: BaseException | None = None) -> None:
         """Close the journal and the tracked run."""
-        self.journal.write("run failed" if error else "run finished", error=str(error) if error else None)
         if error is None:
+            self.journal.write("run finished")
             remember(self.plan, self.settings.home)
+        else:
+            self.journal.write("run failed", error=str(error) or type(error).__name__)
         self.record.finish(self.outcomes, failed=error is not None)
 
     def document(self) -> dict[str, Any]:
@@ -253,6 +255,11 @@ class Execution:
             "steps": [self.outcomes[index].as_dict() for index in sorted(self.outcomes)],
             "release": self.release,
         }
+
+
+def _notes(error: Exception) -> list[str]:
+    """What was added on the way up, e.g. the layer at which it happened."""
+    return [f"({note})" for note in getattr(error, "__notes__", ())]
 
 
 def gate_violations(step: Step, artifact: Artifact) -> list[Problem]:

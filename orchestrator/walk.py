@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.errors import StepError
+from orchestrator.errors import OrchestratorError, Problem, StepError
 from orchestrator.layers import is_skipped
 from orchestrator.method import LayerMethod, LayerResult, Needs
 from orchestrator.statistics import InputMoment, InputMomentBuilder
@@ -265,6 +265,10 @@ class _Walk:
         with one_thread():
             try:
                 result = self.method.compress(weight_OI, statistic)
+            except OrchestratorError as error:
+                raise type(error)(
+                    [Problem(f"{p.what} (layer {name})", p.where, p.remedy) for p in error.problems]
+                ) from error
             except Exception as error:
                 error.add_note(f"while {self.method.name} compressed {name}")
                 raise

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# One thread, here and in the processes that tests start: two that share two cores with other work wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 
 from orchestrator.tracking import Tracker

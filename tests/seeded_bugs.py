@@ -34,6 +34,7 @@ from orchestrator.api import (
     QuantScheme,
     Release,
     ServingEngine,
+    SpecError,
     Stage,
     open_store,
 )
@@ -155,6 +156,33 @@ class WrongPattern(Halve):
     def check_layer(self, layer: LayerShape) -> tuple[str, str] | None:
         return ("pattern", "rows are not whole runs") if layer.in_features % 8 else None
 
+    def sparsity_pattern(self) -> str | None:
+        return self.pattern
+
+
+class UnclaimedPattern(WrongPattern):
+    """Prunes 2:4 as its parameter says, and does not claim it."""
+
+    def sparsity_pattern(self) -> str | None:
+        return None
+
+    def compress(self, weight_OI: torch.Tensor, statistic: InputMoment | None) -> LayerResult:
+        runs_OGM = weight_OI.unflatten(1, (-1, 4))
+        score_OGM = runs_OGM.abs().masked_fill(runs_OGM == 0, -1.0)
+        return LayerResult(runs_OGM.scatter(2, score_OGM.argsort(dim=2, stable=True)[..., :2], 0.0).flatten(1))
+
+
+class UnlikeRows(Halve):
+    """Claims as many zeros in every row, and prunes one row more."""
+
+    def sparsity_pattern(self) -> str | None:
+        return "row"
+
+    def compress(self, weight_OI: torch.Tensor, statistic: InputMoment | None) -> LayerResult:
+        pruned_OI = halved(weight_OI)
+        pruned_OI[0] = 0.0
+        return LayerResult(pruned_OI)
+
 
 class GradModeLeft(Halve):
     """Turns gradients off for good."""
@@ -212,6 +240,11 @@ class Eight(LayerMethod):
     needs: ClassVar[Needs] = Needs.WEIGHT
     keeps: ClassVar[frozenset[Invariant]] = _ZEROS
 
+    def for_dtype(self, dtype: str) -> LayerMethod:
+        if dtype != "bfloat16":
+            raise SpecError(f"eight knows only bfloat16 models, not {dtype}")
+        return self
+
     def scheme(self) -> QuantScheme:
         return QuantScheme(num_bits=8, strategy="channel", group_size=None)
 
@@ -229,6 +262,13 @@ class Eight(LayerMethod):
         scale_O1 = torch.where(scale_O1 == 0, 1.0, scale_O1)
         q_OI = (weight_OI / scale_O1.float()).round().clamp(-128, 127).to(torch.int8)
         return QuantizedWeight(q_OI, scale_O1, None, self.scheme())
+
+
+class IgnoresDtype(Eight):
+    """Stores bfloat16 scales in a model of any dtype."""
+
+    def for_dtype(self, dtype: str) -> LayerMethod:
+        return self
 
 
 class WrongEncoding(Eight):

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from orchestrator_calibration import register_methods
-from orchestrator_calibration.text import Text
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from orchestrator.api import CalibrationSet, PreflightError
 from orchestrator.errors import StepError
+from orchestrator_calibration import register_methods
+from orchestrator_calibration.text import Text
 from tests.tiny import make_tokenizer
 
 

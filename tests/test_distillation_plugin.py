@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
+
+from orchestrator.api import CalibrationSet, Checkpoint, Context, StepError
+from orchestrator.errors import OrchestratorError
 from orchestrator_distillation import loss as loss_module
 from orchestrator_distillation import register_methods
 from orchestrator_distillation.logits import Logits, _batches
 from orchestrator_distillation.loss import NO_TARGET, loss_and_gradient, mean_divergence
 from orchestrator_distillation.zeros import ZeroMask
-from transformers import PreTrainedModel
-
-from orchestrator.api import CalibrationSet, Checkpoint, Context, StepError
-from orchestrator.errors import OrchestratorError
 from tests.tiny import make_model, make_tokens
 
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from orchestrator_evaluation import footprint_probe, forward, register_methods
-from orchestrator_evaluation.fidelity import Fidelity, kl_divergence
-from orchestrator_evaluation.footprint import Footprint
-from orchestrator_evaluation.perplexity import Perplexity
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.api import Checkpoint, Context, StepError
+from orchestrator_evaluation import footprint_probe, forward, register_methods
+from orchestrator_evaluation.fidelity import Fidelity, kl_divergence
+from orchestrator_evaluation.footprint import Footprint
+from orchestrator_evaluation.perplexity import Perplexity
 from tests.tiny import make_model
 
 LENGTH = 24
@@ -86,7 +86,7 @@ def test_perplexity_agrees_with_a_float64_reference(
         expected.append(math.exp(-float(log_p_NTV.gather(-1, tokens_NT[:, 1:, None]).mean())))
     metrics = Perplexity(source=source, length_tokens=LENGTH, batch=3).measure(candidate, dense, context)
     assert set(metrics) == set(Perplexity.metrics)
-    assert metrics["tokens"] == len(tokens_NT) * (LENGTH - 1)
+    assert metrics["perplexity_tokens"] == len(tokens_NT) * (LENGTH - 1)
     assert metrics["perplexity"] == pytest.approx(expected[0], rel=1e-4)
     assert metrics["dense_perplexity"] == pytest.approx(expected[1], rel=1e-4)
     assert metrics["perplexity_ratio"] == pytest.approx(expected[0] / expected[1], rel=1e-4)
@@ -102,7 +102,7 @@ def test_fidelity_agrees_with_a_float64_reference(
     agreement = (log_p_NTV.argmax(-1) == log_q_NTV.argmax(-1)).double().mean()
     metrics = Fidelity(source=source, length_tokens=LENGTH, batch=5).measure(candidate, dense, context)
     assert set(metrics) == set(Fidelity.metrics)
-    assert metrics["positions"] == tokens_NT.numel()
+    assert metrics["fidelity_tokens"] == tokens_NT.numel()
     assert metrics["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-3)
     assert metrics["kl_p99"] == pytest.approx(float(kl[math.ceil(0.99 * len(kl)) - 1]), rel=1e-3)
     assert metrics["top1_agreement"] == pytest.approx(float(agreement), abs=2 / tokens_NT.numel())
@@ -179,7 +179,7 @@ def test_the_footprint_of_two_models(dense: Checkpoint, candidate: Checkpoint, c
     files = [path for path in candidate.path.iterdir() if path.is_file()]
     assert metrics["bytes_on_disk"] == sum(path.stat().st_size for path in files)
     assert metrics["weight_bytes"] == (candidate.path / "model.safetensors").stat().st_size
-    assert metrics["bytes_ratio"] == metrics["bytes_on_disk"] / metrics["dense_bytes_on_disk"]
+    assert metrics["bytes_on_disk_ratio"] == metrics["bytes_on_disk"] / metrics["dense_bytes_on_disk"]
     assert metrics["peak_memory_bytes"] > 50e6  # a process that holds PyTorch
     assert seen == sorted(seen) and seen[-1] == 1.0
 

@@ -319,12 +319,23 @@ def test_ctrl_c_ends_step_and_server_at_once_and_is_recorded(workplace: Workplac
     assert list((workplace.home / "staging").iterdir()) == []
 
 
-def test_the_embedded_server_ends_when_the_run_is_killed(workplace: Workplace) -> None:
-    process = start_slow_run(workplace, "killed")
-    servers = workplace.servers()
-    assert len(servers) == 1
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=PATIENCE_SECONDS)
+def test_the_embedded_server_ends_when_its_parent_is_killed(workplace: Workplace) -> None:
+    script = """
+import time
+from orchestrator_flows.server import embedded_server
+with embedded_server() as server:
+    server.wait(600)
+    print("ready", flush=True)
+    time.sleep(3600)
+"""
+    environment = {**workplace.environment, "PREFECT_HOME": str(workplace.home / "prefect")}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, cwd=workplace.folder, stdout=subprocess.PIPE
+    )
+    assert parent.stdout and parent.stdout.readline() == b"ready\n"
+    assert len(workplace.servers()) == 1
+    parent.kill()
+    parent.communicate(timeout=PATIENCE_SECONDS)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while workplace.servers() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -343,22 +354,15 @@ def start_slow_run(workplace: Workplace, name: str) -> subprocess.Popen[str]:
     pytest.fail(f"the run ended: {process.wait()}")
 
 
-def test_an_embedded_server_that_cannot_start_says_why(workplace: Workplace, tmp_path: Path) -> None:
-    spec = workplace.spec("unstartable")
-    folder = tmp_path / "prefect"
-    folder.mkdir()
-    (folder / "prefect.db").write_bytes(b"this is no database, " * 100)
-    environment, workplace.environment = workplace.environment, {**workplace.environment, "PREFECT_HOME": str(folder)}
-    try:
-        process = workplace.command_line("run", str(spec))
-    finally:
-        workplace.environment = environment
-    _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == PreflightError.exit_code, stderr
-    assert "file is not a database" in stderr
-    assert str(folder) in stderr and "--local" in stderr
-    assert "Traceback" not in stderr
-    assert workplace.servers() == []
+def test_an_embedded_server_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator_flows.server import embedded_server
+
+    (tmp_path / "prefect.db").write_bytes(b"this is no database, " * 100)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    with pytest.raises(PreflightError, match="file is not a database") as caught, embedded_server() as server:
+        server.wait(PATIENCE_SECONDS)
+    assert "--local" in str(caught.value)
+    assert server.process.poll() is not None
 
 
 # Against a server ---------------------------------------------------------------------------------------------------

@@ -143,8 +143,18 @@ def test_moving_the_folder_changes_no_fingerprint_but_the_release_address(
         ("max_model_len: 32", "max_model_len: 100000", 15, "max_model_len"),
         ("with: {sparsity: 0.5}", "with: {sparsity: 0.5}\n    engines: [{vllm: {}}]", 9, "means nothing"),
         ("with: {num_bits: 4, group_size: 32}", "with: {num_bits: 4, group_size: 32}\n    skip: [q_proj]", 11, "fuse"),
-        ("with: {num_bits: 4, group_size: 32}", "with: {num_bits: 4, group_size: 32}\n    skip: [nothing]", 11, "no layer"),
-        ("with: {num_bits: 4, group_size: 32}", "with: {num_bits: 4, group_size: 32}\n    skip: ['*']", 11, "every layer"),
+        (
+            "with: {num_bits: 4, group_size: 32}",
+            "with: {num_bits: 4, group_size: 32}\n    skip: [nothing]",
+            11,
+            "no layer",
+        ),
+        (
+            "with: {num_bits: 4, group_size: 32}",
+            "with: {num_bits: 4, group_size: 32}\n    skip: ['*']",
+            11,
+            "every layer",
+        ),
     ],
 )
 def test_a_mistake_is_answered_with_place_and_remedy(
@@ -220,9 +230,7 @@ def test_an_unusable_checkpoint_is_refused(
     assert f"{tmp_path / 'spec.yaml'}:3: model.id" in message
 
 
-def test_a_model_that_cannot_be_had_is_refused(
-    planner: Callable[[str], Plan], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_cannot_be_had_is_refused(planner: Callable[[str], Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "hub" in refused(planner, CHAIN.replace("id: model", "id: nobody/nothing"), PreflightError)
 

@@ -11,13 +11,13 @@ from fractions import Fraction
 
 import pytest
 import torch
-from orchestrator_pruning.magnitude import Magnitude
-from orchestrator_pruning.patterns import lowest, num_pruned
-from orchestrator_pruning.wanda import Wanda
 from pydantic import ValidationError
 
 from orchestrator.api import InputMoment, LayerMethod, LayerShape, StepError
 from orchestrator.statistics import InputMomentBuilder
+from orchestrator_pruning.magnitude import Magnitude
+from orchestrator_pruning.patterns import lowest, num_pruned
+from orchestrator_pruning.wanda import Wanda
 
 
 def make_weight(num_out: int = 12, num_in: int = 40, seed: int = 0) -> torch.Tensor:

@@ -13,15 +13,15 @@ from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
+from pydantic import ValidationError
+
+from orchestrator.api import InputMoment, LayerShape, QuantizedWeight, QuantScheme, StepError
+from orchestrator.statistics import InputMomentBuilder
 from orchestrator_pruning.magnitude import Magnitude
 from orchestrator_quantization.error_propagation import blocks
 from orchestrator_quantization.gptq import GPTQ
 from orchestrator_quantization.rtn import RTN
 from orchestrator_quantization.weight_only import WeightOnly
-from pydantic import ValidationError
-
-from orchestrator.api import InputMoment, LayerShape, QuantizedWeight, QuantScheme, StepError
-from orchestrator.statistics import InputMomentBuilder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -253,7 +253,7 @@ def test_a_failed_gate_keeps_the_evidence_and_registers_nothing(
         ),
     )
     watcher = Watcher()
-    with pytest.raises(GateError, match="perplexity_ratio is .* max allowed is 0.5") as caught:
+    with pytest.raises(GateError, match=r"perplexity_ratio is .* max allowed is 0\.5") as caught:
         run_locally(spec, methods, settings, watcher)
     assert caught.value.exit_code == 5
     assert watcher.finished[-1].method == "perplexity"
@@ -313,7 +313,9 @@ def test_a_release_goes_to_s3_over_the_wire(
     assert [step["cached"] for step in document["steps"]] == [True] * 6 + [False]
     uri = document["release"]["uri"]
     assert uri.startswith(f"s3://{s3_bucket}/models/chain-s3/")
-    fetched = open_store(f"s3://{s3_bucket}/models").fetch(uri.removeprefix(f"s3://{s3_bucket}/models/"), tmp_path / "x")
+    fetched = open_store(f"s3://{s3_bucket}/models").fetch(
+        uri.removeprefix(f"s3://{s3_bucket}/models/"), tmp_path / "x"
+    )
     assert fetched.digest == document["release"]["digest"]
 
 

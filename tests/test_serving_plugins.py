@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import yaml
-from orchestrator_serving import ORCHESTRATOR_API, register_methods
-from orchestrator_serving.release import Release
-from orchestrator_serving.vllm import VLLM
 from packaging.specifiers import SpecifierSet
 from pydantic import ValidationError
 
 from orchestrator.api import API_VERSION, ModelShape, PreflightError, PublishError, SpecError, Stage
 from orchestrator.serving import GIB, plan_kv
+from orchestrator_serving import ORCHESTRATOR_API, register_methods
+from orchestrator_serving.release import Release
+from orchestrator_serving.vllm import VLLM
 from tests.test_serving import DEEPSEEK_V3, GPT_OSS_120B, LLAMA_8B
 
 # Every key of the file, as a flag of `vllm serve` in vLLM 0.30 to 0.33.

@@ -75,9 +75,7 @@ def test_all_errors_come_at_once_each_with_its_line(tmp_path: Path) -> None:
         ("name: a-model", "name: a-model\nname: b", 3, "given twice"),
     ],
 )
-def test_a_mistake_is_answered_with_place_and_reason(
-    tmp_path: Path, old: str, new: str, line: int, said: str
-) -> None:
+def test_a_mistake_is_answered_with_place_and_reason(tmp_path: Path, old: str, new: str, line: int, said: str) -> None:
     assert old in GOOD
     problems = problems_of(tmp_path, GOOD.replace(old, new, 1))
     assert any(problem.startswith(f"{tmp_path / 'spec.yaml'}:{line}") and said in problem for problem in problems)

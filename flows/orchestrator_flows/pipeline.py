@@ -119,7 +119,12 @@ async def _show(execution: Execution) -> None:
         await acreate_table_artifact(
             key=f"{key}-metrics",
             table=[
-                {"metric": row.name, "dense": shown(row.name, row.dense), "compressed": shown(row.name, row.compressed)}
+                {
+                    "metric": row.name,
+                    "dense": shown(row.name, row.dense),
+                    "compressed": shown(row.name, row.compressed),
+                    "ratio": shown("ratio", row.ratio),
+                }
                 for row in rows
             ],
             description=f"{execution.plan.name}, run {execution.run_id}",

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 from orchestrator.errors import PreflightError
 
 WITHOUT_PREFECT = "use --local to run without Prefect"
+_SERVER_DEFAULTS = {"PREFECT_API_BLOCKS_REGISTER_ON_START": "false"}  # 4 s of the first start, and we use no blocks
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b")  # how the last line of a traceback begins
 _REQUEST_SECONDS = 8.0
 _CHECK_SECONDS = 18.0
@@ -75,7 +76,7 @@ def embedded_server() -> Iterator[EmbeddedServer]:
                 stderr=subprocess.STDOUT,
                 pass_fds=(listener.fileno(), ready_for_child),
                 start_new_session=True,  # Ctrl-C is for us: the server has to record what becomes of the run
-                env={**os.environ, "PREFECT_UI_ENABLED": "0"},
+                env={**_SERVER_DEFAULTS, **os.environ, "PREFECT_UI_ENABLED": "0"},
             )
         finally:
             os.close(ready_for_child)

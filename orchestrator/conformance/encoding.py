@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def check_encoding(method: LayerMethod, label: str, result: LayerResult, findings: Findings) -> None:
-    """The checks L9 to L12 for one result of a quantizing method."""
+def check_encoding(method: LayerMethod, dtype: str, label: str, result: LayerResult, findings: Findings) -> None:
+    """The checks L9 to L12 and L15 for one result of a quantizing method, planned for a model of `dtype`."""
     import torch
 
     scheme, encoding = method.scheme(), result.encoding
@@ -38,6 +38,12 @@ def check_encoding(method: LayerMethod, label: str, result: LayerResult, finding
     unsupported = check_scheme(scheme)
     if not findings.expect("L9 encoding", unsupported is None, f"the scheme cannot be stored: {unsupported}"):
         return
+    findings.expect(
+        "L15 for_dtype",
+        encoding.scale_OG.dtype is getattr(torch, dtype),
+        f"for a {dtype} model the scales of {label} are {encoding.scale_OG.dtype}; engines multiply in the model's "
+        "dtype, so take it in `for_dtype`, or raise SpecError there",
+    )
     _check_grid(label, encoding, tuple(result.weight_OI.shape), findings)
     if findings.failed("L10 grid"):
         return  # the rest would fail for the same reason

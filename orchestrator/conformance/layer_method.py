@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from orchestrator.conformance.layer_cases import (
     pruned,
 )
 from orchestrator.conformance.surroundings import left_alone
+from orchestrator.errors import SpecError
 from orchestrator.method import Invariant, LayerMethod, LayerResult, Needs, Stage
 from orchestrator.statistics import InputMoment
 
@@ -30,8 +32,39 @@ if TYPE_CHECKING:
     import torch
 
 
+_N_OF_M = re.compile(r"(\d+):(\d+)")
+MODEL_DTYPES = ("bfloat16", "float16", "float32")
+
+
 def check_layer_method(method: LayerMethod, findings: Findings) -> None:
-    """The checks L1 to L14, C7 and C8."""
+    """The checks L1 to L15, C7 and C8, for a model of the first dtype that the method accepts."""
+    planned = _planned(method, findings)
+    if not findings.expect("L15 for_dtype", bool(planned), "`for_dtype` accepts no dtype that models have; accept one"):
+        return
+    (dtype, first), *others = planned.items()
+    _check_planned(first, dtype, findings)
+    if any(map(findings.failed, ("L1 runs", "L2 needs", "L4 form", "L14 check_layer"))):
+        return
+    for dtype, other in others:
+        _check_case(other, dtype, ordinary(16, accepted_widths(other)[0]), findings)
+
+
+def _planned(method: LayerMethod, findings: Findings) -> dict[str, LayerMethod]:
+    """The method as the planner completes it, by the model's dtype; without the dtypes that it refuses."""
+    planned = {}
+    for dtype in MODEL_DTYPES:
+        with findings.attempt("L15 for_dtype", f"`for_dtype({dtype!r})`"), suppress(SpecError):
+            completed = method.for_dtype(dtype)
+            if findings.expect(
+                "L15 for_dtype",
+                isinstance(completed, type(method)),
+                f"`for_dtype({dtype!r})` returned {completed!r}; return this method, or a copy of it",
+            ):
+                planned[dtype] = completed
+    return planned
+
+
+def _check_planned(method: LayerMethod, dtype: str, findings: Findings) -> None:
     with findings.attempt("L14 check_layer", "`check_layer`"):
         widths = accepted_widths(method)
         _check_refusal(method, findings)
@@ -41,12 +74,12 @@ def check_layer_method(method: LayerMethod, findings: Findings) -> None:
         findings.fail("L14 check_layer", "it refuses every usual number of in features up to 4096; mend it")
         return
     for case in cases(widths):
-        _check_case(method, case, findings)
+        _check_case(method, dtype, case, findings)
     if method.check_layer(layer_shape(16, ODD_WIDTH)) is None:
-        _check_case(method, ordinary(16, ODD_WIDTH), findings)
+        _check_case(method, dtype, ordinary(16, ODD_WIDTH), findings)
     if Invariant.ZEROS in method.keeps:
         for case in pruned(widths):
-            _check_case(method, case, findings)
+            _check_case(method, dtype, case, findings)
     broken = any(map(findings.failed, ("L1 runs", "L2 needs", "L4 form")))
     if method.stage is Stage.QUANTIZE and not broken:
         _check_useful(method, ordinary(64, widths[-1] if widths[-1] <= 256 else widths[0]), findings)
@@ -66,7 +99,7 @@ def _check_refusal(method: LayerMethod, findings: Findings) -> None:
     )
 
 
-def _check_case(method: LayerMethod, case: LayerCase, findings: Findings) -> None:
+def _check_case(method: LayerMethod, dtype: str, case: LayerCase, findings: Findings) -> None:
     """Compress one case and check all that can be said of a single result."""
     weight_OI, statistic = case.weight_OI.clone(), case.statistic(method.needs)
     result = _compress(method, case, weight_OI, statistic, findings)
@@ -85,7 +118,7 @@ def _check_case(method: LayerMethod, case: LayerCase, findings: Findings) -> Non
         return  # what else could be said would follow from it
     _check_zeros(method, case, result, findings)
     if method.stage is Stage.QUANTIZE:
-        check_encoding(method, case.label, result, findings)
+        check_encoding(method, dtype, case.label, result, findings)
     else:
         none = result.encoding is None and method.scheme() is None
         findings.expect("L9 encoding", none, "a pruning method has no encoding and no scheme(); set stage to quantize")
@@ -178,16 +211,31 @@ def _check_zeros(method: LayerMethod, case: LayerCase, result: LayerResult, find
         bool(zeros_OI.any()),
         f"{case.label} comes out without a single zero; prune it, or set `provides` to frozenset()",
     )
-    match = re.fullmatch(r"(\d+):(\d+)", str(getattr(method, "pattern", "")))
+    _check_pattern(method, case, zeros_OI, findings)
+
+
+def _check_pattern(method: LayerMethod, case: LayerCase, zeros_OI: torch.Tensor, findings: Findings) -> None:
+    claimed, named = method.sparsity_pattern(), getattr(method, "pattern", None)
+    if isinstance(named, str) and _N_OF_M.fullmatch(named):
+        findings.expect(
+            "L8 pattern",
+            claimed == named,
+            f"the parameter pattern is {named}, but sparsity_pattern() claims {claimed}; let it return the pattern",
+        )
+    if claimed == "row" and not bool((case.weight_OI == 0).any()):
+        zeros_O = zeros_OI.sum(1)
+        equal = bool((zeros_O == zeros_O[0]).all())
+        findings.expect("L8 pattern", equal, f"sparsity_pattern() is 'row', but rows of {case.label} have unlike zeros")
+    match = _N_OF_M.fullmatch(claimed or "")
     if match:
         most, width = int(match[1]), int(match[2])
-        num_out, num_in = result.weight_OI.shape
+        num_out, num_in = zeros_OI.shape
         follows = num_in % width == 0 and bool((~zeros_OI).view(num_out, num_in // width, width).sum(-1).le(most).all())
         findings.expect(
             "L8 pattern",
             follows,
-            f"{case.label} does not keep to {match[0]}: more than {most} of {width} neighbouring weights of a row "
-            f"are left, or {width} does not divide its in features (then refuse it in `check_layer`)",
+            f"{case.label} does not keep to {claimed}: more than {most} of {width} neighbouring weights of a row are "
+            f"left, or {width} does not divide its in features (then refuse it in `check_layer`)",
         )
 
 

@@ -5,6 +5,7 @@ Reads {"module", "class", "parameters", "config"} from stdin; writes {"imported"
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -26,6 +27,7 @@ def main() -> None:
 
 
 def _plan(request: dict[str, Any]) -> None:
+    from orchestrator.errors import SpecError
     from orchestrator.method import LayerMethod, LayerShape, ModelMethod, ServingEngine
     from orchestrator.serving import ModelShape, plan_kv
     from orchestrator.spec import validate_strictly
@@ -38,7 +40,10 @@ def _plan(request: dict[str, Any]) -> None:
     method = validate_strictly(found, request["parameters"])
     method.preflight()
     if isinstance(method, LayerMethod):
+        with contextlib.suppress(SpecError):  # it may refuse this dtype; what matters is what it imports
+            method.for_dtype("bfloat16")
         method.scheme()
+        method.sparsity_pattern()
         method.check_layer(LayerShape("model.layers.0.mlp.up_proj", 128, 64))
     elif isinstance(method, ModelMethod):
         method.needs_calibration()

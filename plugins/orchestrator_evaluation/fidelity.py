@@ -27,7 +27,7 @@ class Fidelity(WindowEvaluator):
         "kl_mean": "mean over positions of KL(dense || compressed), nats",
         "kl_p99": "99th percentile over positions (nearest rank) of KL(dense || compressed), nats",
         "top1_agreement": "share of positions where both models' likeliest token is the same, 0 to 1",
-        "positions": "number of positions compared",
+        "fidelity_tokens": "number of positions compared",
     }
 
     def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Mapping[str, float]:
@@ -62,7 +62,7 @@ class Fidelity(WindowEvaluator):
             "kl_mean": float(kl_P.mean()),
             "kl_p99": float(kl_P[math.ceil(0.99 * len(kl_P)) - 1]),
             "top1_agreement": agreeing / len(kl_P),
-            "positions": float(len(kl_P)),
+            "fidelity_tokens": float(len(kl_P)),
         }
 
 

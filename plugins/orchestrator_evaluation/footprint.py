@@ -21,13 +21,6 @@ _MEASURED = {
     "tokens_per_second": "new tokens per second of greedy decoding, batch 1, after the prompt (median of the repeats)",
     "peak_memory_bytes": "largest resident memory of the process, bytes; Python and the libraries included",
 }
-_RATIOS = {
-    "bytes_ratio": "bytes_on_disk",
-    "weight_bytes_ratio": "weight_bytes",
-    "load_seconds_ratio": "load_seconds",
-    "tokens_per_second_ratio": "tokens_per_second",
-    "peak_memory_ratio": "peak_memory_bytes",
-}
 
 
 class Footprint(Evaluator):
@@ -39,7 +32,7 @@ class Footprint(Evaluator):
     metrics: ClassVar[Mapping[str, str]] = {
         **{name: f"{what}; compressed model" for name, what in _MEASURED.items()},
         **{f"dense_{name}": f"{what}; dense model" for name, what in _MEASURED.items()},
-        **{ratio: f"{name} / dense_{name}" for ratio, name in _RATIOS.items()},
+        **{f"{name}_ratio": f"{name} / dense_{name}" for name in _MEASURED},
     }
 
     new_tokens: int = Field(64, ge=1, le=100_000, description="Tokens decoded in each timed run.")
@@ -56,8 +49,8 @@ class Footprint(Evaluator):
         for index, (prefix, checkpoint) in enumerate((("dense_", baseline), ("", candidate))):
             context.progress(index / 2, f"loading and running the {'dense' if prefix else 'compressed'} model")
             result |= {f"{prefix}{name}": value for name, value in self._measure(checkpoint).items()}
-        for ratio, name in _RATIOS.items():
-            result[ratio] = result[name] / result[f"dense_{name}"]
+        for name in _MEASURED:
+            result[f"{name}_ratio"] = result[name] / result[f"dense_{name}"]
         context.progress(1.0, "both models measured")
         return result
 

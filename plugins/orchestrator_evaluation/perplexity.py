@@ -30,7 +30,7 @@ class Perplexity(WindowEvaluator):
         "perplexity": "perplexity per token of the compressed model",
         "dense_perplexity": "perplexity per token of the dense model on the same windows",
         "perplexity_ratio": "perplexity / dense_perplexity",
-        "tokens": "number of predicted tokens",
+        "perplexity_tokens": "number of predicted tokens",
     }
 
     def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Mapping[str, float]:
@@ -56,7 +56,7 @@ class Perplexity(WindowEvaluator):
             "perplexity": math.exp(compressed),
             "dense_perplexity": math.exp(dense),
             "perplexity_ratio": math.exp(compressed - dense),
-            "tokens": float(tokens_NT[:, 1:].numel()),
+            "perplexity_tokens": float(tokens_NT[:, 1:].numel()),
         }
 
 
