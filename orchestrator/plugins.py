@@ -265,8 +265,11 @@ def _check_kind(cls: type[Method], label: str) -> None:
 
 
 @lru_cache
-def package_digest(package: str) -> str:
-    """Return a sha256 over the Python sources of an importable package or module, by relative path."""
+def package_digest(package: str, without: tuple[str, ...] = ()) -> str:
+    """Return a sha256 over the Python sources of an importable package or module, by relative path.
+
+    without: files and folders at the top of the package that decide no step's result.
+    """
     module: Any = sys.modules.get(package) or __import__(package)
     roots = [Path(path) for path in getattr(module, "__path__", [])]
     digest = hashlib.sha256()
@@ -277,6 +280,8 @@ def package_digest(package: str) -> str:
     else:
         files = []
     for name, path in files:
+        if name.partition("/")[0] in without:
+            continue
         content = path.read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
