@@ -68,6 +68,17 @@ def test_the_commands_run_in_order_and_the_model_loads_without_us(clone: Path) -
     assert done.stdout.startswith("def read_text(path):")
 
 
+def test_the_plugin_shown_conforms(tmp_path: Path) -> None:
+    (program,) = (block for block in blocks("python") if "hookimpl" in block)
+    (tmp_path / "my_plugin.py").write_text(program, encoding="utf-8")
+    check = "import my_plugin; from orchestrator.testing import check_method; check_method(my_plugin.TopK())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", check], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_specification_shown_is_the_one_that_runs() -> None:
     shipped = (ROOT / "orchestrator" / "quickstart" / "quickstart.yaml").read_text(encoding="utf-8")
     assert shipped in blocks("yaml")
