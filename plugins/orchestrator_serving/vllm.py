@@ -1,4 +1,4 @@
-"""vLLM: a configuration file for ``vllm serve --config vllm.yaml`` whose KV cache has been calculated.
+"""vLLM: a file for ``vllm serve --config serving/vllm/vllm.yaml``, whose KV cache has been calculated.
 
 Written for vLLM 0.30 to 0.33. Only keys that all of these know are written (`calculate_kv_scales` is gone since 0.33:
 fp8 scales come from the checkpoint, else they are 1.0). Sizes are stated for one accelerator.
@@ -21,7 +21,7 @@ COMPUTE_DTYPES = ("bfloat16", "float16")
 
 
 class VLLM(ServingEngine):
-    """Renders ``vllm.yaml``, to be used from inside the folder of the release."""
+    """Renders ``vllm.yaml``, to be used from the root of the release, where the model lies."""
 
     stage: ClassVar = Stage.REGISTER
     name: ClassVar = "vllm"
@@ -62,7 +62,8 @@ class VLLM(ServingEngine):
             "enable-prefix-caching": self.prefix_caching,
         }
         notes = [
-            f"vLLM {self.supported_versions}. Run in this folder: vllm serve --config {FILE_NAME}",
+            f"For vLLM {self.supported_versions}. From the root of the release, where the model lies:",
+            f"    vllm serve --config serving/{self.name}/{FILE_NAME}",
             "",
             "How the KV cache was calculated (one accelerator, tensor parallelism 1):",
             *(f"  {step}" for step in plan.steps),
