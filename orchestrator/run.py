@@ -91,6 +91,8 @@ class Execution:
                 artifact = self._cached(step)
                 cached = artifact is not None
                 if artifact is None:
+                    if self.record.mlflow_run is None:
+                        self.observer.note(f"recording in MLflow at {self.settings.public_tracking_uri}")
                     self.record.begin()
                     usage = Usage()
                     self.journal.write("step started", step=index, fingerprint=step.fingerprint)

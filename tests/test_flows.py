@@ -300,7 +300,7 @@ def test_a_run_with_the_embedded_server_is_recorded_and_leaves_neither_noise_nor
     assert tasks == [("validate count", "COMPLETED", '["validate"]', None)] * 2
     tables = workplace.query("select key, data from artifact where type = 'table'")
     assert [key for key, _ in tables] == ["counted-twice-metrics"]
-    assert json.loads(json.loads(tables[0][1])) == [{"metric": "tensors", "dense": "1", "compressed": "1"}]
+    assert json.loads(json.loads(tables[0][1])) == [{"metric": "tensors", "dense": "1", "compressed": "1", "ratio": ""}]
     messages = [message for (message,) in workplace.query("select message from log")]
     assert any(document["steps"][1]["artifact"]["digest"][:12] in message for message in messages)
     results = [json.loads(path.read_text()) for path in (workplace.home / "prefect" / "storage").iterdir()]

@@ -135,6 +135,7 @@ def test_moving_the_folder_changes_no_fingerprint_but_the_release_address(
         ("{sparsity: 0.5}", "{sparsity: '0.5'}", 8, "valid number"),
         ("{sparsity: 0.5}", "{sparsty: 0.5}", 8, 'did you mean "sparsity"?'),
         ("group_size: 32", "group_size: 100", 10, "100"),
+        ("group_size: 32", "group_size: 32, scale_dtype: float32", 10, "the model is loaded in bfloat16"),
         ("text.txt, length_tokens: 16}\n    require", "none.txt, length_tokens: 16}\n    require", 12, "none.txt"),
         ("perplexity_ratio:", "perplexity_ration:", 13, "perplexity_ratio"),
         ("{vllm:", "{vlm:", 15, 'did you mean "vllm"?'),

@@ -58,7 +58,7 @@ def reference_grid(weights: torch.Tensor, method: WeightOnly) -> tuple[float, in
     low, high = min(0.0, float(weights.min())), max(0.0, float(weights.max()))
     steps = 2**num_bits - 1
     scale = max(-low, high) * 2 / steps if method.symmetric else (high - low) / steps
-    scale = float(torch.tensor(scale, dtype=torch.float64).to(DTYPES[method.scale_dtype])) or 1.0
+    scale = float(torch.tensor(scale, dtype=torch.float64).to(method.storage_dtype())) or 1.0
     if method.symmetric:
         return scale, 0
     lowest = -(2 ** (num_bits - 1))
@@ -96,7 +96,7 @@ def reference_gptq(weight_OI: torch.Tensor, moment: InputMoment, method: GPTQ) -
             scale, zero = grids[row, group]
             w = float(w_OI[row, j])
             q = zero if original_OI[row, j] == 0 else max(low, min(high, round(w / scale) + zero))
-            point = float(torch.tensor((q - zero) * scale, dtype=torch.float64).to(DTYPES[method.scale_dtype]))
+            point = float(torch.tensor((q - zero) * scale, dtype=torch.float64).to(method.storage_dtype()))
             q_OI[row, j] = q
             w_OI[row, rest] -= (w - point) / column_I[j] * column_I[rest]
         inverse_II = inverse_II - torch.outer(column_I, column_I) / column_I[j]
