@@ -184,17 +184,19 @@ def test_the_footprint_of_two_models(dense: Checkpoint, candidate: Checkpoint, c
     assert seen == sorted(seen) and seen[-1] == 1.0
 
 
-def test_a_model_that_stock_transformers_cannot_load_is_a_step_error(dense: Checkpoint, tmp_path: Path) -> None:
+def test_a_model_that_stock_transformers_cannot_load_is_a_step_error(
+    dense: Checkpoint, context: Context, tmp_path: Path
+) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(dense.path, folder)
     (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0broken!!")
     with pytest.raises(StepError, match=r"could not load and run .*exit code 1"):
-        Footprint(new_tokens=1, repeats=1)._probe(Checkpoint(folder))
+        Footprint(new_tokens=1, repeats=1).measure(Checkpoint(folder), dense, context)
 
 
-def test_a_probe_that_takes_too_long_is_ended(dense: Checkpoint) -> None:
-    with pytest.raises(StepError, match=r"longer than 0\.05 s"):
-        Footprint(timeout_seconds=0.05)._probe(dense)
+def test_a_probe_that_takes_too_long_is_ended(dense: Checkpoint, context: Context) -> None:
+    with pytest.raises(StepError, match="took too long"):
+        Footprint(timeout_seconds=0.05).measure(dense, dense, context)
 
 
 def test_the_probe_runs_without_this_project(dense: Checkpoint) -> None:
@@ -203,7 +205,9 @@ def test_the_probe_runs_without_this_project(dense: Checkpoint) -> None:
         "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
         "print([name for name in sys.modules if name.startswith('orchestrator')])"
     )
-    command = [sys.executable, "-P", "-c", code, probe, str(dense.path), "--new-tokens", "2", "--repeats", "1"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert set(json.loads(lines[0])) == {"load_seconds", "tokens_per_second", "peak_memory_bytes"}
-    assert lines[1] == "[]"
+    command = [sys.executable, "-P", "-c", code, probe, str(dense.path), "--new-tokens", "2"]
+    done = subprocess.run(command, input="decode\ndecode\n", capture_output=True, text=True, check=True)
+    *answers, modules = done.stdout.splitlines()
+    names = [name for answer in answers for name in json.loads(answer)]
+    assert names == ["load_seconds", "tokens_per_second", "tokens_per_second", "peak_memory_bytes"]
+    assert modules == "[]"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -18,13 +24,16 @@ _MEASURED = {
     "bytes_on_disk": "bytes of all files of the model folder, tokenizer included",
     "weight_bytes": "bytes of the weight files",
     "load_seconds": "seconds that `from_pretrained` takes in a fresh process, libraries already imported",
-    "tokens_per_second": "new tokens per second of greedy decoding, batch 1, after the prompt (median of the repeats)",
+    "tokens_per_second": "new tokens per second of greedy decoding, batch 1, after the prompt (median of the rounds)",
     "peak_memory_bytes": "largest resident memory of the process, bytes; Python and the libraries included",
 }
 
 
 class Footprint(Evaluator):
-    """Both models measured the way a user of stock Transformers meets them, each in a process of its own."""
+    """Both models measured the way a user of stock Transformers meets them, each in a process of its own.
+
+    They are loaded one after the other, and then decode in turns, so that what else the machine does meets both alike.
+    """
 
     stage: ClassVar = Stage.VALIDATE
     name: ClassVar = "footprint"
@@ -33,59 +42,126 @@ class Footprint(Evaluator):
         **{name: f"{what}; compressed model" for name, what in _MEASURED.items()},
         **{f"dense_{name}": f"{what}; dense model" for name, what in _MEASURED.items()},
         **{f"{name}_ratio": f"{name} / dense_{name}" for name in _MEASURED},
+        "tokens_per_second_ratio": "compressed / dense speed in the same round (median of the rounds)",
     }
 
     new_tokens: int = Field(64, ge=1, le=100_000, description="Tokens decoded in each timed run.")
-    repeats: int = Field(3, ge=1, le=100, description="Timed runs; the median counts.")
+    repeats: int = Field(5, ge=1, le=100, description="Rounds in which both models decode; medians count.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="dtype to load in; 'auto' is what config.json says, as a user would get it."
     )
     threads: int | None = Field(None, ge=1, le=1024, description="Threads to compute with. Default: PyTorch's choice.")
-    timeout_seconds: float = Field(3600.0, gt=0, description="Longest time for one of the two processes, seconds.")
+    timeout_seconds: float = Field(3600.0, gt=0, description="Longest time for the whole measurement, seconds.")
 
     def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Mapping[str, float]:
-        """Measure one model after the other. Raises `StepError` if a process fails or takes too long."""
+        """Measure both models. Raises `StepError` if a process fails or the time is up."""
         result: dict[str, float] = {}
-        for index, (prefix, checkpoint) in enumerate((("dense_", baseline), ("", candidate))):
-            context.progress(index / 2, f"loading and running the {'dense' if prefix else 'compressed'} model")
-            result |= {f"{prefix}{name}": value for name, value in self._measure(checkpoint).items()}
+        for prefix, checkpoint in (("dense_", baseline), ("", candidate)):
+            files = [checkpoint.path / name for name in checkpoint.model_files()]
+            result[f"{prefix}bytes_on_disk"] = float(sum(file.stat().st_size for file in files))
+            result[f"{prefix}weight_bytes"] = float(checkpoint.weight_bytes())
+        with ExitStack() as stack:
+            deadline = time.monotonic() + self.timeout_seconds
+            context.progress(0.0, "loading the dense model")
+            dense = stack.enter_context(Probe(self._command(baseline), baseline.path, deadline))
+            result["dense_load_seconds"] = dense.read("load_seconds")
+            context.progress(0.3, "loading the compressed model")
+            compressed = stack.enter_context(Probe(self._command(candidate), candidate.path, deadline))
+            result["load_seconds"] = compressed.read("load_seconds")
+            rounds = []
+            for number in range(self.repeats):
+                context.progress(0.6 + 0.4 * number / self.repeats, f"decoding, round {number + 1} of {self.repeats}")
+                rounds.append((dense.decode(), compressed.decode()))
+            result["dense_peak_memory_bytes"] = dense.finish()
+            result["peak_memory_bytes"] = compressed.finish()
+        result["dense_tokens_per_second"] = statistics.median(rate for rate, _ in rounds)
+        result["tokens_per_second"] = statistics.median(rate for _, rate in rounds)
         for name in _MEASURED:
             result[f"{name}_ratio"] = result[name] / result[f"dense_{name}"]
+        result["tokens_per_second_ratio"] = statistics.median(after / before for before, after in rounds)
         context.progress(1.0, "both models measured")
         return result
 
-    def _measure(self, checkpoint: Checkpoint) -> dict[str, float]:
-        sizes = {
-            "bytes_on_disk": float(sum((checkpoint.path / name).stat().st_size for name in checkpoint.model_files())),
-            "weight_bytes": float(checkpoint.weight_bytes()),
-        }
-        measured = self._probe(checkpoint)
-        return sizes | {name: float(measured[name]) for name in _MEASURED if name not in sizes}
-
-    def _probe(self, checkpoint: Checkpoint) -> dict[str, float]:
+    def _command(self, checkpoint: Checkpoint) -> list[str]:
         dtype = checkpoint.dtype if self.dtype == "auto" else self.dtype
         probe = Path(__file__).with_name("footprint_probe.py")
         # -P: the probe's folder must not become a place to import from; its modules have common names.
         command = [sys.executable, "-P", str(probe), str(checkpoint.path), "--dtype", dtype]
-        command += ["--new-tokens", str(self.new_tokens), "--repeats", str(self.repeats)]
+        command += ["--new-tokens", str(self.new_tokens)]
         if self.threads is not None:
             command += ["--threads", str(self.threads)]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, env=environment, timeout=self.timeout_seconds, check=False
-            )
-        except subprocess.TimeoutExpired:
+        return command
+
+
+class Probe:
+    """A process that holds one model. Ends with the block that opened it, whatever happens.
+
+    Raises `StepError` when the process dies or the deadline (of `time.monotonic`) passes.
+    """
+
+    def __init__(self, command: Sequence[str], model: Path, deadline: float) -> None:
+        self._model = model
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._late = False
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        self._timer = threading.Timer(max(deadline - time.monotonic(), 0.0), self._stop)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def decode(self) -> float:
+        """Let the model write; return new tokens per second."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died: reading says so
+            self._process.stdin.write("decode\n")
+            self._process.stdin.flush()
+        return self.read("tokens_per_second")
+
+    def finish(self) -> float:
+        """End the process; return its peak memory in bytes."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        peak = self.read("peak_memory_bytes")
+        self._process.stdin = None  # closed above; __exit__ must not flush it
+        return peak
+
+    def read(self, name: str) -> float:
+        """Return the number called `name` from the next line that the process prints."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                return float(json.loads(line)[name])
+            except (ValueError, KeyError, TypeError):
+                continue  # something a library prints
+        if self._late:
             raise StepError(
-                f"loading and running {checkpoint.path} took longer than {self.timeout_seconds:g} s",
+                f"loading and running {self._model} took too long",
                 remedy="raise `timeout_seconds`, or lower `new_tokens` or `repeats`",
-            ) from None
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or ["it wrote nothing"]
-            died = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-            raise StepError(
-                f"stock Transformers could not load and run {checkpoint.path} ({died}): {lines[-1]}",
-                remedy="free memory if the process was killed (signal 9); otherwise the model folder is damaged",
             )
-        measured: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-        return measured
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines() or ["it wrote nothing"]
+        died = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise StepError(
+            f"stock Transformers could not load and run {self._model} ({died}): {lines[-1]}",
+            remedy="free memory if the process was killed (signal 9); otherwise the model folder is damaged",
+        )
+
+    def _stop(self) -> None:
+        self._late = True
+        self._process.kill()

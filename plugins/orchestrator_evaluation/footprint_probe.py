@@ -1,8 +1,9 @@
 """Load one model with stock Transformers in a process of its own, let it write, and print what that took as JSON.
 
-    python -P footprint_probe.py FOLDER --dtype auto --new-tokens 64 --repeats 3
+    echo "decode" | python -P footprint_probe.py FOLDER --dtype auto --new-tokens 64
 
-Run by `footprint`, as a file, so that nothing of this project is in the process that is measured.
+One line when the model is loaded, one for each line ``decode`` on stdin, one at the end: so two of these can take
+turns. Run by `footprint`, as a file, so that nothing of this project is in the process that is measured.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import argparse
 import json
 import re
 import resource
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -32,12 +32,11 @@ def peak_memory_bytes() -> int:
 
 
 def main() -> None:
-    """Measure and print one JSON line."""
+    """Load, decode when asked, and print JSON lines."""
     parser = argparse.ArgumentParser(description="Measure what loading and running a model takes.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
 
@@ -82,15 +81,18 @@ def main() -> None:
         return time.perf_counter() - begin
 
     seconds(1)  # warm up
-    # The first new token is the prompt's: what remains is decoding alone.
-    first = statistics.median(seconds(1) for _ in range(options.repeats))
-    whole = statistics.median(seconds(1 + options.new_tokens) for _ in range(options.repeats))
-    measured = {
-        "load_seconds": load_seconds,
-        "tokens_per_second": options.new_tokens / max(whole - first, 1e-9),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    print(json.dumps(measured))  # noqa: T201
+    answer({"load_seconds": load_seconds})
+    for line in sys.stdin:
+        if line.strip() == "decode":
+            # The first new token is the prompt's: what remains is decoding alone.
+            first, whole = seconds(1), seconds(1 + options.new_tokens)
+            answer({"tokens_per_second": options.new_tokens / max(whole - first, 1e-9)})
+    answer({"peak_memory_bytes": peak_memory_bytes()})
+
+
+def answer(measured: dict[str, float]) -> None:
+    """Print one JSON line at once."""
+    print(json.dumps(measured), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
