@@ -24,6 +24,7 @@ from orchestrator.errors import SpecError, StepError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_KEYS = {"stage", "method", "fingerprint", "identity", "inputs", "invariants", "metrics", "files"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class ArtifactStore:
         try:
             data = json.loads((self.home / "steps" / f"{fingerprint}.json").read_text(encoding="utf-8"))
             return StepRecord(str(data["digest"]), float(data["seconds"]), int(data["peak_memory_bytes"]))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def lookup(self, fingerprint: str) -> Artifact | None:
@@ -93,14 +94,14 @@ class ArtifactStore:
             if file_sha256(manifest) != digest:
                 return None
             return Artifact(digest, path, json.loads(manifest.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        except OSError:  # gone, unreadable, or no folder any more
             return None
 
     def discard(self, artifact: Artifact) -> None:
         """Move a damaged artifact out of the way, so that it is never used and can still be looked at."""
         target = self.home / "damaged" / artifact.digest
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
+        _remove(target)
         artifact.path.replace(target)
 
     def stage(self, fingerprint: str) -> Path:
@@ -135,7 +136,7 @@ class ArtifactStore:
         if known and known.damage() is None:
             shutil.rmtree(folder)
         else:
-            shutil.rmtree(final, ignore_errors=True)
+            _remove(final)
             folder.replace(final)
             sync_folder(final.parent)
         steps = self.home / "steps"
@@ -149,17 +150,8 @@ class ArtifactStore:
 
         Raises `SpecError` if there is none or more than one.
         """
-        path = Path(reference)
-        if path.is_dir():
-            if not (path / MANIFEST).is_file():
-                raise SpecError(f"{path} is no artifact: it holds no {MANIFEST}")
-            try:
-                manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-                if not {"stage", "files", "metrics"} <= set(manifest):
-                    raise ValueError("it is not a manifest of ours")
-            except (OSError, ValueError, TypeError) as error:
-                raise SpecError(f"{path / MANIFEST} cannot be read: {error}") from None
-            return Artifact(file_sha256(path / MANIFEST), path, manifest)
+        if _is_folder(reference):
+            return _open_folder(Path(reference))
         folder = self.home / "artifacts"
         known = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         matches = [digest for digest in known if digest.startswith(reference)] if len(reference) >= 4 else []
@@ -173,3 +165,33 @@ class ArtifactStore:
                 "or models:/NAME@ALIAS",
             )
         return artifact
+
+
+def _is_folder(reference: str) -> bool:
+    try:
+        return Path(reference).is_dir()
+    except (OSError, ValueError):  # no path at all: too long, or with a NUL
+        return False
+
+
+def _open_folder(path: Path) -> Artifact:
+    """The artifact at a path that the user gave."""
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        raise SpecError(f"{path} is no artifact: it holds no {MANIFEST}")
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        missing = _KEYS - set(content)
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise SpecError(f"{manifest} cannot be read: {error}") from None
+    return Artifact(file_sha256(manifest), path, content)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or whatever else has come to stand in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

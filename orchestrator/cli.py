@@ -6,15 +6,15 @@ of this program.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from orchestrator.home import Settings
 
 ENGINE_GROUP = "orchestrator.engines"
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="orchestrator",
@@ -50,9 +51,6 @@ def main() -> None:
         for problem in error.problems:
             _say(f"error: {problem}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _say("interrupted; finished steps are kept, run again to go on")
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who reads us has gone: no complaint when stdout is flushed
         sys.exit(0)
@@ -60,6 +58,33 @@ def main() -> None:
         _say(f"This is a fault of compression-orchestrator {version('compression-orchestrator')}, please report it:")
         _say(traceback.format_exc())
         sys.exit(1)
+
+
+_results: list[int] = []  # descriptor of the real stdout, while a command runs
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def _results_only(command: Command) -> Command:
+    """While the command runs, let only `_print` and `_print_json` reach stdout.
+
+    What libraries, plugins and child processes print goes to stderr.
+    """
+
+    @functools.wraps(command)
+    def run_it(*arguments: Any, **options: Any) -> None:
+        sys.stdout.flush()
+        real = os.dup(1)
+        os.dup2(2, 1)
+        _results.append(real)
+        try:
+            command(*arguments, **options)
+        finally:
+            _results.pop()
+            sys.stdout.flush()
+            os.dup2(real, 1)
+            os.close(real)
+
+    return cast("Command", run_it)
 
 
 @app.callback(invoke_without_command=True)
@@ -72,6 +97,7 @@ def _root(
 
 
 @app.command()
+@_results_only
 def quickstart(local: LocalOption = False, as_json: JsonOption = False) -> None:
     """Run the whole chain on a small model that comes along, offline."""
     from orchestrator.home import Settings
@@ -83,6 +109,7 @@ def quickstart(local: LocalOption = False, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+@_results_only
 def run(spec: SpecArgument, local: LocalOption = False, as_json: JsonOption = False) -> None:
     """Run a specification; steps whose results are in the store are not computed again."""
     from orchestrator.home import Settings
@@ -92,6 +119,7 @@ def run(spec: SpecArgument, local: LocalOption = False, as_json: JsonOption = Fa
 
 
 @app.command()
+@_results_only
 def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
     """Check a specification; show its steps, and which are cached or why not."""
     from orchestrator.artifact import ArtifactStore
@@ -129,6 +157,7 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+@_results_only
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show the parameters of this method.")] = None,
     as_json: JsonOption = False,
@@ -147,6 +176,7 @@ def methods(
 
 
 @app.command()
+@_results_only
 def show(
     reference: Annotated[
         str, typer.Argument(metavar="REF", help="A digest, a unique prefix of one, a path, or models:/NAME@ALIAS.")
@@ -183,6 +213,7 @@ def show(
 
 
 @app.command()
+@_results_only
 def pull(
     uri: Annotated[str, typer.Argument(metavar="URI", help="The address of a release, or models:/NAME@ALIAS.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it; must not exist or be empty.")],
@@ -227,7 +258,7 @@ def _run(spec: Path, settings: Settings, local: bool, as_json: bool) -> None:
     from orchestrator.plugins import discover
     from orchestrator.progress import TerminalObserver
 
-    with _results_only() as stdout, TerminalObserver(_console()) as observer:
+    with TerminalObserver(_console()) as observer:
         try:
             if local:
                 from orchestrator.run import run_locally
@@ -235,16 +266,25 @@ def _run(spec: Path, settings: Settings, local: bool, as_json: bool) -> None:
                 document = run_locally(spec, discover(), settings, observer).document()
             else:
                 document = _engine()(spec, settings, observer)
-        except OrchestratorError as error:
+        except (OrchestratorError, KeyboardInterrupt) as error:
             if as_json:
-                problems = [{"what": p.what, "where": p.where, "remedy": p.remedy} for p in error.problems]
                 failed = {"run": observer.run_id, "steps": observer.outcomes, "release": None}
-                _print_json({**failed, "error": {"exit_code": error.exit_code, "problems": problems}}, stdout)
+                _print_json({**failed, "error": _as_document(error)})
+            if isinstance(error, KeyboardInterrupt):
+                observer.note("interrupted; finished steps are kept, run again to go on")
+                raise typer.Exit(INTERRUPTED) from None
             raise
     if as_json:
         _print_json(document)
     else:
         _print_result(document, settings)
+
+
+def _as_document(error: OrchestratorError | KeyboardInterrupt) -> dict[str, Any]:
+    if isinstance(error, KeyboardInterrupt):
+        return {"exit_code": INTERRUPTED, "problems": [{"what": "interrupted", "where": None, "remedy": "run again"}]}
+    problems = [{"what": p.what, "where": p.where, "remedy": p.remedy} for p in error.problems]
+    return {"exit_code": error.exit_code, "problems": problems}
 
 
 def _engine() -> Any:
@@ -254,27 +294,13 @@ def _engine() -> Any:
     return found[0].load()
 
 
-@contextmanager
-def _results_only() -> Iterator[int]:
-    """Send whatever libraries and child processes print to stderr; yield a descriptor of the real stdout."""
-    sys.stdout.flush()
-    real = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield real
-    finally:
-        sys.stdout.flush()
-        os.dup2(real, 1)
-        os.close(real)
-
-
 def _print_result(document: Mapping[str, Any], settings: Settings) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from orchestrator.report import metric_rows, shown
 
-    console = Console(soft_wrap=False)
+    console = Console(soft_wrap=False, no_color=True)
     rows = metric_rows(document["steps"])
     if rows:
         table = Table(title=document["pipeline"], title_justify="left")
@@ -283,7 +309,9 @@ def _print_result(document: Mapping[str, Any], settings: Settings) -> None:
         for row in rows:
             name = row.name.replace("_", " ")
             table.add_row(name, shown(row.name, row.dense), shown(row.name, row.compressed), shown("ratio", row.ratio))
-        console.print(table)
+        with console.capture() as drawn:
+            console.print(table)
+        _print(drawn.get().rstrip("\n"))
     models = [step for step in document["steps"] if step["stage"] in ("prune", "distill", "quantize")]
     if models:
         _print(f"model     {models[-1]['artifact']['path']}")
@@ -307,16 +335,12 @@ def _reference(artifact: Artifact) -> dict[str, str]:
 
 
 def _print(text: str) -> None:
-    typer.echo(text)
+    with os.fdopen(os.dup(_results[-1] if _results else 1), "w", encoding="utf-8") as stdout:
+        stdout.write(text + "\n")
 
 
-def _print_json(document: Mapping[str, Any], descriptor: int | None = None) -> None:
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    if descriptor is None:
-        sys.stdout.write(text)
-    else:
-        with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as stdout:
-            stdout.write(text)
+def _print_json(document: Mapping[str, Any]) -> None:
+    _print(json.dumps(document, indent=2, allow_nan=False))
 
 
 def _say(text: str) -> None:

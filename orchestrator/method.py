@@ -262,12 +262,12 @@ class ServingEngine(Method):
 
     supported_versions: ClassVar[str]  # a specifier, e.g. ">=0.30,<0.34"
 
-    gpu_memory_gib: float = Field(24.0, gt=0, description="Memory of one accelerator, GiB.")
+    gpu_memory_gib: float = Field(24.0, gt=0, le=100_000, description="Memory of one accelerator, GiB.")
     memory_utilization: float = Field(0.92, gt=0, le=1, description="Share of that memory the engine may use.")
     max_model_len: int = Field(2048, gt=0, description="Longest sequence served: prompt and answer, tokens.")
     kv_cache_dtype: str = Field("auto", description="Element type of the KV cache; 'auto' is the model's own.")
     block_size: int = Field(16, gt=0, description="Tokens per KV-cache block.")
-    activation_gib: float = Field(1.0, ge=0, description="Memory left to activations and graphs, GiB.")
+    activation_gib: float = Field(1.0, ge=0, le=100_000, description="Memory left to activations and graphs, GiB.")
 
     def budget(self) -> dict[str, Any]:
         """The fields above by name: the arguments of `orchestrator.serving.plan_kv`."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifact import Artifact
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.home import Settings
 from orchestrator.method import Publisher
 from orchestrator.plan import Plan, Step
@@ -40,7 +40,10 @@ class RunRecord:
     def begin(self) -> str:
         """Open the parent run if it is not open yet. Raises `PreflightError` if MLflow cannot be reached."""
         if self.mlflow_run is None:
-            self._tracker.check()
+            try:
+                self._tracker.check()
+            except OrchestratorError as error:
+                raise type(error)([Problem(p.what, p.where or "MLflow", p.remedy) for p in error.problems]) from error
             plan = self._plan
             params = {"model": plan.source.path.name, "seed": plan.seed, "steps": len(plan.steps)}
             for step in plan.steps:
@@ -108,6 +111,18 @@ class RunRecord:
         if not self.registry.version_exists(release["model_name"], release["model_version"]):
             return f"version {release['model_version']} of {release['model_name']} is no longer in the model registry"
         return None
+
+    def restore_alias(self, publisher: Publisher, release: Mapping[str, Any]) -> str | None:
+        """Let the publisher's alias name this release again, if another version has it now; return what was done."""
+        alias, name, version = publisher.alias, release["model_name"], release["model_version"]
+        if alias is None:
+            return None
+        held_by = self.registry.alias_version(name, alias)
+        if held_by == version:
+            return None
+        self.registry.set_alias(name, alias, version)
+        before = f"version {held_by}" if held_by else "no version"
+        return f"alias {alias} of {name} moved from {before} to version {version}"
 
     def finish(self, outcomes: Mapping[int, StepOutcome], *, failed: bool) -> None:
         """Close the parent run, if there is one."""

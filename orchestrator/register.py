@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.artifact import Artifact
 from orchestrator.bundle import write_bundle
-from orchestrator.errors import StepError
 from orchestrator.method import Publisher
 from orchestrator.plan import Plan, Step
+from orchestrator.published import PUBLISHED_FILE
 from orchestrator.record import RunRecord
 from orchestrator.steps import StepFacts, StepInputs
-
-RELEASE_FILE = "published.json"
 
 
 def release_step(
@@ -72,13 +69,5 @@ def release_step(
         "alias": publisher.alias,
         "files": [{"key": file.key, "sha256": file.sha256, "bytes": file.bytes} for file in release.files],
     }
-    (folder / RELEASE_FILE).write_text(json.dumps(published, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / PUBLISHED_FILE).write_text(json.dumps(published, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return StepFacts("release", {"files": len(release.files), "bytes": sum(f.bytes for f in release.files)}, {})
-
-
-def released(artifact: Artifact) -> dict[str, Any]:
-    """Read what a register step published."""
-    try:
-        return dict(json.loads((artifact.path / RELEASE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise StepError(f"{artifact.path / RELEASE_FILE} cannot be read: {error}") from None

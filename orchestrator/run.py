@@ -7,6 +7,8 @@ computed again.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import threading
 import time
 import traceback
@@ -26,11 +28,14 @@ from orchestrator.method import Publisher
 from orchestrator.outcome import StepOutcome
 from orchestrator.plan import SOURCE, Plan, Step, make_plan
 from orchestrator.plugins import Methods
+from orchestrator.published import released
 from orchestrator.record import RunRecord
-from orchestrator.register import release_step, released
+from orchestrator.register import release_step
 from orchestrator.status import remember
 from orchestrator.steps import StepInputs, perform
 from orchestrator.usage import Usage
+
+_DISK_FULL_BYTES = 1 << 20
 
 
 class Observer(Protocol):
@@ -140,6 +145,10 @@ class Execution:
             if gone:
                 self.observer.note(f"{step.label}: {gone}; releasing again")
                 return None
+            moved = self.record.restore_alias(step.method, released(artifact))
+            if moved:
+                self.journal.write("alias moved", step=step.index, what=moved)
+                self.observer.note(f"{step.label}: {moved}")
         return artifact
 
     def _compute(self, step: Step, usage: Usage) -> Artifact:
@@ -228,12 +237,16 @@ class Execution:
             if not isinstance(error, GateError):  # its step has its record, with the numbers
                 self._failed(step, str(error), started_ms)
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a method that calls sys.exit has failed like any other
             path = self.journal.path.with_suffix(".traceback.txt")
-            path.write_text(traceback.format_exc(), encoding="utf-8")
             message = f"{step.label} failed: {type(error).__name__}: {' '.join([str(error), *_notes(error)])}"
-            self._failed(step, message, started_ms)
-            raise StepError(message, where=step.place, remedy=f"the details are in {path}") from error
+            remedy = f"the details are in {path}"
+            if shutil.disk_usage(self.settings.home).free < _DISK_FULL_BYTES:
+                remedy = f"the disk that holds {self.settings.home} is full: free space and run again"
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                path.write_text(traceback.format_exc(), encoding="utf-8")
+                self._failed(step, message, started_ms)
+            raise StepError(message, where=step.place, remedy=remedy) from error
 
     def _failed(self, step: Step, message: str, started_ms: int) -> None:
         self.journal.write("step failed", step=step.index, error=message)
@@ -259,7 +272,7 @@ class Execution:
         }
 
 
-def _notes(error: Exception) -> list[str]:
+def _notes(error: BaseException) -> list[str]:
     """What was added on the way up, e.g. the layer at which it happened."""
     return [f"({note})" for note in getattr(error, "__notes__", ())]
 

@@ -10,7 +10,10 @@ from typing import Any
 
 from orchestrator.artifact import Artifact, ArtifactStore
 from orchestrator.canonical import canonical_json, write_atomically
+from orchestrator.errors import OrchestratorError
+from orchestrator.method import Publisher
 from orchestrator.plan import Plan
+from orchestrator.published import released
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,21 @@ def statuses(plan: Plan, store: ArtifactStore) -> list[StepStatus]:
             for name, entry in artifact.manifest["files"].items()
         ):
             artifact, why = None, "its artifact is damaged"
+        elif isinstance(step.method, Publisher):
+            why = _release_gone(step.method, artifact)
+            artifact = None if why else artifact
         found.append(StepStatus(artifact, why))
     return found
+
+
+def _release_gone(publisher: Publisher, artifact: Artifact) -> str | None:
+    release = released(artifact)
+    try:
+        found = publisher.find(release["name"])
+    except OrchestratorError as error:
+        return str(error)
+    complete = found is not None and found.digest == release["digest"]
+    return None if complete else f"its release is no longer at {release['uri']}"
 
 
 def remember(plan: Plan, home: Path) -> None:

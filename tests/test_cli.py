@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +170,45 @@ def test_methods_lists_every_family(environment: dict[str, str]) -> None:
     assert document["broken"] == []
     assert document["clashes"] == []
     assert "num_bits" in call(environment, "methods", "gptq").stdout
+
+
+def test_an_interrupted_run_says_so_and_leaves_nothing_at_work(
+    folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    text = SPEC.replace(
+        "- prune: magnitude\n    with: {sparsity: 0.5}",
+        "- distill: logits\n    with: {source: text.txt, updates: 100000, sequences: 8, length_tokens: 32}",
+    )
+    (folder / "long.yaml").write_text(text, encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", "run", str(folder / "long.yaml"), "--local", "--json"],
+        env={**environment, "ORCHESTRATOR_HOME": str(home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any(
+        '"step started"' in journal.read_text("utf-8") for journal in (home / "runs").glob("*.jsonl")
+    ):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted; finished steps are kept" in stderr
+    assert "Traceback" not in stderr
+    assert json.loads(stdout)["error"]["exit_code"] == 130
+    assert not list((home / "staging").iterdir())
+
+
+def test_what_a_plugin_prints_does_not_reach_stdout(environment: dict[str, str], tmp_path: Path) -> None:
+    package = tmp_path / "loud"
+    (package / "loud-1.dist-info").mkdir(parents=True)
+    (package / "loud-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: loud\nVersion: 1\n", "utf-8")
+    (package / "loud-1.dist-info" / "entry_points.txt").write_text("[orchestrator.plugins]\nloud = loud\n", "utf-8")
+    (package / "loud.py").write_text("import os\nprint('hello')\nos.system('echo hello')\n", encoding="utf-8")
+    done = call({**environment, "PYTHONPATH": str(package)}, "methods", "--json")
+    assert json.loads(done.stdout)["broken"][0]["plugin"] == "loud"
+    assert done.stderr.count("hello") == 2

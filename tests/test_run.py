@@ -22,10 +22,11 @@ from orchestrator.errors import GateError, PreflightError, SpecError, StepError
 from orchestrator.home import Settings
 from orchestrator.journal import Journal
 from orchestrator.outcome import StepOutcome
-from orchestrator.plan import Plan, Step
+from orchestrator.plan import Plan, Step, make_plan
 from orchestrator.plugins import InstalledMethod, Methods, Origin, discover
 from orchestrator.registry import ModelRegistry
 from orchestrator.run import run_locally
+from orchestrator.status import statuses
 from tests.tiny import make_model
 
 CHAIN = """\
@@ -86,10 +87,19 @@ class Explosive(LayerMethod):
         raise ZeroDivisionError("as the test wants")
 
 
+class Quitter(Explosive):
+    """Tries to leave with a friendly exit code."""
+
+    name: ClassVar[str] = "quitter"
+
+    def compress(self, weight_OI: torch.Tensor, statistic: object) -> LayerResult:
+        raise SystemExit(0)
+
+
 @pytest.fixture(scope="module")
 def methods() -> Methods:
     found = discover()
-    found.add([InstalledMethod(Explosive, Origin("explosive", "tests", "0"))])
+    found.add(InstalledMethod(cls, Origin(cls.name, "tests", "0")) for cls in (Explosive, Quitter))
     return found
 
 
@@ -235,6 +245,8 @@ def test_a_flipped_byte_is_computed_again_to_the_same_digest(
 def test_a_release_that_is_gone_is_made_again(copied: Any, material: Path, methods: Methods) -> None:
     settings, first = copied
     shutil.rmtree(settings.home / "releases")
+    plan = make_plan(material / "spec.yaml", methods, settings.home, tracking_uri=settings.public_tracking_uri)
+    assert "no longer" in str(statuses(plan, ArtifactStore(settings.home))[-1].why)
     document = run_locally(material / "spec.yaml", methods, settings, Watcher()).document()
     assert [step["cached"] for step in document["steps"]] == [True] * 6 + [False]
     assert document["release"]["digest"] == first["release"]["digest"]
@@ -278,6 +290,39 @@ def test_a_method_that_raises_leaves_nothing_behind(material: Path, methods: Met
     assert not (settings.home / "artifacts").exists()
     events = [event["event"] for event in Journal(settings.home, watcher.run_id).events()]
     assert events == ["run started", "step started", "step failed", "run failed"]
+
+
+def test_a_method_that_exits_has_failed(material: Path, methods: Methods, settings: Settings) -> None:
+    spec = variant(
+        material, "quitter", lambda _: "version: 1\nname: x\nmodel: {id: model}\nsteps:\n  - prune: quitter\n"
+    )
+    with pytest.raises(StepError, match="SystemExit"):
+        run_locally(spec, methods, settings, Watcher())
+
+
+def test_an_artifact_replaced_by_a_file_is_made_again(copied: Any, material: Path, methods: Methods) -> None:
+    settings, first = copied
+    folder = Path(first["steps"][1]["artifact"]["path"])
+    shutil.rmtree(folder)
+    folder.write_text("not a folder", encoding="utf-8")
+    document = run_locally(material / "spec.yaml", methods, settings, Watcher()).document()
+    assert [step["cached"] for step in document["steps"]] == [index != 1 for index in range(7)]
+    assert document["steps"][1]["artifact"] == first["steps"][1]["artifact"]
+
+
+def test_running_an_older_specification_again_moves_the_alias_back(
+    copied: Any, material: Path, methods: Methods
+) -> None:
+    settings, first = copied
+    registry = ModelRegistry(settings.tracking_uri)
+    other = variant(material, "newer", lambda text: text.replace("num_bits: 4", "num_bits: 8"))
+    newer = run_locally(other, methods, settings, Watcher()).document()
+    assert registry.resolve("models:/chain@candidate").version == newer["release"]["model_version"]
+    watcher = Watcher()
+    again = run_locally(material / "spec.yaml", methods, settings, watcher).document()
+    assert all(step["cached"] for step in again["steps"])
+    assert registry.resolve("models:/chain@candidate").version == first["release"]["model_version"]
+    assert any("alias candidate of chain moved" in note for note in watcher.notes)
 
 
 def test_too_little_text_is_refused(material: Path, methods: Methods, settings: Settings) -> None:

@@ -141,7 +141,7 @@ def _run_flow(execution: Execution, url: str) -> dict[str, Any]:
         def call() -> None:
             try:
                 future.set_result(function())
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 future.set_exception(error)
 
         calls.put(call)
