@@ -5,6 +5,7 @@ Transformers. Only safetensors are accepted: a pickle is refused before anything
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ COMPANION_PATTERNS = (
 )
 _BLOCK_LINEAR = re.compile(r"^(?P<block>(?:.+\.)?(?:layers|h|blocks)\.(?P<index>\d+))\.(?P<inner>.+)\.weight$")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+# Bytes of one element, for the dtypes that have whole ones.
+_ELEMENT_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_ELEMENT_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
 
@@ -59,7 +63,7 @@ class Checkpoint:
     def __init__(self, path: Path, *, dtype: str = "auto") -> None:
         self.path = Path(path)
         self.dtype = dtype  # "auto" (as stored), or a torch dtype name to load in
-        if not self.path.is_dir():
+        if not _is_folder(self.path):
             raise PreflightError(
                 f"there is no model folder {self.path}", remedy="give a hub id or a folder with config.json"
             )
@@ -77,9 +81,9 @@ class Checkpoint:
             raise PreflightError(
                 f"{self.path} has no config.json", remedy="give a folder in Hugging Face layout"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PreflightError(f"{path} cannot be read: {error}", remedy="copy the model again") from None
-        if not isinstance(config, dict) or "model_type" not in config:
+        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
             raise PreflightError(f"{path} names no model_type", remedy="give a folder in Hugging Face layout")
         if "auto_map" in config:
             raise PreflightError(
@@ -94,11 +98,15 @@ class Checkpoint:
         index = self.path / WEIGHT_INDEX
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (OSError, ValueError, KeyError, AttributeError) as error:
+                files = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                if not all(isinstance(name, str) for name in files):
+                    raise ValueError("weight_map must give a file name for each tensor")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise PreflightError(f"{index} cannot be read: {error!r}", remedy="copy the model again") from None
+            names = sorted(set(files))
+            present = {entry.name for entry in self.path.iterdir() if entry.is_file()}
             for name in names:
-                if Path(name).name != name or not (self.path / name).is_file():
+                if name not in present:
                     raise PreflightError(
                         f"{index} names {name!r}, which is not in the folder", remedy="copy the model again"
                     )
@@ -138,7 +146,7 @@ class Checkpoint:
     @property
     def is_quantized(self) -> bool:
         """Whether the weights are stored as packed integers."""
-        return "quantization_config" in self.config
+        return self.config.get("quantization_config") is not None
 
     @cached_property
     def stored_dtype(self) -> str:
@@ -205,8 +213,8 @@ def locate_model(model_id: str, revision: str, base: Path, dtype: str = "auto") 
     A hub id is taken from the local hub cache, or downloaded: safetensors, configuration and tokenizer only.
     Raises `PreflightError` when it cannot be had.
     """
-    folder = base / Path(model_id).expanduser()
-    if folder.is_dir() or model_id.startswith((".", "/", "~")) or not _HUB_ID.match(model_id):
+    folder = base / expand_home(model_id)
+    if _is_folder(folder) or model_id.startswith((".", "/", "~")) or not _HUB_ID.match(model_id):
         return Checkpoint(folder, dtype=dtype)
     from huggingface_hub import snapshot_download
 
@@ -224,6 +232,22 @@ def locate_model(model_id: str, revision: str, base: Path, dtype: str = "auto") 
     return Checkpoint(Path(path), dtype=dtype)
 
 
+def expand_home(path: str) -> Path:
+    """Return a path with ~ and ~user written out. Raises `PreflightError` if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        user = path.partition("/")[0]
+        raise PreflightError(f"{user} is nobody's home folder here", remedy="write the whole path") from None
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that no file system takes, or a folder above that may not be read
+        return False
+
+
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     """Read a safetensors header and check that the file is as long as the header says."""
     remedy = "copy the model again"
@@ -233,16 +257,28 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             if not 2 <= length <= _MAX_HEADER_BYTES:
                 raise ValueError("this is not a safetensors file")
             header = json.loads(file.read(length))
-        infos = {
-            name: TensorInfo(path.name, entry["dtype"], tuple(entry["shape"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        infos, end = {}, 0
+        for name, entry in header.items():
+            if name != "__metadata__":
+                infos[name] = _tensor_info(path.name, name, entry)
+                end = max(end, entry["data_offsets"][1])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PreflightError(f"{path} cannot be read: {error}", remedy=remedy) from None
     expected = 8 + length + end
     actual = path.stat().st_size
     if actual != expected:
         raise PreflightError(f"{path} is damaged: {actual} bytes instead of {expected}", remedy=remedy)
     return infos
+
+
+def _tensor_info(file: str, name: str, entry: Any) -> TensorInfo:
+    """Check one entry of a header. Raises `ValueError`, or `KeyError` and `TypeError` for one of another form."""
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list):
+        raise ValueError(f"the header gives no dtype and shape for {name!r}")
+    if not all(type(size) is int and size >= 0 for size in (*shape, start, end)) or end < start:
+        raise ValueError(f"the header gives {name!r} the shape {shape} at {entry['data_offsets']}")
+    element = _ELEMENT_BYTES.get(dtype)
+    if element is not None and math.prod(shape) * element != end - start:
+        raise ValueError(f"the header gives {name!r} {end - start} bytes for {dtype} {shape}")
+    return TensorInfo(file, dtype, tuple(shape))

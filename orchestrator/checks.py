@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.checkpoint import Checkpoint
+from orchestrator.checkpoint import Checkpoint, TensorInfo
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 from orchestrator.layers import is_skipped, split_fused_groups
-from orchestrator.method import Calibrator, Invariant, LayerMethod, Method, ModelMethod, Needs, ServingEngine
+from orchestrator.method import (
+    Calibrator,
+    Evaluator,
+    Invariant,
+    LayerMethod,
+    Method,
+    ModelMethod,
+    Needs,
+    Publisher,
+    ServingEngine,
+    Stage,
+)
 from orchestrator.packing import check_scheme
 from orchestrator.plugins import InstalledMethod
+from orchestrator.scheme import QuantScheme
 from orchestrator.serving import ModelShape, plan_kv
 from orchestrator.spec import Location, StepSpec
 
 OUTPUT_HEAD = "lm_head"  # never compressed, so naming it in `skip` is right, if needless
+# Sizes in config.json that are counts wherever they are given.
+COUNTS = (
+    "hidden_size",
+    "vocab_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+_DONE = {Stage.QUANTIZE: "quantized", Stage.PRUNE: "pruned", Stage.DISTILL: "distilled"}
+_BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
 Note = Callable[[OrchestratorError, Location], None]
 
 
@@ -30,38 +57,125 @@ class Draft:
     engines: list[tuple[InstalledMethod, ServingEngine]]
     parameters: dict[str, Any]
 
+    @property
+    def place(self) -> Location:
+        """Where the specification names the method."""
+        return (*self.location, self.spec.stage.value)
+
+    @property
+    def label(self) -> str:
+        """The step as people write it, e.g. "prune wanda"."""
+        return f"{self.method.stage} {self.method.name}"
+
+
+class PluginFaultError(SpecError):
+    """A method's own code failed while planning: no mistake in the parameters, so it is shown at the step."""
+
+
+@contextmanager
+def plugin_fault(installed: InstalledMethod, call: str) -> Iterator[None]:
+    """Turn anything but an error of ours that a plugin raises into a `PluginFaultError` that names its distribution."""
+    try:
+        yield
+    except OrchestratorError:
+        raise
+    except (Exception, SystemExit) as error:  # a plugin may fail in any way
+        said = " ".join(str(error).split())
+        raise PluginFaultError(
+            f"{installed.cls.__name__}.{call} of {installed.origin} failed: {type(error).__name__}: {said}",
+            remedy="tell the plugin's authors, or use another method",
+        ) from error
+
 
 def check_chain(drafts: Sequence[Draft], note: Note) -> None:
     """Refuse a chain in which a step lacks what it needs, or loses what an earlier one established."""
     held: dict[Invariant, Draft] = {}
     calibrated = False
+    released: Draft | None = None  # the release of the model as it is at this point
     for draft in drafts:
-        method, here = draft.method, (*draft.location, draft.spec.stage.value)
+        method, here = draft.method, draft.place
         if isinstance(method, Calibrator):
             calibrated = True
-        wants = (isinstance(method, LayerMethod) and method.needs is not Needs.WEIGHT) or (
-            isinstance(method, ModelMethod) and method.needs_calibration()
-        )
-        if wants and not calibrated:
+        try:
+            if not calibrated and _wants_calibration(draft):
+                note(SpecError(f"{draft.label} needs a calibration set", remedy="put a calibrate step before"), here)
+        except PluginFaultError as error:
+            note(error, here)
+        if isinstance(method, Publisher):
+            released = draft
+        if released and isinstance(method, Evaluator) and draft.spec.require:
             note(
                 SpecError(
-                    f"{method.stage} {method.name} needs a calibration set", remedy="put a calibrate step before"
+                    f"the gate comes after {released.label}",
+                    remedy="put it before, so that a failed gate registers nothing",
                 ),
                 here,
             )
         if isinstance(method, LayerMethod | ModelMethod):
+            released = None
             for invariant, owner in held.items():
                 if invariant not in method.keeps:
-                    first = f"{owner.method.stage} {owner.method.name}"
-                    this = f"{method.stage} {method.name}"
-                    note(
-                        SpecError(
-                            f"{this} would destroy the {invariant} that {first} established",
-                            remedy=f"put {this} before {first}, or use a method that keeps {invariant}",
-                        ),
-                        here,
-                    )
+                    note(_destroys(draft, invariant, owner), here)
             held.update(dict.fromkeys(method.provides, draft))
+
+
+def _wants_calibration(draft: Draft) -> bool:
+    method = draft.method
+    if isinstance(method, ModelMethod):
+        with plugin_fault(draft.installed, "needs_calibration"):
+            return method.needs_calibration()
+    return isinstance(method, LayerMethod) and method.needs is not Needs.WEIGHT
+
+
+def _destroys(draft: Draft, invariant: Invariant, owner: Draft) -> SpecError:
+    what = f"{draft.label} would destroy the {invariant} that {owner.label} established"
+    if invariant in draft.method.provides and invariant not in owner.method.keeps:  # no order would do
+        done = _DONE.get(draft.method.stage, "changed so")
+        return SpecError(what, remedy=f"a model is {done} once; remove one of the two")
+    remedy = f"put {draft.label} before {owner.label}, or use a method that keeps {invariant}"
+    return SpecError(what, remedy=remedy)
+
+
+def check_config(source: Checkpoint) -> list[str]:
+    """Return what config.json says that cannot be, or that the stored tensors contradict. Only what is there."""
+    config, tensors = source.config, source.tensors
+    faults = []
+    for key in COUNTS:
+        value = config.get(key)
+        values = value if key == "intermediate_size" and isinstance(value, list) else [value]
+        if value is not None and not all(type(count) is int and count > 0 for count in values):
+            faults.append(f"config.json gives {key} as {str(value)[:40]}, not as a positive whole number")
+    return faults or [f"config.json gives {fault}" for fault in _contradictions(config, tensors)]
+
+
+def _contradictions(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    rows_of: dict[str, int] = {}
+    blocks = set()
+    for name, info in tensors.items():
+        match = _BLOCK.fullmatch(name)
+        if match:
+            blocks.add(int(match[1]))
+            if len(info.shape) == 2:
+                rows_of.setdefault(match[2], info.shape[0])
+    depth = config.get("num_hidden_layers")
+    if blocks and depth is not None:
+        extra = config.get("num_nextn_predict_layers")  # stored behind the blocks, for multi-token prediction
+        allowed = {depth, depth + extra if isinstance(extra, int) else depth}
+        if len(blocks) not in allowed or max(blocks) != len(blocks) - 1:
+            yield f"num_hidden_layers as {depth}, but {len(blocks)} decoder blocks are stored"
+    for name in ("model.embed_tokens.weight", "embed_tokens.weight"):
+        if name in tensors and len(tensors[name].shape) == 2:
+            for key, stored in zip(("vocab_size", "hidden_size"), tensors[name].shape, strict=True):
+                if config.get(key) not in (None, stored):
+                    yield f"{key} as {config[key]}, but {name} has {list(tensors[name].shape)}"
+    for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
+        width = config.get("intermediate_size")
+        if isinstance(width, int) and not config.get("use_double_wide_mlp") and rows_of.get(name, width) != width:
+            yield f"intermediate_size as {width}, but {name} has {rows_of[name]} rows"
+    heads = config.get("num_attention_heads")
+    rows = rows_of.get("self_attn.q_proj.weight")
+    if heads is not None and rows is not None and rows % heads:
+        yield f"num_attention_heads as {heads}, but self_attn.q_proj.weight has {rows} rows"
 
 
 def check_against_model(draft: Draft, source: Checkpoint, note: Note) -> None:
@@ -70,15 +184,18 @@ def check_against_model(draft: Draft, source: Checkpoint, note: Note) -> None:
     try:
         if isinstance(method, LayerMethod):
             _check_layers(draft, method, source, note)
-        for index, (_, engine) in enumerate(draft.engines):
+        for index, (installed, engine) in enumerate(draft.engines):
             location = (*draft.location, "engines", index, engine.name)
             try:
                 shape = ModelShape.from_config(source.config)
                 # Weights that take no room at all: what is refused here no compression can make fit.
                 plan = plan_kv(shape, weight_bytes=0, **engine.budget())
-                engine.render(shape, plan)
+                with plugin_fault(installed, "render"):
+                    engine.render(shape, plan)
             except OrchestratorError as error:
                 note(error, location)
+    except PluginFaultError as error:
+        note(error, draft.place)
     except PreflightError as error:
         note(error, ("model", "id"))
 
@@ -104,18 +221,27 @@ def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: N
     remaining = [layer for layer in layers if not is_skipped(layer.name, draft.spec.skip)]
     if not remaining:
         note(SpecError("every layer is skipped", remedy="skip fewer"), (*draft.location, "skip"))
-    scheme = method.scheme()
+    with plugin_fault(draft.installed, "sparsity_pattern"):
+        method.sparsity_pattern()  # asked for again when the result is checked: better that it fails now
+    with plugin_fault(draft.installed, "scheme"):
+        scheme = method.scheme()
+        if scheme is not None and not isinstance(scheme, QuantScheme):
+            raise TypeError(f"it returned {type(scheme).__name__}, not a QuantScheme")
     if scheme:
-        for problem in split_fused_groups(names, draft.spec.skip):
-            note(SpecError(problem), (*draft.location, "skip"))
+        splits = split_fused_groups(names, draft.spec.skip)
+        if splits:
+            more = f" (and {len(splits) - 1} more layers)" if len(splits) > 1 else ""
+            note(SpecError(splits[0] + more), (*draft.location, "skip"))
         unsupported = check_scheme(scheme)
         if unsupported:
             note(SpecError(unsupported), (*draft.location, "with"))
     refused: dict[tuple[str, str], list[str]] = {}
     for layer in remaining:
-        fault = method.check_layer(layer)
-        if fault:
-            refused.setdefault(fault, []).append(layer.name)
+        with plugin_fault(draft.installed, "check_layer"):
+            fault = method.check_layer(layer)
+            if fault:
+                parameter, what = fault
+                refused.setdefault((str(parameter), str(what)), []).append(layer.name)
     for (parameter, what), where in refused.items():
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
         note(SpecError(f"{what} of {where[0]}{more}"), (*draft.location, "with", parameter))

@@ -20,8 +20,16 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from orchestrator.canonical import digest_of
-from orchestrator.checkpoint import Checkpoint, locate_model
-from orchestrator.checks import Draft, Note, check_against_model, check_chain
+from orchestrator.checkpoint import Checkpoint, expand_home, locate_model
+from orchestrator.checks import (
+    Draft,
+    Note,
+    PluginFaultError,
+    check_against_model,
+    check_chain,
+    check_config,
+    plugin_fault,
+)
 from orchestrator.digests import FileDigests
 from orchestrator.errors import OrchestratorError, PreflightError, Problem, SpecError
 from orchestrator.method import (
@@ -37,7 +45,7 @@ from orchestrator.method import (
 )
 from orchestrator.plugins import InstalledMethod, Methods, package_digest
 from orchestrator.sources import PREFIX, InputFile, check_source, resolve_source, source_digest
-from orchestrator.spec import Location, SpecFile, StepSpec, load_spec, validate_strictly
+from orchestrator.spec import Location, ModelSpec, SpecFile, SpecText, StepSpec, read_spec, validate_strictly
 
 SOURCE = -1  # stands for the source model where an input is the index of a step
 NOT_COMPUTING = ("catalogue.py", "cli.py", "conformance", "progress.py", "quickstart", "report.py", "testing.py")
@@ -99,9 +107,9 @@ def make_plan(
     tracking_uri: where releases are registered; part of a register step's identity.
     trust_file_times: take the sha256 of unchanged files from that memory.
     """
-    file = load_spec(spec_path)
+    file = read_spec(spec_path)
     digests = FileDigests(home, trust=trust_file_times)
-    problems: list[tuple[type[OrchestratorError], Problem]] = []
+    problems: list[tuple[type[OrchestratorError], Problem]] = [(SpecError, fault) for fault in file.faults]
 
     def note(error: OrchestratorError, location: Location) -> None:
         kind = PreflightError if isinstance(error, PreflightError) else SpecError
@@ -110,39 +118,53 @@ def make_plan(
             problems.append((kind, Problem(problem.what, where, problem.remedy)))
 
     drafts = []
-    for index, step in enumerate(file.spec.steps):
+    for index, step in file.steps.items():
         draft = _draft(file, step, ("steps", index), methods, home, digests, note)
         if draft:
             drafts.append(draft)
-    source = _open_source(file, digests, note)
-    if len(drafts) == len(file.spec.steps):
+    source = _open_source(file, file.model, digests, note) if file.model else None
+    if file.spec and len(drafts) == len(file.spec.steps):
         check_chain(drafts, note)
-        if source:
-            for draft in drafts:
-                if isinstance(draft.method, LayerMethod):
-                    try:
-                        draft.method = draft.method.for_dtype(source[0].dtype_name)
-                        draft.parameters = _parameters(draft.method, digests)
-                    except OrchestratorError as error:
-                        note(error, (*draft.location, "with"))
-                check_against_model(draft, source[0], note)
+    if source:
+        for draft in drafts:
+            _settle_dtype(draft, source[0], digests, note)
+            check_against_model(draft, source[0], note)
     digests.save()
     if problems:
         kind = SpecError if any(kind is SpecError for kind, _ in problems) else PreflightError
-        raise kind([problem for _, problem in problems])
+        raise kind(sorted((problem for _, problem in problems), key=file.line_of))
     if source is None:
         raise PreflightError("the model cannot be used")
-    return _fingerprinted(file, drafts, *source, tracking_uri)
+    return _fingerprinted(file.whole(), drafts, *source, tracking_uri)
 
 
-def _open_source(file: SpecFile, digests: FileDigests, note: Note) -> tuple[Checkpoint, str] | None:
-    model = file.spec.model
+def _settle_dtype(draft: Draft, source: Checkpoint, digests: FileDigests, note: Note) -> None:
+    """Fill in what a layer method takes from the model's dtype."""
+    if not isinstance(draft.method, LayerMethod):
+        return
+    try:
+        with plugin_fault(draft.installed, "for_dtype"):
+            method = draft.method.for_dtype(source.dtype_name)
+            if not isinstance(method, LayerMethod):
+                raise TypeError(f"it returned {type(method).__name__}, not a LayerMethod")
+        draft.method, draft.parameters = method, _parameters(draft.installed, method, digests)
+    except PluginFaultError as error:
+        note(error, draft.place)
+    except OrchestratorError as error:
+        note(error, (*draft.location, "with"))
+
+
+def _open_source(file: SpecText, model: ModelSpec, digests: FileDigests, note: Note) -> tuple[Checkpoint, str] | None:
     try:
         source = locate_model(model.id, model.revision, file.folder, model.dtype)
         if source.is_quantized:
             raise PreflightError(f"{model.id} is already quantized", remedy="start from the dense model")
         if not source.tensors:
             raise PreflightError(f"{model.id} holds no tensors")
+        faults = check_config(source)
+        if faults:
+            remedy = "copy the model again, config.json and weights together"
+            raise PreflightError([Problem(fault, remedy=remedy) for fault in faults])
         return source, source.digest(digests.sha256)
     except OrchestratorError as error:
         note(error, ("model", "id"))
@@ -152,7 +174,7 @@ def _open_source(file: SpecFile, digests: FileDigests, note: Note) -> tuple[Chec
 
 
 def _draft(
-    file: SpecFile,
+    file: SpecText,
     step: StepSpec,
     location: Location,
     methods: Methods,
@@ -213,8 +235,12 @@ def _draft(
     try:
         if not complete:
             return None
-        method.preflight()
-        parameters = _parameters(method, digests)
+        with plugin_fault(installed, "preflight"):
+            method.preflight()
+        parameters = _parameters(installed, method, digests)
+    except PluginFaultError as error:
+        note(error, here)
+        return None
     except OrchestratorError as error:
         note(error, (*location, "with"))
         return None
@@ -222,7 +248,7 @@ def _draft(
 
 
 def _parameterize(
-    file: SpecFile,
+    file: SpecText,
     installed: InstalledMethod,
     values: Mapping[str, Any],
     location: Location,
@@ -244,11 +270,19 @@ def _parameterize(
         if uri is None:
             values["uri"] = (home / "releases").absolute().as_uri()
         elif isinstance(uri, str) and "://" not in uri:
-            values["uri"] = (file.folder / Path(uri).expanduser()).absolute().as_uri()
+            try:
+                values["uri"] = (file.folder / expand_home(uri)).absolute().as_uri()
+            except PreflightError as error:
+                note(error, (*location, "uri"))
+                return None
     try:
-        return validate_strictly(installed.cls, values)
-    except ValidationError as error:
-        note(SpecError(file.problems(error, location, list(installed.cls.model_fields))), location)
+        with plugin_fault(installed, "__init__"):
+            try:
+                return validate_strictly(installed.cls, values)
+            except ValidationError as error:
+                raise SpecError(file.problems(error, location, list(installed.cls.model_fields))) from None
+    except SpecError as error:
+        note(error, location)
         return None
 
 
@@ -264,9 +298,10 @@ def _is_marked(parts: Iterable[Any]) -> bool:
     return any(isinstance(part, InputFile) or _is_marked(getattr(part, "__metadata__", ())) for part in parts)
 
 
-def _parameters(method: Method, digests: FileDigests) -> dict[str, Any]:
+def _parameters(installed: InstalledMethod, method: Method, digests: FileDigests) -> dict[str, Any]:
     """The parameters as they enter the fingerprint: text sources by content, not by path."""
-    parameters = method.model_dump(mode="json")
+    with plugin_fault(installed, "model_dump"):
+        parameters = method.model_dump(mode="json")
     for name in _source_fields(type(method)):
         value = parameters[name]
         if value is not None:

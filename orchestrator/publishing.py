@@ -82,7 +82,8 @@ class Store(ABC):
         progress: called with (key, bytes more), one call at a time, from whichever thread did the work. What it raises
             ends the publish and is passed on.
 
-        Publishing the same files again returns the release that is there, with the manifest it was first given.
+        Publishing the same files again returns the release that is there, with the manifest it was first given, and
+        puts back files that got lost.
         Raises PublishError if it cannot be done or would overwrite anything; then no new release is visible.
         """
         check_name(name)
@@ -98,6 +99,7 @@ class Store(ABC):
             existing = self._read_listing(name)
             if existing is not None and parse(uri, existing).files != files:
                 raise PublishError(f"{uri} is already published with other files", remedy="publish under another name")
+            # Also of a complete release: a file that got lost is put back.
             in_parallel(lambda item: self._settle(f"{name}/{item.file.key}", item, meter), items, meter.stop)
             body = self._settle_listing(f"{name}/{RELEASE}", body, files)
             seal = f"{hashlib.sha256(body).hexdigest()}\n".encode()
@@ -105,11 +107,17 @@ class Store(ABC):
             return parse(uri, body)
 
     def read_release(self, name: str) -> Release | None:
-        """Return the release `name`, or None if it is not complete; PublishError if it is damaged."""
+        """Return the release `name`, or None if it is not complete or a file is missing: publishing repairs both.
+
+        Looks at the size of every file, not at its bytes: `fetch` does that. PublishError if the release is damaged.
+        """
         check_name(name)
         with self._errors(PublishError, f"cannot read {self.uri}/{name}"):
             body = self._read_listing(name)
-            return None if body is None else parse(f"{self.uri}/{name}", body)
+            if body is None:
+                return None
+            release = parse(f"{self.uri}/{name}", body)
+            return release if self._is_whole(name, release) else None
 
     def fetch(self, name: str, target: Path) -> Release:
         """Download the release `name` into the folder `target`, which appears whole and verified, or not at all.
@@ -149,6 +157,21 @@ class Store(ABC):
         with self._errors(PublishError, f"cannot read {self.uri}/{key}"):
             return self._get(key)
 
+    def _is_whole(self, name: str, release: Release) -> bool:
+        """Whether every file is there; PublishError if one has another size than was published."""
+        sizes: dict[str, int | None] = {}
+
+        def measure(file: StoredFile) -> None:
+            sizes[file.key] = self._size(f"{name}/{file.key}")
+
+        in_parallel(measure, release.files, threading.Event())
+        for file in release.files:
+            size = sizes[file.key]
+            if size not in (None, file.bytes):
+                place = f"{release.uri}/{file.key}"
+                raise PublishError(f"{place} has {size} bytes, not the {file.bytes} published", remedy=_mend(place))
+        return None not in sizes.values()
+
     @contextmanager
     def _errors(self, failure: type[OrchestratorError], doing: str) -> Iterator[None]:
         """Turn what the machine or the server says into one message."""
@@ -170,6 +193,10 @@ class Store(ABC):
     @abstractmethod
     def _create(self, key: str, item: Item, meter: Meter) -> None:
         """Store `item` at `key`, whole or not at all; TakenError if the key exists."""
+
+    @abstractmethod
+    def _size(self, key: str) -> int | None:
+        """Return the size in bytes of what is at `key`, or None."""
 
     def _identify(self, key: str) -> tuple[str, int] | None:
         """Return (sha256, size in bytes) of what is at `key`, or None."""
@@ -241,9 +268,10 @@ class Store(ABC):
             elif verdict:
                 return None
             else:
+                place = f"{self.uri}/{key}"
                 raise PublishError(
-                    f"{self.uri}/{key} exists with other content and is never overwritten",
-                    remedy="publish under another name, or delete the unfinished release if nobody is writing it",
+                    f"{place} exists with other content and is never overwritten",
+                    remedy=f"publish under another name; or, if nobody else is writing this release, {_mend(place)}",
                 )
         raise PublishError(f"{self.uri}/{key} is being written by others all the time", remedy="try again later")
 
@@ -266,12 +294,19 @@ class Store(ABC):
         try:
             write_synced(path, verified(self._read(f"{name}/{file.key}")))
         except MissingError:
-            raise PublishError(f"{place} is missing", remedy="publish the release again") from None
+            raise PublishError(
+                f"{place} is missing", remedy="run again what published it: missing files are put back"
+            ) from None
         if (digest.hexdigest(), size) != (file.sha256, file.bytes):
             raise PublishError(
                 f"{place} is not what was published: its sha256 or size differs from {RELEASE}",
-                remedy="do not use this release; delete it and publish it again",
+                remedy=_mend(place),
             )
+
+
+def _mend(place: str) -> str:
+    """Say how a release is mended of a file with the wrong content."""
+    return f"delete {COMPLETE} of this release and {place}, then run again what published it"
 
 
 def in_parallel(work: Callable[[T], None], items: Iterable[T], stop: threading.Event) -> None:

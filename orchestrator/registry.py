@@ -90,6 +90,19 @@ class ModelRegistry:
             client = connect(self.uri)
             return _unless_absent(lambda: client.get_model_version(name, version)) is not None
 
+    def alias_version(self, name: str, alias: str) -> str | None:
+        """Return the version that `alias` of `name` points at, or None if there is no such alias or model."""
+        with translated(self.uri, PublishError, f"could not look up {name!r}"):
+            client = connect(self.uri)
+            found = _unless_absent(lambda: client.get_model_version_by_alias(name, alias))
+            return None if found is None else str(found.version)
+
+    def set_alias(self, name: str, alias: str, version: str) -> None:
+        """Point `alias` of `name` at `version`, and read it back. `PublishError` if the registry refuses."""
+        with translated(self.uri, PublishError, f"could not set the alias {alias!r} of {name!r}"):
+            connect(self.uri).set_registered_model_alias(name, alias, version)
+            self._verify_alias(name, alias, version)
+
     def resolve(self, ref: str) -> RegisteredVersion:
         """Return what ``models:/NAME@ALIAS`` or ``models:/NAME/3`` names. Raises `SpecError` if it names nothing."""
         match = _REF.fullmatch(ref)
@@ -169,12 +182,15 @@ class ModelRegistry:
                 remedy="check who else writes to this model, and run again",
             )
         if alias is not None:
-            now = str(client.get_model_version_by_alias(name, alias).version)
-            if now != version:
-                raise PublishError(
-                    f"alias {alias!r} of {name!r} points at version {now} instead of {version}",
-                    remedy="another run moved it at the same time; run again to move it back",
-                )
+            self._verify_alias(name, alias, version)
+
+    def _verify_alias(self, name: str, alias: str, version: str) -> None:
+        now = str(connect(self.uri).get_model_version_by_alias(name, alias).version)
+        if now != version:
+            raise PublishError(
+                f"alias {alias!r} of {name!r} points at version {now} instead of {version}",
+                remedy="another run moved it at the same time; run again to move it back",
+            )
 
     def _written(self, source: str) -> str:
         """Return the source to write for the release at `source`."""

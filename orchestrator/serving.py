@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from orchestrator.errors import PreflightError, SpecError
 
 GIB = 2**30
+# Beyond these there is no accelerator, no block and no model, and floats would overflow.
+MOST_GIB = 100_000
+MOST_BLOCK_TOKENS = 2**20
+MOST_COUNT = 2**40
 LEAVE_OUT = "leave the serving configuration out of the specification"
 # Families whose K and V are [tokens, KV heads, head_dim] in every layer, by what Transformers takes a missing key for:
 # `num_key_value_heads` means one KV head per attention head, `head_dim` means hidden_size / num_attention_heads;
@@ -51,6 +55,8 @@ class ModelShape:
     windows: per layer the sliding window in tokens, or None for full attention.
     kv_lora_rank, qk_rope_head_dim: of multi-head latent attention, else None.
     dtype: the torch name of the checkpoint's dtype, e.g. "bfloat16".
+    quantization: num_bits, group_size, strategy and symmetric of the packed weights; None for a dense checkpoint, and
+        for one that is quantized in a way this project does not write.
     """
 
     model_type: str
@@ -64,6 +70,7 @@ class ModelShape:
     vocab_size: int
     dtype: str
     tied_embeddings: bool
+    quantization: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -98,6 +105,7 @@ class ModelShape:
             vocab_size=_count(config, "vocab_size"),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
             tied_embeddings=bool(config.get("tie_word_embeddings", family.startswith("gemma"))),
+            quantization=_quantization(config),
         )
 
     @property
@@ -155,6 +163,7 @@ def plan_kv(
             f"max_model_len is {max_model_len}, but the model has {shape.max_position_embeddings} positions",
             remedy=f"set max_model_len to at most {shape.max_position_embeddings}",
         )
+    _check_budget(gpu_memory_gib, memory_utilization, activation_gib, max_model_len, block_size)
     bytes_per_token, token_step = _bytes_per_token(shape, kv_cache_dtype)
     bytes_per_block = bytes_per_token * block_size
     memory_bytes = int(gpu_memory_gib * GIB)
@@ -208,6 +217,33 @@ def plan_kv(
         element_dtype=_element_dtype(shape, kv_cache_dtype),
         steps=tuple(steps),
     )
+
+
+def _check_budget(
+    gpu_memory_gib: float, memory_utilization: float, activation_gib: float, max_model_len: int, block_size: int
+) -> None:
+    """Raise `SpecError` for a number that is no size; the comparisons are written so that NaN fails them."""
+    gib = f"a number of GiB, at most {MOST_GIB}"
+    for name, value, fits, wanted in (
+        ("gpu_memory_gib", gpu_memory_gib, 0 < gpu_memory_gib <= MOST_GIB, gib),
+        ("activation_gib", activation_gib, 0 <= activation_gib <= MOST_GIB, gib),
+        ("memory_utilization", memory_utilization, 0 < memory_utilization <= 1, "a share above 0, at most 1"),
+        ("max_model_len", max_model_len, max_model_len >= 1, "a positive number of tokens"),
+        ("block_size", block_size, 1 <= block_size <= MOST_BLOCK_TOKENS, f"1 to {MOST_BLOCK_TOKENS} tokens"),
+    ):
+        if not fits:
+            shown = f"{value:g}" if isinstance(value, float) else str(value)[:40]
+            raise SpecError(f"{name} is {shown}, which is no such size", remedy=f"give {wanted}")
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return how the one group of a compressed-tensors checkpoint stores its weights, None for anything else."""
+    entry = config.get("quantization_config") or {}
+    groups = entry.get("config_groups") or {}
+    weights = [group.get("weights") or {} for group in groups.values()]
+    if (entry.get("quant_method"), entry.get("format"), len(weights)) != ("compressed-tensors", "pack-quantized", 1):
+        return None
+    return {name: weights[0].get(name) for name in ("num_bits", "group_size", "strategy", "symmetric")}
 
 
 def _element_dtype(shape: ModelShape, kv_cache_dtype: str) -> str:
@@ -264,9 +300,9 @@ def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> i
     """Return a positive integer of the configuration."""
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_COUNT:
         raise SpecError(
-            f"config.json must give {key} as a positive integer, not {value!r}",
+            f"config.json must give {key} as a positive integer, not {str(value)[:40]}",
             remedy="complete the model's config.json",
         )
     return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -67,7 +68,28 @@ def resolve_source(source: str, base: Path) -> str:
 
 
 def _absolute(path: str, base: Path) -> str:
-    return os.path.normpath(base.absolute() / Path(path).expanduser())
+    try:
+        return os.path.normpath(base.absolute() / Path(path).expanduser())
+    except RuntimeError:
+        raise SpecError(
+            f"there is no home folder {_short(Path(path).parts[0])}", remedy="write the path of the text in full"
+        ) from None
+
+
+def _short(text: str) -> str:
+    """Return `text` short enough for a message."""
+    return text if len(text) <= 200 else f"{text[:120]}… ({len(text)} characters)"
+
+
+def _mode(path: Path) -> int:
+    """Return the file type bits of what is at `path`, 0 for nothing. `PreflightError` if that cannot be known."""
+    try:
+        return stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except (OSError, ValueError) as error:  # a name too long, a loop of links, no permission; a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PreflightError(f"{_short(str(path))!r} cannot be read: {reason}", remedy="correct `source`") from None
 
 
 def source_name(source: str) -> str:
@@ -79,8 +101,8 @@ def check_source(source: str) -> None:
     """Raise `PreflightError` if the source cannot be read: missing, empty, not text, or a library is missing."""
     if source.startswith(PREFIX):
         hub = HubSource.parse(source)
-        if hub.folder is not None and not Path(hub.folder).is_dir():
-            raise PreflightError(f"there is no data set folder {hub.folder}", remedy="correct the path")
+        if hub.folder is not None and _mode(Path(hub.folder)) != stat.S_IFDIR:
+            raise PreflightError(f"there is no data set folder {_short(hub.folder)}", remedy="correct the path")
         if find_spec("datasets") is None:
             raise PreflightError(
                 f"reading {source} needs the package `datasets`, which is not installed",
@@ -88,8 +110,10 @@ def check_source(source: str) -> None:
             )
         return
     path = Path(source)
-    if not path.is_file():
-        what = f"{path} is a folder, not a text file" if path.is_dir() else f"there is no text file {path}"
+    mode = _mode(path)
+    if mode != stat.S_IFREG:
+        shown = _short(str(path))
+        what = f"{shown} is a folder, not a text file" if mode == stat.S_IFDIR else f"there is no text file {shown}"
         raise PreflightError(what, remedy="correct `source`; a relative path starts at the specification's folder")
     try:
         with path.open("rb") as file:

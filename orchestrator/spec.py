@@ -20,6 +20,7 @@ from orchestrator.errors import Problem, SpecError
 from orchestrator.method import Stage
 
 Location = tuple[str | int, ...]
+MAX_NODES = 10_000  # values in a specification, aliases written out; a few lines of aliases can stand for billions
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -108,11 +109,10 @@ class PipelineSpec(BaseModel):
 
 
 @dataclass(frozen=True)
-class SpecFile:
-    """A parsed specification and where each of its values stands."""
+class SpecText:
+    """Where each value of a specification stands."""
 
     path: Path
-    spec: PipelineSpec
     lines: Mapping[Location, int]
 
     @property
@@ -128,10 +128,71 @@ class SpecFile:
         """Turn what pydantic found below `prefix` into problems with places and remedies."""
         return _problems(self.path, self.lines, error, prefix, lambda _: known)
 
+    def line_of(self, problem: Problem) -> int:
+        """The line that a problem stands at; 0 for one outside this file. Problems are shown in this order."""
+        match = re.match(r":(\d+)", (problem.where or "").removeprefix(str(self.path)))
+        return int(match[1]) if match else 0
+
+
+@dataclass(frozen=True)
+class SpecFile(SpecText):
+    """A valid specification."""
+
+    spec: PipelineSpec
+
+
+@dataclass(frozen=True)
+class SpecParts(SpecText):
+    """What is valid of a specification, so that planning can check it, and everything that is wrong.
+
+    spec: all of it, or None if anything is wrong. steps: the valid ones, by their index.
+    """
+
+    spec: PipelineSpec | None
+    model: ModelSpec | None
+    steps: Mapping[int, StepSpec]
+    faults: tuple[Problem, ...]
+
+    def whole(self) -> SpecFile:
+        """Return the specification. Raises `SpecError` with all faults if there are any."""
+        if self.spec is None or self.faults:
+            raise SpecError(sorted(self.faults, key=self.line_of))
+        return SpecFile(self.path, self.lines, self.spec)
+
 
 def load_spec(path: Path) -> SpecFile:
     """Read and validate a specification. Raises `SpecError` with all problems at once."""
+    return read_spec(path).whole()
+
+
+def read_spec(path: Path) -> SpecParts:
+    """Read what is valid of a specification. Raises `SpecError` only if it is no YAML mapping at all."""
     path = Path(path)
+    data, lines, faults = _read_yaml(path)
+    try:
+        spec = validate_strictly(PipelineSpec, data)
+    except ValidationError as error:
+        found = _problems(path, lines, error, (), _known_core_keys)
+    else:
+        return SpecParts(path, lines, spec, spec.model, dict(enumerate(spec.steps)), tuple(faults))
+    steps = {}
+    for index, value in enumerate(data["steps"] if isinstance(data.get("steps"), list) else ()):
+        step = _valid_or_none(StepSpec, value)
+        if step is not None:
+            steps[index] = step
+    return SpecParts(path, lines, None, _valid_or_none(ModelSpec, data.get("model")), steps, (*faults, *found))
+
+
+def _valid_or_none(cls: type[M], data: Any) -> M | None:
+    """Validate a part whose faults are already known from validating the whole."""
+    try:
+        return validate_strictly(cls, data) if isinstance(data, dict) else None
+    except ValidationError:
+        return None
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int], list[Problem]]:
+    """Return the mapping with text as keys only, the line of every value, and what is wrong with its keys."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -140,26 +201,22 @@ def load_spec(path: Path) -> SpecFile:
         raise SpecError(f"{path} cannot be read: {error}") from None
     try:
         node = yaml.compose(text, Loader=_Loader)
-        lines: dict[Location, int] = {}
-        duplicates: list[Problem] = []
+        index = _Index(path)
         if node is not None:
-            _index(node, (), lines, duplicates, path)
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+            index.add(node, ())
+        data = _text_keys(yaml.load(text, Loader=_Loader))  # noqa: S506 - _Loader is a SafeLoader
+        _as_json(data)  # refuses here what no JSON can say: integers of thousands of digits
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise SpecError(f"not valid YAML: {error.problem or error.context}", where=f"{path}:{line}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except RecursionError:
+        raise SpecError("not valid YAML: it is nested too deeply", where=str(path)) from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:  # PyYAML's own, on odd tags
         raise SpecError(f"not valid YAML: {error}", where=str(path)) from None
-    if duplicates:
-        raise SpecError(duplicates)
     if not isinstance(data, dict):
         raise SpecError("a specification is a mapping with version, name, model and steps", where=f"{path}:1")
-    try:
-        spec = PipelineSpec.model_validate_json(_as_json(data), strict=True)
-    except ValidationError as error:
-        raise SpecError(_problems(path, lines, error, (), _known_core_keys)) from None
-    return SpecFile(path, spec, lines)
+    return data, index.lines, index.faults
 
 
 def validate_strictly(cls: type[M], data: Mapping[str, Any]) -> M:
@@ -180,25 +237,57 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _index(
-    node: yaml.Node, location: Location, lines: dict[Location, int], duplicates: list[Problem], path: Path
-) -> None:
-    """Record the line of every value, and every key that is given twice."""
-    lines[location] = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
+class _Index:
+    """The line of every value, and every key that is given twice or is no text."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: dict[Location, int] = {}
+        self.faults: list[Problem] = []
+        self._nodes = 0
+
+    def add(self, node: yaml.Node, location: Location) -> None:
+        """Record a node and those below it. Raises `SpecError` for a document that grows too large."""
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            raise SpecError(
+                f"the specification holds more than {MAX_NODES} values, aliases written out",
+                where=f"{self.path}:{node.start_mark.line + 1}",
+                remedy="write it without nested aliases",
+            )
+        self.lines[location] = node.start_mark.line + 1
+        if isinstance(node, yaml.MappingNode):
+            self._add_mapping(node, location)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                self.add(value, (*location, index))
+
+    def _add_mapping(self, node: yaml.MappingNode, location: Location) -> None:
         seen: set[str] = set()
         for key, value in node.value:
-            name = str(key.value)
-            here = (*location, name)
-            if name in seen:
-                where = f"{path}:{key.start_mark.line + 1}: {_dotted(here)}"
-                duplicates.append(Problem("this key is given twice", where, "keep one"))
-            seen.add(name)
-            _index(value, here, lines, duplicates, path)
-            lines[here] = key.start_mark.line + 1
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            _index(value, (*location, index), lines, duplicates, path)
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise SpecError("a list or mapping cannot be a key", where=f"{self.path}:{line}", remedy="use text")
+            here = (*location, key.value)
+            where = f"{self.path}:{line}: {_dotted(here)}"
+            if key.tag not in _KEY_TAGS:
+                kind = key.tag.rpartition(":")[2]
+                self.faults.append(Problem(f"this key is no text, but of kind {kind}", where, "put it in quotes"))
+            if key.value in seen:
+                self.faults.append(Problem("this key is given twice", where, "keep one"))
+            seen.add(key.value)
+            self.add(value, here)
+            self.lines[here] = line
+
+
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
+
+def _text_keys(data: Any) -> Any:
+    """Return the data without the entries whose key is no text: `_Index` has named them."""
+    if isinstance(data, dict):
+        return {key: _text_keys(value) for key, value in data.items() if isinstance(key, str)}
+    return [_text_keys(value) for value in data] if isinstance(data, list) else data
 
 
 def _dotted(location: Location) -> str:
@@ -235,6 +324,8 @@ def _problems(
     problems = []
     for item in error.errors(include_url=False):
         location = (*prefix, *item["loc"])
+        if location == ("steps",) and item["type"] == "too_short" and item["input"]:
+            continue  # entries are there: what is wrong with each of them is said in its place
         message, remedy = item["msg"], None
         if item["type"] == "extra_forbidden":
             name = str(item["loc"][-1])
@@ -248,7 +339,9 @@ def _problems(
         else:
             message = message.removeprefix("Value error, ")
             message = message[:1].lower() + message[1:]
-            if not isinstance(item["input"], Mapping | Sequence) or isinstance(item["input"], str):
+            if item["type"] == "json_invalid":  # its input is the whole specification
+                message = f"a text holds half a character: {message}"
+            elif not isinstance(item["input"], Mapping | Sequence) or isinstance(item["input"], str):
                 message += f", not {json.dumps(item['input'], default=str)}"
         problems.append(Problem(message, _place(path, lines, location), remedy))
     return problems

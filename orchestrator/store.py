@@ -52,7 +52,10 @@ def open_store(uri: str, *, create_bucket: bool = False) -> Store:
             remedy="take them out; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
         )
     if not separator and uri:
-        return FileStore(Path(uri).expanduser())
+        try:
+            return FileStore(Path(uri).expanduser())
+        except RuntimeError:
+            raise SpecError(f"there is no home folder {Path(uri).parts[0]}", remedy="write the path in full") from None
     if scheme == "file" and place in ("", "localhost") and rest.removeprefix(place).startswith("/"):
         return FileStore(Path(unquote(rest.removeprefix(place))))
     prefix = rest[len(place) :].strip("/")
@@ -101,6 +104,12 @@ class FileStore(Store):
         with file:
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
+
+    def _size(self, key: str) -> int | None:
+        try:
+            return (self._root / key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def _create(self, key: str, item: Item, meter: Meter) -> None:
         path, part = self._root / key, self._staging / uuid.uuid4().hex
@@ -198,15 +207,25 @@ class S3Store(Store):
     def _path(self, key: str) -> str:
         return f"{self._prefix}/{key}" if self._prefix else key
 
-    def _identify(self, key: str) -> tuple[str, int] | None:
+    def _head(self, key: str) -> Any:
+        """Return what the server says about the object at `key`, or None if there is none."""
         from botocore.exceptions import ClientError
 
         try:
-            head = self._client.head_object(Bucket=self._bucket, Key=self._path(key))
+            return self._client.head_object(Bucket=self._bucket, Key=self._path(key))
         except ClientError as error:
             if _code(error) in ("404", "NoSuchKey"):
                 return None
             raise
+
+    def _size(self, key: str) -> int | None:
+        head = self._head(key)
+        return None if head is None else int(head["ContentLength"])
+
+    def _identify(self, key: str) -> tuple[str, int] | None:
+        head = self._head(key)
+        if head is None:
+            return None
         if digest := head["Metadata"].get("sha256"):
             return digest, head["ContentLength"]
         return super()._identify(key)  # somebody else put it there: read it

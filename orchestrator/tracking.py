@@ -8,7 +8,9 @@ nothing of mlflow's or alembic's log reaches the terminal below level ERROR.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import http.client
 import json
 import os
 import re
@@ -193,6 +195,8 @@ def translated(uri: str, kind: type[OrchestratorError], what: str) -> Iterator[N
     except Exception as error:
         if not _is_foreign(error):
             raise
+        if _disk_is_full(error):
+            raise _full(uri, kind) from error
         first_line = without_password(str(error)).strip().splitlines()[0:1] or [type(error).__name__]
         raise kind(
             f"MLflow at {without_password(uri)} {what}: {first_line[0]}",
@@ -214,6 +218,17 @@ def _is_foreign(error: Exception) -> bool:
     """Whether an exception comes from outside (mlflow, requests, SQLAlchemy, the disk) and not from a bug of ours."""
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, OSError | sqlite3.Error) or bool(modules & {"mlflow", "requests", "sqlalchemy", "urllib3"})
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Whether the disk says so, sqlite ("database or disk is full"), or MLflow that passes either on."""
+    full = os.strerror(errno.ENOSPC)
+    return getattr(error, "errno", None) == errno.ENOSPC or "disk is full" in str(error) or full in str(error)
+
+
+def _full(uri: str, kind: type[OrchestratorError]) -> OrchestratorError:
+    shown = without_password(uri)
+    return kind(f"the disk is full on which MLflow at {shown} writes", remedy="free some space there, then run again")
 
 
 def _probe(uri: str) -> None:
@@ -238,7 +253,9 @@ def _probe(uri: str) -> None:
                 f"{shown} is no MLflow tracking address",
                 remedy="set MLFLOW_TRACKING_URI to http(s)://…, sqlite:////absolute/path.db or postgresql://…",
             )
-    except (OSError, ValueError, sqlite3.Error) as error:
+    except (OSError, ValueError, sqlite3.Error, http.client.HTTPException) as error:
+        if _disk_is_full(error):
+            raise _full(uri, PreflightError) from error
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise PreflightError(
             f"MLflow cannot be reached at {shown}: {reason}",

@@ -67,3 +67,20 @@ def test_a_shortfall_that_only_the_tokenizer_shows_is_a_step_error(tokenizer: An
 def test_parameters_out_of_bounds_are_refused(wrong: dict[str, Any], source: str) -> None:
     with pytest.raises(ValidationError):
         Text(**{"source": source, **wrong})
+
+
+def test_windows_longer_than_the_model_takes_are_refused(tmp_path: Path, source: str) -> None:
+    make_tokenizer(tmp_path)
+    limited = AutoTokenizer.from_pretrained(tmp_path, model_max_length=64)
+    assert Text(source=source, sequences=2, length_tokens=64).sample(limited, seed=0).tokens_NT.shape == (2, 64)
+    with pytest.raises(StepError, match="windows of 65 tokens are longer than the 64 tokens") as caught:
+        Text(source=source, sequences=2, length_tokens=65).sample(limited, seed=0)
+    assert caught.value.problems[0].remedy == "set length_tokens to at most 64"
+
+
+def test_a_tokenizer_without_a_limit_allows_any_length(tokenizer: Any, source: str) -> None:
+    assert Text(source=source, sequences=1, length_tokens=2048).sample(tokenizer, seed=0).tokens_NT.shape == (1, 2048)
+
+
+def test_a_path_that_no_file_can_have_does_not_stop_the_preflight(tmp_path: Path) -> None:
+    Text(source=str(tmp_path / ("x" * 5000)), sequences=1, length_tokens=2).preflight()  # the plan refuses the source

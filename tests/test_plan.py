@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
 from orchestrator.artifact import ArtifactStore
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
+from orchestrator.method import (
+    LayerMethod,
+    LayerResult,
+    LayerShape,
+    ModelMethod,
+    ModelResult,
+    Needs,
+    ServingEngine,
+    Stage,
+)
 from orchestrator.plan import Plan, make_plan
-from orchestrator.plugins import Methods, discover
+from orchestrator.plugins import InstalledMethod, Methods, Origin, check_class, discover
+from orchestrator.scheme import QuantScheme
 from orchestrator.status import statuses
-from tests.tiny import make_model
+from tests.tiny import ARCHITECTURES, edit_config, make_model
 
 CHAIN = """\
 version: 1
@@ -174,6 +187,20 @@ def test_all_mistakes_come_at_once(planner: Callable[[str], Plan]) -> None:
     assert all(word in message for word in ("wnada", "vlm", "nowhere"))
 
 
+def test_a_mistake_in_a_core_key_hides_no_other(planner: Callable[[str], Plan]) -> None:
+    text = (
+        CHAIN.replace("name: chain", "nme: chain").replace("wanda", "wnada").replace("group_size: 32", "group_size: 7")
+    )
+    text = text.replace("text.txt, length_tokens: 16}\n    require", "none.txt, length_tokens: 16}\n    require")
+    text = text.replace("register: release", "register: release\n    skp: [x]")
+    message = refused(planner, text)
+    for said in ("nme: there is no such key", "wnada", "group_size", "none.txt", 'did you mean "skip"?'):
+        assert said in message
+    lines = [int(line) for line in re.findall(r"spec\.yaml:(\d+)", message)]
+    assert lines == sorted(lines) and len(lines) >= 6
+    assert "nowhere" in refused(planner, text.replace("id: model", "id: ./nowhere"))
+
+
 def test_a_chain_that_loses_an_invariant_is_refused(planner: Callable[[str], Plan]) -> None:
     prune, quantize = CHAIN.index("  - prune"), CHAIN.index("  - quantize")
     rest = CHAIN.index("  - validate")
@@ -181,6 +208,156 @@ def test_a_chain_that_loses_an_invariant_is_refused(planner: Callable[[str], Pla
     message = refused(planner, swapped)
     assert "prune wanda would destroy the grid that quantize gptq established" in message
     assert "put prune wanda before quantize gptq" in message
+
+
+@pytest.mark.parametrize("second", ["gptq", "rtn"])
+def test_a_model_is_quantized_once(planner: Callable[[str], Plan], second: str) -> None:
+    again = f"  - quantize: {second}\n    with: {{num_bits: 4, group_size: 32}}\n  - validate"
+    message = refused(planner, CHAIN.replace("  - validate", again))
+    assert "a model is quantized once; remove one of the two" in message
+    assert "before quantize" not in message
+
+
+def test_a_gate_after_the_release_is_refused(planner: Callable[[str], Plan]) -> None:
+    validate, register = CHAIN.index("  - validate"), CHAIN.index("  - register")
+    moved = CHAIN[:validate] + CHAIN[register:] + CHAIN[validate:register]
+    message = refused(planner, moved)
+    assert "the gate comes after register release; put it before, so that a failed gate registers nothing" in message
+    planner(moved.replace("    require: {perplexity_ratio: {max: 2}}\n", ""))  # measuring afterwards gates nothing
+
+
+def test_a_skip_that_splits_fused_layers_is_said_once(planner: Callable[[str], Plan]) -> None:
+    message = refused(planner, CHAIN.replace("group_size: 32}", "group_size: 32}\n    skip: [q_proj]"))
+    assert message.count("skip leaves out") == 1
+    assert message.endswith("(and 2 more layers)")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("id: model", "id: ~nosuchuser/x", "3: model.id: ~nosuchuser is nobody's home folder"),
+        ("id: model", f"id: {'m' * 5000}", "3: model.id: there is no model folder"),
+        ("id: model", f"id: ./{'m' * 5000}", "3: model.id: there is no model folder"),
+        (
+            "register: release",
+            "register: release\n    with: {uri: ~nosuchuser/x}",
+            "15: steps[4].with.uri: ~nosuchuser",
+        ),
+    ],
+)
+def test_a_path_that_cannot_be_is_refused(planner: Callable[[str], Plan], old: str, new: str, said: str) -> None:
+    assert f"spec.yaml:{said}" in refused(planner, CHAIN.replace(old, new), PreflightError)
+
+
+FAILING: list[str] = []  # the call that fails; a method is frozen, and its parameters are not the point here
+
+
+def _call(name: str, answer: Any) -> Any:
+    if f"{name} exits" in FAILING:
+        raise SystemExit(3)
+    if name in FAILING:
+        raise RuntimeError("out of\nluck")
+    return answer
+
+
+class Clumsy(LayerMethod):
+    """Prunes nothing; fails where it is told to."""
+
+    stage: ClassVar[Stage] = Stage.PRUNE
+    name: ClassVar[str] = "clumsy"
+    paper: ClassVar[str] = "none: it does nothing"
+    needs: ClassVar[Needs] = Needs.WEIGHT
+
+    def preflight(self) -> None:
+        _call("preflight", None)
+
+    def check_layer(self, layer: LayerShape) -> tuple[str, str] | None:
+        answer: tuple[str, str] | None = _call("check_layer", None)
+        return answer
+
+    def for_dtype(self, dtype: str) -> LayerMethod:
+        answer: LayerMethod = _call("for_dtype", self)
+        return answer
+
+    def scheme(self) -> QuantScheme | None:
+        answer: QuantScheme | None = _call("scheme", None)
+        return answer
+
+    def sparsity_pattern(self) -> str | None:
+        answer: str | None = _call("sparsity_pattern", None)
+        return answer
+
+    def compress(self, weight_OI: Any, statistic: Any) -> LayerResult:
+        return LayerResult(weight_OI)
+
+
+class ClumsyTraining(ModelMethod):
+    """Trains nothing; fails where it is told to."""
+
+    stage: ClassVar[Stage] = Stage.DISTILL
+    name: ClassVar[str] = "clumsy"
+    paper: ClassVar[str] = "none: it does nothing"
+
+    def needs_calibration(self) -> bool:
+        return bool(_call("needs_calibration", False))
+
+    def apply(self, model: Any, context: Any) -> ModelResult:
+        return ModelResult(model)
+
+
+class ClumsyEngine(ServingEngine):
+    """Serves nothing; fails where it is told to."""
+
+    stage: ClassVar[Stage] = Stage.REGISTER
+    name: ClassVar[str] = "clumsy"
+    paper: ClassVar[str] = "none: it does nothing"
+    supported_versions: ClassVar[str] = ">=1"
+
+    def render(self, shape: Any, plan: Any) -> dict[str, str]:
+        answer: dict[str, str] = _call("render", {})
+        return answer
+
+
+CLUMSY = """\
+version: 1
+name: clumsy
+model: {id: model}
+steps:
+  - distill: clumsy
+  - prune: clumsy
+  - register: release
+    engines: [{clumsy: {max_model_len: 32}}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "place"),
+    [
+        ("preflight", "6: steps[1].prune"),
+        ("check_layer", "6: steps[1].prune"),
+        ("for_dtype", "6: steps[1].prune"),
+        ("scheme", "6: steps[1].prune"),
+        ("sparsity_pattern", "6: steps[1].prune"),
+        ("needs_calibration", "5: steps[0].distill"),
+        ("render", "8: steps[2].engines[0].clumsy"),
+    ],
+)
+def test_a_plugin_that_fails_while_planning_is_named(
+    planner: Callable[[str], Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, place: str
+) -> None:
+    planner(CHAIN)  # writes the model and the text
+    methods = discover()
+    origin = Origin("clumsy", "clumsy-plugin", "0.1")
+    methods.add(InstalledMethod(check_class(cls), origin) for cls in (Clumsy, ClumsyTraining, ClumsyEngine))
+    (tmp_path / "spec.yaml").write_text(CLUMSY, encoding="utf-8")
+    assert len(make_plan(tmp_path / "spec.yaml", methods, tmp_path / "home").steps) == 3
+    for how, said in ((failing, "RuntimeError: out of luck"), (f"{failing} exits", "SystemExit: 3")):
+        monkeypatch.setattr(sys.modules[__name__], "FAILING", [how])
+        with pytest.raises(SpecError) as caught:
+            make_plan(tmp_path / "spec.yaml", methods, tmp_path / "home")
+        (problem,) = caught.value.problems
+        assert str(problem).startswith(f"{tmp_path / 'spec.yaml'}:{place}: ")
+        assert f"{failing} of clumsy-plugin 0.1 (plugin 'clumsy') failed: {said}" in problem.what
 
 
 def test_a_method_that_needs_calibration_says_so(planner: Callable[[str], Plan]) -> None:
@@ -211,9 +388,61 @@ def _remote_code(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
+def _config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_config(folder, **changes)
+
+
+def _deep_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000, encoding="utf-8")
+
+
+def _index(content: str) -> Callable[[Path], None]:
+    def harm(folder: Path) -> None:
+        (folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+
+    return harm
+
+
+def _raw_header(text: str) -> Callable[[Path], None]:
+    data = text.encode()
+
+    def harm(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data)
+
+    return harm
+
+
+def _header(**changes: Any) -> Callable[[Path], None]:
+    return _raw_header(json.dumps({"w": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0], **changes}}))
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
+        (_deep_config, "config.json cannot be read"),
+        (_index("[" * 100_000), "cannot be read"),
+        (_index('{"weight_map": {"a": 5}}'), "weight_map must give a file name"),
+        (_index('{"weight_map": {"a": ["x"]}}'), "weight_map must give a file name"),
+        (_index('{"weight_map": 5}'), "cannot be read"),
+        (_index(json.dumps({"weight_map": {"a": "x" * 5000}})), "not in the folder"),
+        (_raw_header("[" * 100_000), "cannot be read"),
+        (_raw_header('{"w": 5}'), "cannot be read"),
+        (_header(dtype="U8", shape=["64"], data_offsets=[0, 64]), "the header gives 'w' the shape"),
+        (_header(dtype="U8", shape=[-1], data_offsets=[0, 0]), "the header gives 'w' the shape [-1]"),
+        (_header(dtype="U8", shape=[1], data_offsets=[1, 0]), "the header gives 'w' the shape"),
+        (_header(dtype=["U8"], shape=[1], data_offsets=[0, 1]), "no dtype and shape for 'w'"),
+        (_header(dtype="F32", shape=[3], data_offsets=[0, 4]), "4 bytes for F32 [3]"),
+        (_config(model_type=5), "names no model_type"),
+        (_config(quantization_config={"quant_method": "gptq"}), "already quantized"),
+        (_config(num_hidden_layers=2), "num_hidden_layers as 2, but 3 decoder blocks are stored"),
+        (_config(num_hidden_layers=10**15), "but 3 decoder blocks are stored"),
+        (_config(num_hidden_layers="3"), "num_hidden_layers as 3, not as a positive whole number"),
+        (_config(hidden_size=65), "hidden_size as 65, but model.embed_tokens.weight has [256, 64]"),
+        (_config(vocab_size=10**9), "vocab_size as 1000000000, but model.embed_tokens.weight"),
+        (_config(intermediate_size=96), "intermediate_size as 96, but mlp.gate_proj.weight has 128 rows"),
+        (_config(num_attention_heads=0), "num_attention_heads as 0, not as a positive whole number"),
+        (_config(num_attention_heads=7), "num_attention_heads as 7, but self_attn.q_proj.weight has 64 rows"),
+        (_config(max_position_embeddings=-1), "max_position_embeddings as -1"),
         (_truncate, "damaged"),
         (_garbage, "cannot be read"),
         (_pickle, "pickle"),
@@ -229,6 +458,21 @@ def test_an_unusable_checkpoint_is_refused(
     message = refused(planner, CHAIN, PreflightError)
     assert said in message
     assert f"{tmp_path / 'spec.yaml'}:3: model.id" in message
+
+
+def test_no_quantization_is_not_quantized(planner: Callable[[str], Plan], tmp_path: Path) -> None:
+    planner(CHAIN)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": None}), encoding="utf-8")
+    planner(CHAIN)
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "llama"])
+def test_other_architectures_fit_their_config(
+    tmp_path: Path, planner: Callable[[str], Plan], architecture: str
+) -> None:
+    make_model(tmp_path / architecture, architecture, tied=True)
+    planner(CHAIN.replace("id: model", f"id: {architecture}"))
 
 
 def test_a_model_that_cannot_be_had_is_refused(planner: Callable[[str], Plan], monkeypatch: pytest.MonkeyPatch) -> None:

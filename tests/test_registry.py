@@ -108,3 +108,26 @@ def test_a_version_that_changes_under_our_hands_is_noticed(registry: ModelRegist
     with pytest.raises(PublishError, match="not what was written"):
         registry._verify("eta", "1", "s3://bucket/eta/d1", "d1", None)
     assert register(registry, "eta", "d1") == "2"
+
+
+def test_an_alias_can_be_looked_up_and_moved_back(registry: ModelRegistry) -> None:
+    assert registry.alias_version("theta", "candidate") is None
+    register(registry, "theta", "d1")
+    register(registry, "theta", "d2")
+    assert registry.alias_version("theta", "candidate") == "2"
+    assert registry.alias_version("theta", "other") is None
+    registry.set_alias("theta", "candidate", "1")
+    assert registry.alias_version("theta", "candidate") == "1"
+    assert registry.resolve("models:/theta@candidate").source == "s3://bucket/theta/d1"
+    registry.set_alias("theta", "other", "2")
+    assert registry.alias_version("theta", "other") == "2"
+
+
+@pytest.mark.parametrize(
+    ("name", "alias", "version"), [("iota", "candidate", "9"), ("nobody", "candidate", "1"), ("iota", "v3", "1")]
+)
+def test_an_alias_that_cannot_be_set_is_an_error(registry: ModelRegistry, name: str, alias: str, version: str) -> None:
+    register(registry, "iota", "d1")
+    with pytest.raises(PublishError, match=f"could not set the alias '{alias}' of '{name}'"):
+        registry.set_alias(name, alias, version)
+    assert registry.alias_version("iota", "candidate") == "1"

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import PreflightError, SpecError
+from orchestrator.packing import quantization_config
+from orchestrator.scheme import QuantScheme
 from orchestrator.serving import GIB, KVPlan, ModelShape, plan_kv
 
 LLAMA_8B: dict[str, Any] = {
@@ -130,6 +132,39 @@ def test_a_length_beyond_the_positions_of_the_model_is_refused() -> None:
         plan(QWEN_7B, max_model_len=32769)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"gpu_memory_gib": value} for value in (1e308, float("inf"), float("nan"), 0.0, -1.0)),
+        *({"activation_gib": value} for value in (1e308, float("inf"), float("nan"), -1.0)),
+        *({"memory_utilization": value} for value in (float("nan"), 0.0, 1.5, 1e308)),
+        *({"block_size": value} for value in (10**400, 0, -16)),
+        {"max_model_len": 0},
+    ],
+    ids=str,
+)
+def test_a_budget_that_is_no_size_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=f"{next(iter(changes))} is .*, which is no such size") as caught:
+        plan(LLAMA_8B, **changes)
+    assert caught.value.problems[0].remedy and len(str(caught.value)) < 200
+
+
+def test_the_largest_and_smallest_budgets_are_calculated() -> None:
+    assert plan(LLAMA_8B, gpu_memory_gib=100_000.0).num_blocks > 20_000_000
+    with pytest.raises(PreflightError, match="does not fit"):
+        plan(LLAMA_8B, gpu_memory_gib=1e-300, memory_utilization=1e-300)
+
+
+def test_the_quantization_of_packed_weights_is_read() -> None:
+    assert ModelShape.from_config(LLAMA_8B).quantization is None
+    packed = quantization_config(QuantScheme(num_bits=3, group_size=64, symmetric=False), ["lm_head"])
+    shape = ModelShape.from_config({**LLAMA_8B, "quantization_config": packed})
+    assert shape.quantization == {"num_bits": 3, "group_size": 64, "strategy": "group", "symmetric": False}
+    assert len({shape, ModelShape.from_config(LLAMA_8B)}) == 2
+    for other in ({"quant_method": "gptq", "bits": 4}, {**packed, "format": "dense"}, {**packed, "config_groups": {}}):
+        assert ModelShape.from_config({**LLAMA_8B, "quantization_config": other}).quantization is None
+
+
 def test_an_unknown_cache_dtype_is_refused_with_a_suggestion() -> None:
     with pytest.raises(SpecError, match="did you mean 'fp8_e4m3'"):
         plan(LLAMA_8B, kv_cache_dtype="fp8_e4m")
@@ -179,6 +214,7 @@ def test_a_float32_checkpoint_is_planned_as_engines_serve_it() -> None:
         ({"quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}, "kv_cache_scheme"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"hidden_size": 10**400}, "hidden_size"),
         ({"model_type": "mistral", "num_key_value_heads": None}, "num_key_value_heads"),
         ({"model_type": "qwen3"}, "head_dim"),
         ({"model_type": "deepseek_v3"}, "kv_lora_rank"),

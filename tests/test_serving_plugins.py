@@ -11,6 +11,8 @@ from packaging.specifiers import SpecifierSet
 from pydantic import ValidationError
 
 from orchestrator.api import API_VERSION, ModelShape, PreflightError, PublishError, SpecError, Stage
+from orchestrator.packing import quantization_config
+from orchestrator.scheme import QuantScheme
 from orchestrator.serving import GIB, plan_kv
 from orchestrator_serving import ORCHESTRATOR_API, register_methods
 from orchestrator_serving.release import Release
@@ -101,6 +103,32 @@ def test_latent_attention_needs_the_block_that_its_kernels_use() -> None:
     assert render(VLLM(block_size=64), DEEPSEEK_V3)[0]["block-size"] == 64
 
 
+def packed(**scheme: Any) -> dict[str, Any]:
+    return {**LLAMA_8B, "quantization_config": quantization_config(QuantScheme(**scheme), ["lm_head"])}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        ({"num_bits": 3}, "Weights of 3 bits in groups of 128"),
+        ({"num_bits": 2, "strategy": "channel", "group_size": None}, "Weights of 2 bits in one group per channel"),
+        ({"num_bits": 4, "group_size": 16}, "Weights of 4 bits in groups of 16"),
+    ],
+)
+def test_weights_that_need_an_uncommon_kernel_come_with_a_note(scheme: dict[str, Any], said: str) -> None:
+    settings, text = render(VLLM(), packed(**scheme))
+    assert said in text
+    assert "Humming" in text
+    assert settings == render(VLLM(), LLAMA_8B)[0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_with_a_kernel_are_served_as_dense_ones_are(bits: int) -> None:
+    for size in (32, 64, 128):
+        assert render(VLLM(), packed(num_bits=bits, group_size=size)) == render(VLLM(), LLAMA_8B)
+    assert render(VLLM(), packed(num_bits=bits, strategy="channel", group_size=None)) == render(VLLM(), LLAMA_8B)
+
+
 def test_a_model_with_windows_gets_a_lower_bound() -> None:
     assert "lower bound" in render(VLLM(), GPT_OSS_120B)[1]
 
@@ -132,6 +160,14 @@ def check_publishing(method: Release, bundle: Path) -> None:
     with pytest.raises(PublishError):
         method.publish(bundle, {"name": "tiny"}, "tiny/1")
     assert method.find("tiny/1") == made
+
+
+def test_a_release_that_lost_a_file_is_not_found_and_publishing_mends_it(bundle: Path, tmp_path: Path) -> None:
+    method = Release(uri=str(tmp_path / "releases"))
+    made = method.publish(bundle, {}, "tiny/1")
+    (tmp_path / "releases/tiny/1/model.safetensors").unlink()
+    assert method.find("tiny/1") is None
+    assert method.publish(bundle, {}, "tiny/1") == made == method.find("tiny/1")
 
 
 def test_a_release_in_a_folder(bundle: Path, tmp_path: Path) -> None:

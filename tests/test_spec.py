@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.method import Stage
-from orchestrator.spec import load_spec
+from orchestrator.spec import load_spec, read_spec
 
 GOOD = """\
 version: 1
@@ -90,6 +91,65 @@ def test_deep_nesting_and_tags_are_refused(tmp_path: Path) -> None:
     assert problems_of(tmp_path, "[" * 5000)
     assert problems_of(tmp_path, "version: !!python/object/apply:os.system ['true']\n")
     assert problems_of(tmp_path, "a: &a [*a]\n")
+
+
+def test_aliases_that_grow_without_bound_are_refused_at_once(tmp_path: Path) -> None:
+    for form in ("[{}]", "{{<<: [{}]}}"):
+        bomb = "a0: &a0 {x: 1}\n"
+        for level in range(1, 10):
+            bomb += f"a{level}: &a{level} " + form.format(", ".join([f"*a{level - 1}"] * 10)) + "\n"
+        started = time.monotonic()
+        (problem,) = problems_of(tmp_path, bomb)
+        assert "more than 10000 values" in problem
+        assert time.monotonic() - started < 5
+    nested_key = "a: &a [x, x]\nb: &b [*a, *a]\n? *b\n: 1\n"
+    assert any("cannot be a key" in problem for problem in problems_of(tmp_path, nested_key))
+
+
+def test_a_plain_alias_is_read(tmp_path: Path) -> None:
+    text = GOOD.replace("with: {sparsity", "with: &shared {sparsity") + "  - prune: wanda\n    with: *shared\n"
+    assert load_spec(write(tmp_path, text)).spec.steps[2].with_ == {"sparsity": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "kind"),
+    [
+        ("name: a-model", "name: a-model\n2024-01-01: x", 3, "2024-01-01: this key is no text, but of kind timestamp"),
+        ("{sparsity: 0.5}", "{sparsity: 0.5, 2024-01-01: 1}", 6, "steps[0].with.2024-01-01: this key is no text"),
+        ("{sparsity: 0.5}", "{sparsity: 0.5, on: 1}", 6, "of kind bool; put it in quotes"),
+        ("{sparsity: 0.5}", "{sparsity: 0.5, [1]: 1}", 6, "cannot be a key"),
+    ],
+)
+def test_a_key_that_is_no_text_is_refused(tmp_path: Path, old: str, new: str, line: int, kind: str) -> None:
+    (problem,) = problems_of(tmp_path, GOOD.replace(old, new, 1))
+    assert problem.startswith(f"{tmp_path / 'spec.yaml'}:{line}:") and kind in problem
+
+
+@pytest.mark.parametrize("value", ["!!bool maybe", "!!timestamp x", "!!int x", "2024-13-45", f"0x{'f' * 9000}"])
+def test_values_that_yaml_or_json_cannot_hold_are_refused(tmp_path: Path, value: str) -> None:
+    assert "not valid YAML" in problems_of(tmp_path, GOOD.replace("0.5", value))[0]
+
+
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path, GOOD.replace("id: model", 'id: "a\\uD800b"'))
+    assert "half a character" in problem and "perplexity" not in problem
+
+
+def test_steps_that_are_wrong_are_not_called_missing(tmp_path: Path) -> None:
+    problems = problems_of(tmp_path, "version: 1\nname: a\nmodel: {id: m}\nsteps:\n  - prun: wanda\n")
+    assert len(problems) == 1 and 'did you mean "prune"?' in problems[0]
+    assert any(
+        "at least 1 item" in p for p in problems_of(tmp_path, GOOD[: GOOD.index("  - prune")].rstrip() + " []\n")
+    )
+
+
+def test_what_is_valid_is_given_beside_all_faults_in_the_order_of_lines(tmp_path: Path) -> None:
+    text = GOOD.replace("max: 1.05", "maximum: 1").replace("version: 1", "version: 7") + "seed: -1\nname: b\n"
+    parts = read_spec(write(tmp_path, text))
+    assert parts.spec is None and parts.model is not None and parts.model.id == "model"
+    assert {index: step.method for index, step in parts.steps.items()} == {0: "magnitude"}
+    lines = [int(problem.split(":")[1]) for problem in problems_of(tmp_path, text)]
+    assert lines == [1, 9, 10, 11]
 
 
 def test_missing_file_and_binary_file_are_refused(tmp_path: Path) -> None:

@@ -289,6 +289,54 @@ def test_fetch_finds_every_damage_and_leaves_nothing(
     assert not target.exists() and list(target.parent.iterdir()) == []
 
 
+def test_a_release_that_lost_a_file_is_incomplete_and_publishing_mends_it(
+    storage: Backdoor, store: Store, small: Path, tmp_path: Path
+) -> None:
+    first = store.publish(NAME, small, {"seconds": 1})
+    storage.delete(f"{NAME}/b")
+    assert store.read_release(NAME) is None
+    with pytest.raises(PublishError, match="missing; run again what published it"):
+        store.fetch(NAME, tmp_path / "early")
+    assert store.publish(NAME, small, {"seconds": 2}) == first == store.read_release(NAME)
+    assert store.fetch(NAME, tmp_path / "target") == first
+    assert content(tmp_path / "target")["b"] == b"content of b"
+
+
+@pytest.mark.parametrize("damage", [b"content", b"content of b and more", b""], ids=["short", "long", "empty"])
+def test_a_file_of_another_size_is_found_without_reading_it_and_the_remedy_works(
+    storage: Backdoor, store: Store, small: Path, tmp_path: Path, damage: bytes
+) -> None:
+    first = store.publish(NAME, small, {})
+    storage.put(f"{NAME}/b", damage)
+    storage.delete(f"{NAME}/a")  # a missing file does not hide the damaged one
+    place = f"{storage.uri}/{NAME}/b"
+    remedy = f"delete COMPLETE of this release and {place}, then run again what published it"
+    with pytest.raises(PublishError) as found:
+        store.read_release(NAME)
+    assert message_of(found) == f"{place} has {len(damage)} bytes, not the 12 published; {remedy}"
+    with pytest.raises(PublishError) as refused:
+        store.publish(NAME, small, {})
+    assert message_of(refused).endswith(remedy)
+    storage.delete(f"{NAME}/COMPLETE")
+    storage.delete(f"{NAME}/b")
+    assert store.read_release(NAME) is None
+    assert store.publish(NAME, small, {}) == first == store.read_release(NAME)
+    assert store.fetch(NAME, tmp_path / "target") == first
+
+
+def test_changed_bytes_of_the_same_size_are_mended_by_the_remedy_of_fetch(
+    storage: Backdoor, store: Store, small: Path, tmp_path: Path
+) -> None:
+    first = store.publish(NAME, small, {})
+    storage.put(f"{NAME}/b", b"content of X")
+    with pytest.raises(PublishError) as error:
+        store.fetch(NAME, tmp_path / "early")
+    assert f"delete COMPLETE of this release and {storage.uri}/{NAME}/b, then run again" in message_of(error)
+    storage.delete(f"{NAME}/COMPLETE")
+    storage.delete(f"{NAME}/b")
+    assert store.publish(NAME, small, {}) == store.fetch(NAME, tmp_path / "target") == first
+
+
 def test_a_listing_that_does_not_fit_its_seal_is_refused(storage: Backdoor, store: Store, small: Path) -> None:
     store.publish(NAME, small, {})
     storage.put(f"{NAME}/release.json", storage.get(f"{NAME}/release.json").replace(b"b", b"B"))
@@ -426,6 +474,21 @@ def test_check_leaves_nothing_behind(storage: Backdoor, store: Store) -> None:
         assert not storage.root.exists() and list(storage.root.parent.glob(".orchestrator*")) == []
 
 
+def test_check_of_a_folder_leaves_nothing_at_any_depth(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "mine").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for below in ("root", "root/a/b/c", "new/a/b"):
+        open_store(str(tmp_path / below)).check()
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_check_names_a_root_that_cannot_be_written() -> None:
+    with pytest.raises(PreflightError) as error:  # a file system that refuses everyone, root too
+        open_store("/proc/releases").check()
+    assert "cannot use file:///proc/releases" in message_of(error)
+
+
 def test_get_bytes_reads_an_object_or_none(storage: Backdoor, store: Store) -> None:
     storage.put("some/key", b"bytes")
     assert store.get_bytes("some/key") == b"bytes"
@@ -457,6 +520,12 @@ def test_an_address_that_is_none_is_refused_with_what_to_write(uri: str) -> None
     with pytest.raises(SpecError) as error:
         open_store(uri)
     assert "s3://bucket/prefix" in message_of(error) and "hush" not in str(error.value)
+
+
+def test_a_home_folder_of_nobody_is_refused() -> None:
+    with pytest.raises(SpecError) as error:
+        open_store("~nosuchuser/releases")
+    assert "there is no home folder ~nosuchuser" in message_of(error)
 
 
 @pytest.mark.parametrize("uri", ["s3://AKIA:hush@bucket/x", "https://me:hush@host/x", "file://me:hush@host/x"])
@@ -640,6 +709,21 @@ def test_every_write_is_conditional_and_carries_its_checksum(
         for request in bodies
     )
     assert proxy.requests[-1].path.endswith(f"{NAME}/COMPLETE") and proxy.requests[-1].method == "PUT"
+
+
+def test_looking_for_a_release_reads_no_file_of_it(
+    proxy: FaultyProxy, bucket_storage: BucketBackdoor, folder: Path
+) -> None:
+    open_store(bucket_storage.uri).publish(NAME, folder, MANIFEST)
+    proxy.requests.clear()
+    assert open_store(bucket_storage.uri).read_release(NAME) is not None
+    read = [request.path.rpartition("/")[2] for request in proxy.requests if request.method == "GET"]
+    assert sorted(read) == ["COMPLETE", "release.json"]
+    assert [request.method for request in proxy.requests].count("HEAD") == 4
+    proxy.answer("HEAD", "config.json", 403, "AccessDenied", times=100)
+    with pytest.raises(PublishError) as error:
+        open_store(bucket_storage.uri).read_release(NAME)
+    assert "denied HeadObject" in message_of(error)
 
 
 def test_a_download_cut_short_goes_on_where_it_stopped(

@@ -327,3 +327,30 @@ def test_provenance_says_where_windows_came_from_without_naming_a_folder(tmp_pat
         "tokens_read": len(ids_of(tokenizer, source)),
     }
     assert str(tmp_path) not in json.dumps(windows.provenance)
+
+
+@pytest.mark.parametrize("source", ["~nosuchuser/text.txt", "hub:~nosuchuser/folder:train"])
+def test_a_home_folder_of_nobody_is_refused(tmp_path: Path, source: str) -> None:
+    if source.startswith("hub:"):
+        with pytest.raises(SpecError, match="does not name a data set"):  # the form has ~/ only
+            resolve_source(source, tmp_path)
+        return
+    with pytest.raises(SpecError, match="there is no home folder ~nosuchuser") as caught:
+        resolve_source(source, tmp_path)
+    assert caught.value.problems[0].remedy
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "d/" * 2500 + "x", "a\0b"], ids=["long name", "long path", "NUL"])
+@pytest.mark.parametrize("form", ["{}", "hub:{}:train"])
+def test_a_path_that_no_file_can_have_is_refused_briefly(tmp_path: Path, name: str, form: str) -> None:
+    source = resolve_source(form.format(tmp_path / name), tmp_path)
+    with pytest.raises(PreflightError) as caught:
+        check_source(source)
+    assert "cannot be read" in str(caught.value)
+    assert caught.value.problems[0].remedy and len(str(caught.value)) < 400
+
+
+def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(PreflightError, match="cannot be read"):
+        check_source(str(tmp_path / "loop"))

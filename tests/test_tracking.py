@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,7 +20,7 @@ import pytest
 from orchestrator import tracking
 from orchestrator.errors import PreflightError, StepError
 from orchestrator.registry import DIGEST_TAG, ModelRegistry
-from orchestrator.tracking import Tracker, connect, without_password
+from orchestrator.tracking import Tracker, connect, translated, without_password
 from tests.mlflow_server import make_database, serve_mlflow
 
 MANIFEST = {"method": "wanda", "parameters": {"pattern": "2:4", "note": "x" * 9000}, "outputs": ["abc"]}
@@ -182,6 +183,44 @@ def test_a_server_that_never_answers_is_found_quickly(monkeypatch: pytest.Monkey
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         assert "timed out" in refused(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-x\r\n", b"HTTP/1.1 two hundred\r\n\r\n", b""])
+def test_a_port_that_does_not_speak_http_is_refused(answer: bytes) -> None:
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        port.listen()
+
+        def greet() -> None:
+            client, _ = port.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(answer)
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        try:
+            message = refused(f"http://127.0.0.1:{port.getsockname()[1]}")
+        finally:
+            thread.join()
+    assert message.startswith("MLflow cannot be reached at http://127.0.0.1:") and "MLFLOW_TRACKING_URI" in message
+
+
+@pytest.mark.parametrize("uri", ["http://a b/", "http://[::1", "http://127.0.0.1/a b", "http://"])
+def test_a_malformed_address_is_refused(uri: str) -> None:
+    assert "MLFLOW_TRACKING_URI" in refused(uri)
+
+
+def test_a_full_disk_is_not_blamed_on_the_address(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
+        connection.execute("PRAGMA max_page_count = 1")  # sqlite says the same of a full disk
+        with pytest.raises(PreflightError) as by_sqlite, translated(uri, PreflightError, "cannot be used"):
+            connection.execute("CREATE TABLE t (x)")
+    with pytest.raises(StepError) as by_disk, translated(uri, StepError, "could not record"):
+        Path("/dev/full").write_bytes(b"x")
+    for message in (str(by_sqlite.value), str(by_disk.value)):
+        assert message.startswith(f"the disk is full on which MLflow at {uri} writes; free")
 
 
 def test_a_server_that_is_no_mlflow_is_refused(s3_endpoint: str) -> None:

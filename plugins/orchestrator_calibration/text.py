@@ -5,12 +5,13 @@ Shape legend: N = sequences, T = tokens of a sequence.
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from orchestrator.api import CalibrationSet, Calibrator, PreflightError, Stage, TextSource, token_windows
+from orchestrator.api import CalibrationSet, Calibrator, PreflightError, Stage, StepError, TextSource, token_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,11 +39,15 @@ class Text(Calibrator):
     def preflight(self) -> None:
         """Refuse a text file with fewer bytes than tokens needed. (The plan itself refuses an unreadable source.)"""
         path = Path(self.source)
+        try:
+            found = path.stat()
+        except (OSError, ValueError):
+            return
         # A token stands for at least a byte of text, but Parquet is compressed, and a hub's size is not known here.
-        if path.suffix == ".parquet" or not path.is_file():
+        if path.suffix == ".parquet" or not stat.S_ISREG(found.st_mode):
             return
         needed = self.sequences * (self.length_tokens - self.start_token)
-        size = path.stat().st_size
+        size = found.st_size
         if size < needed:
             raise PreflightError(
                 f"{path} holds {size} bytes, too few for the {needed} tokens of {self.sequences} windows",
@@ -50,7 +55,14 @@ class Text(Calibrator):
             )
 
     def sample(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> CalibrationSet:
-        """Return token ids [N, T]. Raises `StepError` if the source holds too little text."""
+        """Return token ids [N, T]. Raises `StepError` for too little text, or windows longer than the model's."""
+        # A tokenizer that knows no limit gives 10**30, which no window reaches.
+        if self.length_tokens > tokenizer.model_max_length:
+            raise StepError(
+                f"windows of {self.length_tokens} tokens are longer than the {tokenizer.model_max_length} tokens that "
+                "the tokenizer says the model can take",
+                remedy=f"set length_tokens to at most {tokenizer.model_max_length}",
+            )
         return token_windows(
             self.source,
             tokenizer,

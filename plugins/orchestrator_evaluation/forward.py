@@ -37,7 +37,13 @@ class WindowEvaluator(Evaluator):
     batch: int = Field(4, ge=1, le=4096, description="Windows per forward pass; bounds the memory of the logits.")
 
     def tokens_NT(self, baseline: Checkpoint) -> torch.Tensor:
-        """The windows, in tokens of the dense model. Raises `StepError` if the source holds too little text."""
+        """The windows, in tokens of the dense model. Raises `StepError` for too little text or too long windows."""
+        positions = _positions(baseline)
+        if positions is not None and self.length_tokens > positions:
+            raise StepError(
+                f"windows of {self.length_tokens} tokens are longer than the {positions} positions of the model",
+                remedy=f"set length_tokens to at most {positions}",
+            )
         windows = token_windows(
             self.source,
             baseline.load_tokenizer(),
@@ -47,6 +53,15 @@ class WindowEvaluator(Evaluator):
             random=False,
         )
         return windows.tokens_NT
+
+
+def _positions(checkpoint: Checkpoint) -> int | None:
+    """How many positions the model was made for, if its configuration says so plainly."""
+    positions = checkpoint.config.get("max_position_embeddings")
+    scaling = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
+    # These reach farther than max_position_embeddings, by a factor that not all of them apply at every length.
+    stretched = scaling.get("rope_type", scaling.get("type")) in ("linear", "dynamic", "yarn")
+    return positions if isinstance(positions, int) and not stretched else None
 
 
 def load_float32(checkpoint: Checkpoint) -> PreTrainedModel:

@@ -18,6 +18,9 @@ FILE_NAME = "vllm.yaml"
 LATENT_BLOCK_SIZE = 64
 # What compressed-tensors checkpoints can be computed in; vLLM refuses others.
 COMPUTE_DTYPES = ("bfloat16", "float16")
+# What vLLM's usual kernel for packed weights (Marlin) computes.
+WEIGHT_BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128)
 
 
 class VLLM(ServingEngine):
@@ -76,10 +79,30 @@ class VLLM(ServingEngine):
         ]
         if shape.dtype != dtype:
             notes.append(f"The checkpoint is {shape.dtype}; vLLM computes in {dtype}, and keeps the KV cache in it.")
+        notes += _kernel_notes(shape)
         if plan.element_dtype.startswith("fp8"):
             notes.append("The checkpoint holds no fp8 KV scales: vLLM takes 1.0, which can cost accuracy. Measure it.")
         header = "".join(f"# {note}".rstrip() + "\n" for note in notes)
         return {FILE_NAME: header + yaml.safe_dump(settings, sort_keys=False)}
+
+
+def _kernel_notes(shape: ModelShape) -> list[str]:
+    """Say so if only one of vLLM's kernels takes weights packed like these.
+
+    vLLM 0.33.0 loads 2 to 8 bits (compressed_tensors_wNa16.py); Marlin computes 4 and 8 in the groups above, and
+    Humming, a package of its own for CUDA, takes the rest.
+    """
+    if shape.quantization is None:
+        return []
+    bits, size = shape.quantization["num_bits"], shape.quantization["group_size"]
+    grouped = shape.quantization["strategy"] == "group"
+    if bits in WEIGHT_BITS and (not grouped or size in GROUP_SIZES):
+        return []
+    groups = f"groups of {size}" if grouped else "one group per channel"
+    return [
+        f"Weights of {bits} bits in {groups}: of the kernels in vLLM 0.33 only Humming takes them (CUDA, installed",
+        "beside vLLM). Every other one takes 4 or 8 bits, per channel or in groups of 32, 64 or 128.",
+    ]
 
 
 def _cache_dtype(dtype: str, plan: KVPlan) -> str:
