@@ -52,6 +52,7 @@ def seconds_of(command: list[str], environment: dict[str, str]) -> float:
 
 
 def main() -> None:
+    """Measure, print the table, and save it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/overhead.json")

@@ -140,6 +140,7 @@ class _ShardWriter:
         self._total_bytes += size
 
     def finish(self) -> None:
+        """Write what is pending and give the shards their final names, with an index if there are several."""
         self._flush()
         count = len(self._written)
         if count == 1:

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from orchestrator.api import CalibrationSet, PreflightError
+from orchestrator.api import CalibrationSet, PreflightError, check_source
 from orchestrator.errors import StepError
 from orchestrator_calibration import register_methods
 from orchestrator_calibration.text import Text
@@ -83,4 +83,7 @@ def test_a_tokenizer_without_a_limit_allows_any_length(tokenizer: Any, source: s
 
 
 def test_a_path_that_no_file_can_have_does_not_stop_the_preflight(tmp_path: Path) -> None:
-    Text(source=str(tmp_path / ("x" * 5000)), sequences=1, length_tokens=2).preflight()  # the plan refuses the source
+    method = Text(source=str(tmp_path / ("x" * 5000)), sequences=1, length_tokens=2)
+    method.preflight()  # must not raise: the plan itself refuses the source, with its place
+    with pytest.raises(PreflightError):
+        check_source(method.source)

@@ -464,7 +464,7 @@ def test_no_quantization_is_not_quantized(planner: Callable[[str], Plan], tmp_pa
     planner(CHAIN)
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": None}), encoding="utf-8")
-    planner(CHAIN)
+    assert not planner(CHAIN).source.is_quantized
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "llama"])
@@ -472,7 +472,8 @@ def test_other_architectures_fit_their_config(
     tmp_path: Path, planner: Callable[[str], Plan], architecture: str
 ) -> None:
     make_model(tmp_path / architecture, architecture, tied=True)
-    planner(CHAIN.replace("id: model", f"id: {architecture}"))
+    plan = planner(CHAIN.replace("id: model", f"id: {architecture}"))
+    assert plan.source.path == tmp_path / architecture
 
 
 def test_a_model_that_cannot_be_had_is_refused(planner: Callable[[str], Plan], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,7 @@ def main() -> None:
     prompt = torch.arange(PROMPT_TOKENS).remainder(rows).unsqueeze(0)
 
     def seconds(new_tokens: int) -> float:
+        """Time to write this many tokens after the prompt."""
         begin = time.perf_counter()
         # `min_new_tokens`: an end token must not make a run shorter.
         written = model.generate(
