@@ -214,26 +214,24 @@ def _draft(
                 engines.append((found, engine))
             else:
                 complete = False
-    if method is None:
-        return None
     for key, kind, given in (
         ("skip", LayerMethod, step.skip),
         ("require", Evaluator, step.require),
         ("engines", Publisher, step.engines),
     ):
-        if given and not isinstance(method, kind):
+        if given and not issubclass(installed.cls, kind):
             note(
                 SpecError(f"`{key}` means nothing to {step.stage} {step.method}", remedy="remove it"), (*location, key)
             )
-    if isinstance(method, Evaluator):
-        for metric in sorted(set(step.require) - set(method.metrics)):
-            known = ", ".join(sorted(method.metrics))
+    if issubclass(installed.cls, Evaluator):
+        for metric in sorted(set(step.require) - set(installed.cls.metrics)):
+            known = ", ".join(sorted(installed.cls.metrics))
             note(
                 SpecError(f"{step.method} measures no {metric!r}", remedy=f"it measures {known}"),
                 (*location, "require", metric),
             )
     try:
-        if not complete:
+        if method is None or not complete:
             return None
         with plugin_fault(installed, "preflight"):
             method.preflight()
@@ -257,14 +255,15 @@ def _parameterize(
 ) -> Method | None:
     """Build the method from its `with` mapping, paths made absolute."""
     values = dict(values)
-    sources = set(_source_fields(installed.cls))
-    for name in sources & set(values):
+    usable = True  # a fault is noted, and the rest is checked all the same
+    for name in sorted(set(_source_fields(installed.cls)) & set(values)):
         if isinstance(values[name], str):
             try:
                 values[name] = resolve_source(values[name], file.folder)
+                check_source(values[name])
             except OrchestratorError as error:
                 note(error, (*location, name))
-                return None
+                usable = False
     if issubclass(installed.cls, Publisher):
         uri = values.get("uri")
         if uri is None:
@@ -274,11 +273,12 @@ def _parameterize(
                 values["uri"] = (file.folder / expand_home(uri)).absolute().as_uri()
             except PreflightError as error:
                 note(error, (*location, "uri"))
-                return None
+                usable = False
     try:
         with plugin_fault(installed, "__init__"):
             try:
-                return validate_strictly(installed.cls, values)
+                method = validate_strictly(installed.cls, values)
+                return method if usable else None
             except ValidationError as error:
                 raise SpecError(file.problems(error, location, list(installed.cls.model_fields))) from None
     except SpecError as error:
@@ -305,7 +305,6 @@ def _parameters(installed: InstalledMethod, method: Method, digests: FileDigests
     for name in _source_fields(type(method)):
         value = parameters[name]
         if value is not None:
-            check_source(value)
             digest = source_digest(value) if value.startswith(PREFIX) else digests.sha256(Path(value))
             parameters[name] = {"sha256": digest}
     return parameters

@@ -177,7 +177,7 @@ def read_spec(path: Path) -> SpecParts:
         return SpecParts(path, lines, spec, spec.model, dict(enumerate(spec.steps)), tuple(faults))
     steps = {}
     for index, value in enumerate(data["steps"] if isinstance(data.get("steps"), list) else ()):
-        step = _valid_or_none(StepSpec, value)
+        step = _valid_or_none(StepSpec, value) or _valid_or_none(StepSpec, _without_faults(value))
         if step is not None:
             steps[index] = step
     return SpecParts(path, lines, None, _valid_or_none(ModelSpec, data.get("model")), steps, (*faults, *found))
@@ -189,6 +189,18 @@ def _valid_or_none(cls: type[M], data: Any) -> M | None:
         return validate_strictly(cls, data) if isinstance(data, dict) else None
     except ValidationError:
         return None
+
+
+def _without_faults(step: Any) -> Any:
+    """The step without the keys that are wrong, so that its method and the others can still be checked."""
+    try:
+        validate_strictly(StepSpec, step)
+    except (ValidationError, TypeError) as error:
+        wrong = (
+            {item["loc"][0] for item in error.errors() if item["loc"]} if isinstance(error, ValidationError) else set()
+        )
+        return {key: value for key, value in step.items() if key not in wrong} if isinstance(step, dict) else None
+    return step
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int], list[Problem]]:

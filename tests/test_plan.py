@@ -201,6 +201,13 @@ def test_a_mistake_in_a_core_key_hides_no_other(planner: Callable[[str], Plan]) 
     assert "nowhere" in refused(planner, text.replace("id: model", "id: ./nowhere"))
 
 
+def test_a_faulty_key_hides_no_other_fault_of_its_step(planner: Callable[[str], Plan]) -> None:
+    text = CHAIN.replace("prune: wanda", "prune: wnada\n    wth: {}").replace("perplexity_ratio", "perplexity_rato")
+    text = text.replace("text.txt, length_tokens: 16}\n    require", "none.txt, lenght_tokens: 16}\n    require")
+    message = refused(planner, text)
+    assert all(word in message for word in ("wnada", "wth", "perplexity_rato", "none.txt", "lenght_tokens"))
+
+
 def test_a_chain_that_loses_an_invariant_is_refused(planner: Callable[[str], Plan]) -> None:
     prune, quantize = CHAIN.index("  - prune"), CHAIN.index("  - quantize")
     rest = CHAIN.index("  - validate")

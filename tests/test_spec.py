@@ -147,7 +147,9 @@ def test_what_is_valid_is_given_beside_all_faults_in_the_order_of_lines(tmp_path
     text = GOOD.replace("max: 1.05", "maximum: 1").replace("version: 1", "version: 7") + "seed: -1\nname: b\n"
     parts = read_spec(write(tmp_path, text))
     assert parts.spec is None and parts.model is not None and parts.model.id == "model"
-    assert {index: step.method for index, step in parts.steps.items()} == {0: "magnitude"}
+    # The second step's bound is wrong; its method is known all the same, and will be checked.
+    assert {index: step.method for index, step in parts.steps.items()} == {0: "magnitude", 1: "perplexity"}
+    assert not parts.steps[1].require
     lines = [int(problem.split(":")[1]) for problem in problems_of(tmp_path, text)]
     assert lines == [1, 9, 10, 11]
 
