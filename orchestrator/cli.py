@@ -320,7 +320,8 @@ def _print_result(document: Mapping[str, Any], settings: Settings) -> None:
         alias = f" @{release['alias']}" if release.get("alias") else ""
         _print(f"release   {release['uri']}")
         _print(f"registry  models:/{release['model_name']}/{release['model_version']}{alias}")
-    _print(f"tracking  {settings.public_tracking_uri}")
+    run = f", run {document['mlflow_run']}" if document["mlflow_run"] else ""
+    _print(f"tracking  {settings.public_tracking_uri}{run}")
     _print(f"journal   {settings.home / 'runs' / document['run']}.jsonl")
 
 

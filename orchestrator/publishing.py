@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from orchestrator.canonical import canonical_json, sync_folder
 from orchestrator.errors import OrchestratorError, PublishError, SpecError
-from orchestrator.release import COMPLETE, RELEASE, Item, Release, StoredFile, check_key, check_name, parse, scan
+from orchestrator.release import COMPLETE, RELEASE, Item, Release, StoredFile, check_name, parse, scan
 
 FILES_AT_ONCE = 4
 ATTEMPTS = 5
@@ -150,12 +150,6 @@ class Store(ABC):
             finally:
                 shutil.rmtree(part, ignore_errors=True)  # gone already, unless something failed
             return release
-
-    def get_bytes(self, key: str) -> bytes | None:
-        """Return the object at `key` (relative to the root), unverified, or None if there is none."""
-        check_key(key)
-        with self._errors(PublishError, f"cannot read {self.uri}/{key}"):
-            return self._get(key)
 
     def _is_whole(self, name: str, release: Release) -> bool:
         """Whether every file is there; PublishError if one has another size than was published."""

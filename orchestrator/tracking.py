@@ -130,13 +130,6 @@ class Tracker:
                 client.set_tag(run_id, NOTE_TAG, _cut(table_markdown, MAX_TAG_CHARS))
             client.set_terminated(run_id, status)
 
-    def run_url(self, run_id: str) -> str:
-        """Return where to look at a run: a page of the server, or ``runs:/ID`` for a database."""
-        if not is_server(self.uri):
-            return f"runs:/{run_id}"
-        with translated(self.uri, StepError, "could not name the run"):
-            return f"{without_password(self.uri).rstrip('/')}/#/experiments/{self._experiment()}/runs/{run_id}"
-
     def _experiment(self) -> str:
         """Return the id of the experiment, made on first use with its artifacts beside a sqlite database."""
         with self._lock:

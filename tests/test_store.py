@@ -364,14 +364,14 @@ MALFORMED: list[Any] = [
 
 @pytest.mark.parametrize("files", MALFORMED, ids=lambda files: repr(files)[:30])
 def test_a_hostile_listing_writes_nowhere(tmp_path: Path, files: Any) -> None:
-    refuse_listing(FolderBackdoor(tmp_path / "releases"), tmp_path / "out" / "target", files)
+    check_listing_is_refused(FolderBackdoor(tmp_path / "releases"), tmp_path / "out" / "target", files)
 
 
 def test_a_hostile_listing_in_a_bucket_writes_nowhere(bucket_storage: BucketBackdoor, tmp_path: Path) -> None:
-    refuse_listing(bucket_storage, tmp_path / "out" / "target", MALFORMED[0])
+    check_listing_is_refused(bucket_storage, tmp_path / "out" / "target", MALFORMED[0])
 
 
-def refuse_listing(storage: Backdoor, target: Path, files: Any) -> None:
+def check_listing_is_refused(storage: Backdoor, target: Path, files: Any) -> None:
     body = json.dumps({"files": files}).encode()
     storage.put(f"{NAME}/release.json", body)
     storage.put(f"{NAME}/COMPLETE", hashlib.sha256(body).hexdigest().encode())
@@ -487,14 +487,6 @@ def test_check_names_a_root_that_cannot_be_written() -> None:
     with pytest.raises(PreflightError) as error:  # a file system that refuses everyone, root too
         open_store("/proc/releases").check()
     assert "cannot use file:///proc/releases" in message_of(error)
-
-
-def test_get_bytes_reads_an_object_or_none(storage: Backdoor, store: Store) -> None:
-    storage.put("some/key", b"bytes")
-    assert store.get_bytes("some/key") == b"bytes"
-    assert store.get_bytes("some/other") is None
-    with pytest.raises(PublishError):
-        store.get_bytes("../some/key")
 
 
 # Addresses

@@ -74,7 +74,6 @@ def test_a_pipeline_is_a_tree_of_runs_in_sqlite(database: str, tmp_path: Path) -
     tracker.check()
     parent, child = record(tracker)
     check_recorded(database, parent, child, tmp_path)
-    assert tracker.run_url(parent) == f"runs:/{parent}"
     found = connect(database).get_run(child).info.artifact_uri
     home = Path(database.removeprefix("sqlite:///")).parent
     assert found.startswith((home / "mlartifacts").as_uri())
@@ -143,8 +142,6 @@ def test_a_server_keeps_runs_and_versions_and_its_loss_is_noticed(
         tracker.check()
         parent, child = record(tracker)
         check_recorded(server, parent, child, tmp_path)
-        assert tracker.run_url(parent).startswith(f"{server}/#/experiments/")
-        assert tracker.run_url(parent).endswith(f"/runs/{parent}")
         registry = ModelRegistry(server)
         release: dict[str, Any] = {"run_id": parent, "tags": {DIGEST_TAG: "d1"}, "description": "first"}
         local = (tmp_path / "releases" / "tiny" / "d1").as_uri()
