@@ -51,6 +51,9 @@ def main() -> None:
         for problem in error.problems:
             _say(f"error: {problem}")
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # outside of a run, which says more
+        _say("interrupted")
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who reads us has gone: no complaint when stdout is flushed
         sys.exit(0)
