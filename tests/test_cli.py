@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +188,9 @@ def test_an_interrupted_run_says_so_and_leaves_nothing_at_work(
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not any(
-        '"step started"' in journal.read_text("utf-8") for journal in (home / "runs").glob("*.jsonl")
-    ):
-        time.sleep(0.1)
+    # In the middle of its work: some libraries swallow an interrupt that arrives while they are being imported.
+    assert process.stderr is not None
+    assert any("update" in line for line in process.stderr), "the run ended before it could be interrupted"
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
