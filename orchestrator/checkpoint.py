@@ -46,11 +46,13 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: file, dtype as safetensors names it ("BF16"), shape."""
+    """Where a tensor lies: file, dtype as safetensors names it ("BF16"), shape, first byte in the file, and bytes."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    num_bytes: int
 
 
 class Checkpoint:
@@ -260,7 +262,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         infos, end = {}, 0
         for name, entry in header.items():
             if name != "__metadata__":
-                infos[name] = _tensor_info(path.name, name, entry)
+                infos[name] = _tensor_info(path.name, name, entry, 8 + length)
                 end = max(end, entry["data_offsets"][1])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PreflightError(f"{path} cannot be read: {error}", remedy=remedy) from None
@@ -271,8 +273,8 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _tensor_info(file: str, name: str, entry: Any) -> TensorInfo:
-    """Check one entry of a header. Raises `ValueError`, or `KeyError` and `TypeError` for one of another form."""
+def _tensor_info(file: str, name: str, entry: Any, base: int) -> TensorInfo:
+    """Check one entry of a header, whose data begin at `base`. Raises `ValueError`, or `KeyError` and `TypeError` for one of another form."""
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not isinstance(shape, list):
         raise ValueError(f"the header gives no dtype and shape for {name!r}")
@@ -281,4 +283,4 @@ def _tensor_info(file: str, name: str, entry: Any) -> TensorInfo:
     element = _ELEMENT_BYTES.get(dtype)
     if element is not None and math.prod(shape) * element != end - start:
         raise ValueError(f"the header gives {name!r} {end - start} bytes for {dtype} {shape}")
-    return TensorInfo(file, dtype, tuple(shape))
+    return TensorInfo(file, dtype, tuple(shape), base + start, end - start)

@@ -1,22 +1,25 @@
 """Writing the resulting model as a Hugging Face folder: the same input gives the same bytes.
 
-Weights go to safetensors shards as they arrive, so that at most one shard is in memory; quantized layers in the
-compressed-tensors layout of `orchestrator.packing`. Tensors no step touched are copied from the source at the end,
-with the tokenizer and the other companions.
+Weights go to their places in safetensors files as they arrive; quantized layers in the compressed-tensors layout of
+`orchestrator.packing`. Tensors no step touched are copied from the source at the end, piece by piece, with the
+tokenizer and the other companions.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.checkpoint import SINGLE_WEIGHT_FILE, WEIGHT_INDEX, Checkpoint
+from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
 from orchestrator.layers import ignored_layers
-from orchestrator.packing import pack, quantization_config
+from orchestrator.packing import pack, packed_specs, quantization_config
+from orchestrator.reader import FLOAT_DTYPES, TORCH_DTYPES, TensorReader, bytes_of
+from orchestrator.shards import MAX_SHARD_BYTES, Shards, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -24,18 +27,13 @@ if TYPE_CHECKING:
 
     from orchestrator.scheme import QuantizedWeight, QuantScheme
 
-MAX_SHARD_BYTES = 2_000_000_000
-# One key only: with two or more the order of the keys, hence the bytes, changes from run to run.
-_METADATA = {"format": "pt"}
-
 
 class ModelWriter:
-    """Collects the tensors of a model and writes the folder; `finish` makes it complete.
+    """Writes the tensors of a model to their places as they come; `finish` makes the folder complete.
 
     checkpoint: the source, from which everything not added is copied.
     scheme: how added layers are quantized; None for a dense result.
     skip: patterns (see `orchestrator.layers.is_skipped`) of the layers that stay dense in a quantized result.
-    max_shard_bytes: tensors are held in memory until they fill a shard of this size.
     """
 
     def __init__(
@@ -50,44 +48,107 @@ class ModelWriter:
         self.checkpoint = checkpoint
         self.folder = Path(folder)
         self.scheme = scheme
-        self.ignored = ignored_layers((layer.name for layer in checkpoint.block_layers()), skip)
+        self.layers = {layer.name: layer for layer in checkpoint.block_layers()}
+        self.ignored = ignored_layers(self.layers, skip)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._shards = _ShardWriter(self.folder, max_shard_bytes)
+        self.scale_dtype: str | None = None  # of quantized layers; known once the first one is there
+        self._max_shard_bytes = max_shard_bytes
+        self._shards: Shards | None = None
         self._replaced: set[str] = set()  # names of source tensors that have a successor
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a dense tensor by its full name, cast to the checkpoint's dtype."""
+    def add(self, name: str, tensor: torch.Tensor) -> str:
+        """Write a dense tensor by its full name, cast to the checkpoint's dtype; return a digest of its bytes."""
+        stored = _cast(tensor, self.checkpoint).cpu().contiguous()
+        self._open().write(name, stored)
         self._replaced.add(name)
-        self._shards.add(name, _cast(tensor, self.checkpoint))
+        return _digest({name: stored})
 
-    def add_quantized(self, layer: str, weight: QuantizedWeight) -> None:
-        """Take the weight of a quantized layer. Raises `StepError` if it does not fit the scheme of the result."""
+    def add_quantized(self, layer: str, weight: QuantizedWeight) -> str:
+        """Write the weight of a quantized layer; return a digest of its bytes.
+
+        Raises `StepError` if it does not fit the scheme of the result.
+        """
         if weight.scheme != self.scheme:
             raise StepError(f"{layer} is quantized as {weight.scheme}, the model as {self.scheme}")
         if layer in self.ignored:
             raise StepError(f"{layer} is quantized, although it is to stay as it is")
+        scale_dtype = str(weight.scale_OG.dtype).removeprefix("torch.")
+        shards = self._open(scale_dtype)
+        if scale_dtype != self.scale_dtype:
+            raise StepError(f"{layer} has scales in {scale_dtype}, other layers in {self.scale_dtype}")
+        tensors = {f"{layer}.{part}": tensor.cpu().contiguous() for part, tensor in pack(weight).items()}
+        for name, tensor in tensors.items():
+            shards.write(name, tensor)
         self._replaced.add(f"{layer}.weight")
-        for part, tensor in sorted(pack(weight).items()):
-            self._shards.add(f"{layer}.{part}", tensor)
+        return _digest(tensors)
+
+    def resume(self, layer: str, digest: str, scale_dtype: str | None) -> bool:
+        """Take a layer for written that an earlier, killed run put into the folder; False if its bytes are others."""
+        shards = self._open(scale_dtype)
+        names = [f"{layer}.weight"]
+        if self.scheme is not None:
+            parts = packed_specs(self.layers[layer].out_features, self.layers[layer].in_features, self.scheme)
+            names = [f"{layer}.{part}" for part in parts]
+        if _digest({name: shards.read(name) for name in names}) != digest:
+            return False
+        self._replaced.add(f"{layer}.weight")
+        return True
+
+    def close(self) -> None:
+        """Close the files of an unfinished result."""
+        if self._shards is not None:
+            self._shards.close()
 
     def finish(self) -> None:
         """Copy what was not added, write config.json and the companions. Raises `StepError` for a missing layer."""
         if self.scheme is not None:
-            names = [layer.name for layer in self.checkpoint.block_layers()]
-            missing = [n for n in names if f"{n}.weight" not in self._replaced and n not in self.ignored]
+            missing = [n for n in self.layers if f"{n}.weight" not in self._replaced and n not in self.ignored]
             if missing:
                 raise StepError(f"{missing[0]} was not quantized ({len(missing)} layers in all)")
-        from orchestrator.skeleton import TensorReader
-
+        shards = self._open()
         with TensorReader(self.checkpoint) as read:
             for name in self.checkpoint.tensors:
                 if name not in self._replaced:
-                    self._shards.add(name, _cast(read(name), self.checkpoint))
-        self._shards.finish()
+                    for first, piece in read.chunks(name):
+                        shards.write_part(name, first, _cast(piece, self.checkpoint))
+        shards.close()
         config = dict(self.checkpoint.config)
         if self.scheme is not None:
             config["quantization_config"] = quantization_config(self.scheme, self.ignored)
         _write_rest(self.checkpoint, self.folder, config)
+
+    def _open(self, scale_dtype: str | None = None) -> Shards:
+        """Make the files when the first tensor comes; in a quantized model it tells the dtype of the scales."""
+        if self._shards is None:
+            self.scale_dtype = scale_dtype
+            self._shards = Shards(
+                self.folder,
+                result_specs(self.checkpoint, self.scheme, self.ignored, scale_dtype),
+                max_bytes=self._max_shard_bytes,
+            )
+            self._shards.create()
+        return self._shards
+
+
+def result_specs(
+    checkpoint: Checkpoint, scheme: QuantScheme | None, ignored: Collection[str], scale_dtype: str | None = None
+) -> dict[str, TensorSpec]:
+    """Return what will be stored, by name: plain tensors in the checkpoint's dtype, or packed ones. Imports no torch.
+
+    scale_dtype: of quantized layers; None: the checkpoint's.
+    """
+    specs = {}
+    for name, info in checkpoint.tensors.items():
+        floating = info.dtype in FLOAT_DTYPES
+        specs[name] = TensorSpec(checkpoint.dtype_name if floating else TORCH_DTYPES[info.dtype], info.shape)
+    if scheme is not None:
+        for layer in checkpoint.block_layers():
+            if layer.name not in ignored:
+                del specs[f"{layer.name}.weight"]
+                packed = packed_specs(layer.out_features, layer.in_features, scheme)
+                for part, (dtype, shape) in packed.items():
+                    specs[f"{layer.name}.{part}"] = TensorSpec(dtype or scale_dtype or checkpoint.dtype_name, shape)
+    return specs
 
 
 def save_model(
@@ -105,69 +166,29 @@ def save_model(
         for name, source in model.all_tied_weights_keys.items()
         if name in state and source in state and state[name].data_ptr() == state[source].data_ptr()
     }
-    shards = _ShardWriter(folder, max_shard_bytes)
+    specs = {}
     for name in sorted(state.keys() - tied):
         if name.endswith((".weight_packed", ".weight_scale")):
             raise StepError(f"{name.rpartition('.')[0]} is still packed; a dense model was expected")
-        tensor = _cast(state[name].detach().cpu(), checkpoint)
+        floating = state[name].is_floating_point()
+        dtype = checkpoint.dtype_name if floating else str(state[name].dtype).removeprefix("torch.")
+        specs[name] = TensorSpec(dtype, tuple(state[name].shape))
+    shards = Shards(folder, specs, max_bytes=max_shard_bytes)
+    shards.create()
+    for name in specs:
+        tensor = _cast(state[name].detach(), checkpoint)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise StepError(f"{name} holds numbers that are not finite")
-        shards.add(name, tensor)
-    shards.finish()
+        shards.write(name, tensor)
+    shards.close()
     _write_rest(checkpoint, folder, _changed_config(model, checkpoint))
 
 
-class _ShardWriter:
-    """Writes tensors to files of at most `max_bytes` each, in the order in which they come."""
-
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder = folder
-        self._max_bytes = max_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._written: list[list[str]] = []  # names of the tensors of each finished shard
-        self._total_bytes = 0
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._max_bytes:
-            self._flush()
-        if name in self._pending or any(name in names for names in self._written):
-            raise ValueError(f"{name} was added twice")
-        # safetensors refuses tensors that share memory, and views would keep more alive than they show.
-        self._pending[name] = tensor.contiguous().clone()
-        self._pending_bytes += size
-        self._total_bytes += size
-
-    def finish(self) -> None:
-        """Write what is pending and give the shards their final names, with an index if there are several."""
-        self._flush()
-        count = len(self._written)
-        if count == 1:
-            self._part(0).rename(self._folder / SINGLE_WEIGHT_FILE)
-            return
-        weight_map = {}
-        for index, names in enumerate(self._written):
-            file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            self._part(index).rename(self._folder / file)
-            weight_map.update(dict.fromkeys(names, file))
-        _write_json(
-            self._folder / WEIGHT_INDEX,
-            {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
-        )
-
-    def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        if self._pending:
-            save_file(dict(sorted(self._pending.items())), self._part(len(self._written)), _METADATA)
-            self._written.append(sorted(self._pending))
-            self._pending = {}
-            self._pending_bytes = 0
-
-    def _part(self, index: int) -> Path:
-        """A shard's name until the number of shards is known."""
-        return self._folder / f".shard-{index + 1:05d}.part"
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        whole.update(bytes_of(tensors[name]))
+    return whole.hexdigest()
 
 
 def _cast(tensor: torch.Tensor, checkpoint: Checkpoint) -> torch.Tensor:

@@ -16,11 +16,10 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
 from orchestrator.layers import is_skipped
 from orchestrator.packing import FORMAT, PACKED_SUFFIX, read_scheme, unpack
+from orchestrator.reader import FLOAT_DTYPES, TensorReader
 
 if TYPE_CHECKING:
     import torch
-
-    from orchestrator.skeleton import TensorReader
 
 # A layer with fewer zeros was not pruned: trained weights hold a zero here and there by chance.
 _PRUNED_FROM = 0.01
@@ -48,8 +47,6 @@ def check_artifact(
 
     Raises `StepError` when a zero was lost, a pattern or the grid does not hold, or a number is not finite.
     """
-    from orchestrator.skeleton import TensorReader
-
     claims = claims or {}
     with TensorReader(before) as read_before, TensorReader(after) as read_after:
         _check_finite(after, read_after)
@@ -84,7 +81,7 @@ class _Weights:
 
 def _check_finite(checkpoint: Checkpoint, read: TensorReader) -> None:
     for name, info in checkpoint.tensors.items():
-        if info.dtype.startswith(("F", "BF")) and not read(name).isfinite().all():
+        if info.dtype in FLOAT_DTYPES and not all(piece.float().isfinite().all() for _, piece in read.chunks(name)):
             raise StepError(f"{name} holds numbers that are not finite", where=str(checkpoint.path))
 
 

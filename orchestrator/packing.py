@@ -11,6 +11,7 @@ Shape legend: O = out features, I = in features, G = groups along I (1 for strat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,21 @@ def pack(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     if weight.zero_point_OG is not None:
         tensors["weight_zero_point"] = pack_to_int32(weight.zero_point_OG, bits, packed_dim=0)
     return tensors
+
+
+def packed_specs(
+    num_out: int, num_in: int, scheme: QuantScheme
+) -> dict[str, tuple[str | None, tuple[int, ...]]]:
+    """Return dtype (None: that of the scales) and shape of what `pack` returns for a layer. Imports no torch."""
+    bits, groups = scheme.num_bits, num_in // scheme.group_width(num_in)
+    specs: dict[str, tuple[str | None, tuple[int, ...]]] = {
+        "weight_packed": ("int32", (num_out, math.ceil(num_in * bits / 32))),
+        "weight_scale": (None, (num_out, groups)),
+        "weight_shape": ("int64", (2,)),
+    }
+    if not scheme.symmetric:
+        specs["weight_zero_point"] = ("int32", (math.ceil(num_out * bits / 32), groups))
+    return specs
 
 
 def unpack(tensor: Callable[[str], torch.Tensor], layer: str, scheme: QuantScheme) -> QuantizedWeight:

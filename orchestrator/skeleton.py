@@ -12,12 +12,12 @@ Shape legend: B = sequences of a batch, T = tokens of a sequence, D = model widt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import PreflightError
 from orchestrator.model import load_config, quiet
+from orchestrator.reader import TensorReader
 
 if TYPE_CHECKING:
     import torch
@@ -26,36 +26,6 @@ if TYPE_CHECKING:
     from orchestrator.checkpoint import Checkpoint
 
 _REMEDY = "use a dense Llama-, Mistral- or Qwen-like model"
-
-
-class TensorReader:
-    """Reads stored tensors by name; files stay mapped until `close`."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-
-    def __enter__(self) -> TensorReader:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __call__(self, name: str) -> torch.Tensor:
-        """Return the tensor as stored."""
-        from safetensors import safe_open
-
-        info = self._checkpoint.tensors[name]
-        if info.file not in self._files:
-            path = self._checkpoint.path / info.file
-            self._files[info.file] = self._stack.enter_context(safe_open(path, framework="pt"))
-        return self._files[info.file].get_tensor(name)  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        """Unmap the files."""
-        self._files.clear()
-        self._stack.close()
 
 
 @dataclass(frozen=True)

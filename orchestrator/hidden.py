@@ -1,0 +1,84 @@
+"""Hidden states between two blocks, on disk: one file for each block that they enter.
+
+They are read and written a batch at a time, so memory does not grow with the number of samples. The kernel's page
+cache keeps in memory what fits and writes the rest out when it must; what a killed run has written is still there.
+
+Shape legend: B = sequences of a batch, N = sequences, T = tokens of a sequence, D = model width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.canonical import digest_of
+from orchestrator.reader import bytes_of, read_into, write_from
+
+if TYPE_CHECKING:
+    import torch
+
+
+class HiddenStates:
+    """What enters block `number`: float32 [N, T, D], in batches of `batch` sequences."""
+
+    def __init__(self, folder: Path, number: int, shape_NTD: tuple[int, int, int], batch: int) -> None:
+        self.number = number
+        self.path = folder / f"hidden-{number:05d}.f32"
+        self.shape_NTD = shape_NTD
+        self._batch = batch
+        self._digests: dict[int, str] = {}
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    @property
+    def num_batches(self) -> int:
+        """Number of batches; the last may be smaller."""
+        return -(-self.shape_NTD[0] // self._batch)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole file."""
+        sequences, tokens, width = self.shape_NTD
+        return sequences * tokens * width * 4
+
+    def read(self, index: int) -> torch.Tensor:
+        """Return one batch [B, T, D]. May be called from several threads."""
+        import torch
+
+        sequences, tokens, width = self.shape_NTD
+        first = index * self._batch
+        hidden_BTD = torch.empty(min(self._batch, sequences - first), tokens, width)
+        if not read_into(self._descriptor, hidden_BTD, first * tokens * width * 4):
+            raise OSError(f"{self.path} is shorter than it was written")
+        return hidden_BTD
+
+    def write(self, index: int, hidden_BTD: torch.Tensor) -> None:
+        """Store one batch. May be called from several threads."""
+        _, tokens, width = self.shape_NTD
+        stored_BTD = hidden_BTD.float().cpu().contiguous()
+        write_from(self._descriptor, stored_BTD, index * self._batch * tokens * width * 4)
+        self._digests[index] = hashlib.sha256(bytes_of(stored_BTD)).hexdigest()
+
+    @property
+    def sha256(self) -> str:
+        """Digest of everything that was written, by batch."""
+        return digest_of([self._digests.get(index) for index in range(self.num_batches)])
+
+    def verify(self, sha256: str) -> bool:
+        """Read everything; whether it is what was once written under this digest."""
+        try:
+            for index in range(self.num_batches):
+                self._digests[index] = hashlib.sha256(bytes_of(self.read(index))).hexdigest()
+        except OSError:
+            return False
+        return self.sha256 == sha256
+
+    def close(self) -> None:
+        """Close the file and leave it where it is."""
+        os.close(self._descriptor)
+
+    def remove(self) -> None:
+        """Close and delete the file."""
+        self.close()
+        self.path.unlink(missing_ok=True)

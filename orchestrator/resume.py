@@ -1,0 +1,98 @@
+"""What a walk has finished, so that a run after ``kill -9`` goes on at the block where the first one died.
+
+The folder holds ``progress.jsonl`` (append-only, each line flushed to disk: first who this is, then one line for each
+finished block) and the hidden states that enter the next block. A line is written after everything that it speaks of,
+and is believed only if the bytes that it speaks of have the digests that it names: the kernel may have lost what it
+had not yet written out, if the machine went down with the process.
+
+Progress belongs to one identity: model, data, parameters, code, libraries, instruction set and threads of an
+operation. The progress of any other is thrown away, never continued.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.canonical import canonical_json
+
+_PROGRESS = "progress.jsonl"
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """One block that is written.
+
+    layers: what the method reported of each layer. written: digest of the stored bytes of each layer.
+    hidden: number of the block that the hidden states on disk enter, and their digest; None if none were needed.
+    """
+
+    number: int
+    layers: Mapping[str, Mapping[str, float]]
+    written: Mapping[str, str]
+    scale_dtype: str | None
+    hidden: tuple[int, str] | None
+
+
+class WalkProgress:
+    """The progress in one folder."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._path = folder / _PROGRESS
+        lines = self._lines()
+        if not lines or lines[0] != json.loads(canonical_json(identity)):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self._append(identity)
+            lines = []
+        self.finished = [_block(line) for line in lines[1:]]
+
+    def finish(self, block: FinishedBlock) -> None:
+        """Remember that a block is written."""
+        self._append(asdict(block))
+        self.finished.append(block)
+
+    def forget_from(self, count: int) -> None:
+        """Take back all but the first `count` blocks: their bytes are not what they should be."""
+        kept = self._path.read_bytes().splitlines(keepends=True)[: 1 + count]
+        self._path.write_bytes(b"".join(kept))
+        del self.finished[count:]
+
+    def _append(self, value: Any) -> None:
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(descriptor, canonical_json(value) + b"\n")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _lines(self) -> list[Any]:
+        """All whole lines; a line torn by a crash ends them."""
+        try:
+            text = self._path.read_bytes()
+        except OSError:
+            return []
+        lines = []
+        for line in text.splitlines(keepends=True):
+            try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("torn")
+                lines.append(json.loads(line))
+            except ValueError:
+                whole = sum(map(len, text.splitlines(keepends=True)[: len(lines)]))
+                os.truncate(self._path, whole)
+                break
+        return lines
+
+
+def _block(line: Mapping[str, Any]) -> FinishedBlock:
+    hidden = line["hidden"]
+    return FinishedBlock(
+        line["number"], line["layers"], line["written"], line["scale_dtype"], tuple(hidden) if hidden else None
+    )
