@@ -50,7 +50,8 @@ class ModelWriter:
         self.checkpoint = checkpoint
         self.folder = Path(folder)
         self.scheme = scheme
-        self.ignored = ignored_layers((layer.name for layer in checkpoint.block_layers()), skip)
+        skipped = ignored_layers((layer.name for layer in checkpoint.block_layers()), skip)
+        self.ignored = sorted({*skipped, *checkpoint.dense_layers()})
         self.folder.mkdir(parents=True, exist_ok=True)
         self._shards = _ShardWriter(self.folder, max_shard_bytes)
         self._replaced: set[str] = set()  # names of source tensors that have a successor

@@ -74,6 +74,10 @@ def walk(
     if checkpoint.is_quantized:
         raise StepError(f"{checkpoint.path} is quantized already", remedy="prune before quantizing, quantize once")
     skeleton = Skeleton(checkpoint)
+    if not skeleton.is_known:
+        from orchestrator.proof import prove
+
+        prove(checkpoint)
     try:
         with torch.no_grad():
             run = _Walk(skeleton, method, writer, skip, progress)
@@ -191,6 +195,8 @@ class _Walk:
         import torch
 
         output = block.module(hidden_BTD, **arguments)
+        if isinstance(output, tuple):
+            output = output[0]
         if not isinstance(output, torch.Tensor):
             raise StepError(f"{block.name} returns a {type(output).__name__}, not hidden states")
         if not output.isfinite().all():
@@ -243,9 +249,13 @@ class _Walk:
             seen.append((tensor, name))
             leader_of[name] = name
 
+        for group in block.same_input:  # of experts: whether they see any of one sequence's tokens is chance
+            members = [name for name in group if name in wanted]
+            leader_of.update((name, members[0]) for name in members)
         hooks = [
             module.register_forward_pre_hook(lambda module, inputs, n=name: note(n, inputs[0]))
             for name, module in wanted.items()
+            if name not in block.experts
         ]
         try:
             self._forward(block, hidden_BTD[:1], arguments)
@@ -295,7 +305,7 @@ class _Walk:
         if not stored_OI.isfinite().all():
             raise StepError(f"{self.method.name} made {name} not finite")
         if result.encoding is None:
-            self.writer.add(f"{name}.weight", stored_OI)
+            self.writer.add(f"{name}.weight", self.skeleton.as_stored(name, stored_OI))
         else:
             self.writer.add_quantized(name, result.encoding)
         return stored_OI
