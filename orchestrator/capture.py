@@ -46,7 +46,7 @@ class Stream:
         self._batch = max(1, BATCH_TOKENS // tokens_NT.shape[1])
         self._arguments: list[dict[str, Any]] = []  # of each block; they hold for any batch
         self._hidden: HiddenStates | None = None
-        self._outgoing: HiddenStates | None = None
+        self._passed: list[HiddenStates] = []
 
     @property
     def position(self) -> tuple[int, str] | None:
@@ -68,32 +68,30 @@ class Stream:
         if self._hidden is None:
             self._prepare()
             self._hidden = self._states(0)
-            embedding = self._embedding()
             for index in range(self._hidden.num_batches):
                 tokens_BT = self._tokens_NT[index * self._batch : (index + 1) * self._batch]
-                self._hidden.write(index, self.skeleton.capture(tokens_BT, embedding)[0])
+                self._hidden.write(index, self.skeleton.capture(tokens_BT, self._embed)[0])
         while self._hidden.number < number:
             block = self.skeleton.blocks[self._hidden.number]
             self.skeleton.load(block.name, self._device)
             self.forward(block)
             self.skeleton.release(block.name)
-            self.arrive()
 
     def forward(self, block: Block) -> None:
-        """Run the tokens through a loaded block; `arrive` then makes what comes out the current hidden states."""
+        """Run the tokens, which have come to this block, through it as its module is now."""
         self._pass(block, {}, keep=True, stop_after=None)
 
-    def arrive(self) -> None:
-        """Go on with what the last pass put out; what went in is deleted."""
-        assert self._hidden is not None and self._outgoing is not None
-        before, self._hidden, self._outgoing = self._hidden, self._outgoing, None
-        before.remove()
+    def discard_passed(self) -> None:
+        """Delete the hidden states that entered earlier blocks; until then a killed run can go on from them."""
+        while self._passed:
+            self._passed.pop().remove()
 
     def leaders(self, block: Block) -> dict[str, str]:
         """Return for each linear layer the first one that reads the very same tensor, by running one sequence."""
         assert self._hidden is not None
         seen: list[tuple[torch.Tensor, str]] = []  # holds the tensors, so that none's identity is used twice
-        leader_of: dict[str, str] = {}
+        # Of experts it is known from the start: whether they see any of one sequence's tokens is chance.
+        leader_of = {name: group[0] for group in block.same_input for name in group}
 
         def note(name: str, tensor: torch.Tensor) -> None:
             for other, leader in seen:
@@ -106,6 +104,7 @@ class Stream:
         hooks = [
             module.register_forward_pre_hook(lambda module, inputs, n=name: note(n, inputs[0]))
             for name, module in block.linears.items()
+            if name not in block.experts
         ]
         try:
             self._output(block, self._hidden.read(0)[:1].to(self._device))
@@ -122,7 +121,7 @@ class Stream:
     ) -> dict[str, InputMoment]:
         """Run all batches through a loaded block and return a record of the input of each layer in `names`.
 
-        keep: whether what the block puts out is wanted (see `arrive`). If not, a pass ends at the last of the layers.
+        keep: whether the tokens go on to the next block. If not, a pass ends at the last of the layers.
         """
         builders = {
             name: InputMomentBuilder(
@@ -130,7 +129,7 @@ class Stream:
             )
             for name in names
         }
-        self._pass(block, builders, keep=keep, stop_after=None if keep else len(builders))
+        self._pass(block, builders, keep=keep, stop_after=None if keep or block.experts else len(builders))
         records = {name: builder.finish() for name, builder in builders.items()}
         for name, record in records.items():
             if not record.sum_squares_I.isfinite().all():
@@ -139,7 +138,7 @@ class Stream:
 
     def close(self) -> None:
         """Close the files; what they hold stays for a run that goes on from it."""
-        for states in (self._hidden, self._outgoing):
+        for states in (self._hidden, *self._passed):
             if states is not None:
                 states.close()
 
@@ -193,7 +192,8 @@ class Stream:
                 remedy="check the model: does it give finite logits on this text?",
             )
         if outgoing is not None:
-            self._outgoing = outgoing
+            self._passed.append(hidden)
+            self._hidden = outgoing
 
     def _output(self, block: Block, hidden_BTD: torch.Tensor) -> torch.Tensor:
         import torch
@@ -209,7 +209,6 @@ class Stream:
         """Find out what arguments each block gets, and that they do not depend on the tokens."""
         if self._arguments:
             return
-        embedding = self._embedding()
         known = self.skeleton.model.get_input_embeddings().num_embeddings
         largest = int(self._tokens_NT.max())
         if largest >= known:
@@ -217,9 +216,9 @@ class Stream:
                 f"the calibration set holds token {largest}, the model has {known}",
                 remedy="calibrate with the model's own tokenizer",
             )
-        _, arguments = self.skeleton.capture(self._tokens_NT[:1], embedding)
+        _, arguments = self.skeleton.capture(self._tokens_NT[:1], self._embed)
         for other in self._tokens_NT[1:2]:
-            _, again = self.skeleton.capture(other[None], embedding)
+            _, again = self.skeleton.capture(other[None], self._embed)
             if not _same(arguments, again):
                 raise StepError(
                     "the blocks of this model get arguments that depend on the tokens; the walk supports only models"
@@ -228,17 +227,10 @@ class Stream:
                 )
         self._arguments = [_to(one, self._device) for one in arguments]
 
-    def _embedding(self) -> Any:
-        """The model's embedding as a function of tokens [B, T] that reads only the rows they need."""
-        module = self.skeleton.model.get_input_embeddings()
-        (name,) = [name for name, other in self.skeleton.model.named_modules() if other is module]
-
-        def embed(tokens_BT: torch.Tensor) -> torch.Tensor:
-            ids, places_BT = tokens_BT.unique(return_inverse=True)
-            with self.skeleton.embedding_rows(name, ids.tolist()):
-                return module(places_BT)  # type: ignore[no-any-return]
-
-        return embed
+    def _embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        ids, places_BT = tokens_BT.unique(return_inverse=True)
+        with self.skeleton.embedding_rows(ids.tolist()) as embedding:
+            return embedding(places_BT)  # type: ignore[no-any-return]
 
     def _states(self, number: int) -> HiddenStates:
         num_sequences, num_tokens = self._tokens_NT.shape

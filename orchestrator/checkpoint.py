@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.canonical import digest_of, file_sha256
 from orchestrator.errors import PreflightError
+from orchestrator.layers import is_embedding, is_router, stores_transposed
 from orchestrator.method import LayerShape
 
 if TYPE_CHECKING:
@@ -134,16 +135,30 @@ class Checkpoint:
         return dict(sorted(found.items()))
 
     def block_layers(self) -> list[LayerShape]:
-        """The linear layers inside decoder blocks, in the order of the blocks.
+        """The linear layers inside decoder blocks, in the order of the blocks; those of experts are among them.
 
-        Embeddings, norms and lm_head are not among them: they stay as they are.
+        Embeddings, norms, lm_head and what routes tokens to experts are not: they stay as they are.
         """
         layers = []
         for name, info in self.tensors.items():
             match = _BLOCK_LINEAR.match(name)
-            if match and len(info.shape) == 2:
-                layers.append((int(match["index"]), LayerShape(name.removesuffix(".weight"), *info.shape)))
+            layer = name.removesuffix(".weight")
+            if match and len(info.shape) == 2 and not is_router(layer):
+                num_out, num_in = reversed(info.shape) if self.stores_transposed else info.shape
+                layers.append((int(match["index"]), LayerShape(layer, num_out, num_in)))
         return [layer for _, layer in sorted(layers, key=lambda item: (item[0], item[1].name))]
+
+    def dense_layers(self) -> list[str]:
+        """Names of the linear layers that no step compresses: routers, the output head, projections beside blocks."""
+        compressed = {layer.name for layer in self.block_layers()}
+        matrices = [n for n, info in self.tensors.items() if n.endswith(".weight") and len(info.shape) == 2]
+        names = [name.removesuffix(".weight") for name in matrices]
+        return [name for name in names if name not in compressed and not is_embedding(name)]
+
+    @property
+    def stores_transposed(self) -> bool:
+        """Whether the layers of `block_layers` are stored as [in features, out features]."""
+        return stores_transposed(self.config)
 
     @property
     def is_quantized(self) -> bool:

@@ -49,7 +49,7 @@ class ModelWriter:
         self.folder = Path(folder)
         self.scheme = scheme
         self.layers = {layer.name: layer for layer in checkpoint.block_layers()}
-        self.ignored = ignored_layers(self.layers, skip)
+        self.ignored = sorted({*ignored_layers(self.layers, skip), *checkpoint.dense_layers()})
         self.folder.mkdir(parents=True, exist_ok=True)
         self.scale_dtype: str | None = None  # of quantized layers; known once the first one is there
         self._max_shard_bytes = max_shard_bytes

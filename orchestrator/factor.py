@@ -12,7 +12,7 @@ Shape legend: I = in features, B = features of a panel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -43,6 +43,16 @@ class HessianFactor:
     mean: float
     damping: float
     num_raised: int
+
+    def to(self, device: torch.device) -> HessianFactor:
+        """Return the factor on a device."""
+        if self.pivots_I.device == device:
+            return self
+        order_I = None if self.order_I is None else self.order_I.to(device)
+        moved = [tensor.to(device) for tensor in (self.unit_lower_II, self.pivots_I, self.dead_I)]
+        return replace(
+            self, unit_lower_II=moved[0], pivots_I=moved[1], dead_I=moved[2], order_I=order_I
+        )
 
 
 def factorize(hessian_II: torch.Tensor, num_tokens: int, damping: float, order: Order) -> HessianFactor | None:

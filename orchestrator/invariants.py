@@ -67,6 +67,7 @@ class _Weights:
         self._read = read
         self._stored = checkpoint.tensors
         self._scheme = read_scheme(checkpoint.config) if checkpoint.is_quantized else None
+        self._transposed = checkpoint.stores_transposed
         packed = {name.removesuffix(PACKED_SUFFIX) for name in self._stored if name.endswith(PACKED_SUFFIX)}
         self.layers = sorted({layer.name for layer in checkpoint.block_layers()} | packed)
 
@@ -76,7 +77,8 @@ class _Weights:
             assert self._scheme is not None
             scale = self._read(f"{layer}.weight_scale")
             return unpack(self._read, layer, self._scheme).dequantize(scale.dtype)
-        return self._read(f"{layer}.weight")
+        weight = self._read(f"{layer}.weight")
+        return weight.T if self._transposed else weight
 
 
 def _check_finite(checkpoint: Checkpoint, read: TensorReader) -> None:
@@ -159,5 +161,5 @@ def _follows(weight_OI: torch.Tensor, pattern: Any) -> bool:
     most, width = (int(part) for part in str(pattern).split(":"))
     if weight_OI.shape[1] % width:
         return False
-    used = (weight_OI != 0).view(weight_OI.shape[0], -1, width).sum(-1)
+    used = (weight_OI != 0).reshape(weight_OI.shape[0], -1, width).sum(-1)
     return bool((used <= most).all())

@@ -1,12 +1,67 @@
-"""Which layers of a model a step touches, and which layers serving engines fuse. Names only: imports no torch."""
+"""Which layers of a model a step touches, how they are stored, and which of them serving engines fuse.
+
+Known from names and config.json alone: imports no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
-# Serving engines load each of these sets as one matrix, so its members must share one quantization scheme.
+# Serving engines load each of these sets as one matrix, so its members must share one quantization scheme. Phi-3 and
+# GPT-NeoX store them as one from the start.
 FUSED_SETS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# All experts of a block are one layer to an engine, with one scheme.
+_EXPERT_LAYER = re.compile(r"(?P<experts>.+\.experts)\.\d+\..+")
+# These choose experts, or weigh them: tiny, and a wrong choice costs more than all that compressing them could save.
+ROUTERS = ("gate", "router", "shared_expert_gate")
+# Matrices that are looked up, not multiplied with.
+_EMBEDDINGS = frozenset(
+    "embed_tokens embed_positions embed_in wte wpe word_embeddings tokens_embed positions_embed".split()
+)
+# Architectures whose linear layers in blocks are stored as [in, out] (`Conv1D` of Transformers).
+_TRANSPOSED = ("gpt2", "openai-gpt")
+
+
+def is_router(name: str) -> bool:
+    """Whether a layer chooses or weighs experts. Such layers are never compressed."""
+    return name.rpartition(".")[2] in ROUTERS
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a two-dimensional weight is a table that is looked up."""
+    return name.rpartition(".")[2] in _EMBEDDINGS
+
+
+def stores_transposed(config: Mapping[str, Any]) -> bool:
+    """Whether the linear layers in the blocks are stored as [in, out]."""
+    return config.get("model_type") in _TRANSPOSED
+
+
+def unsupported(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return what keeps a model from being taken apart, and what to do; None if config.json shows nothing."""
+    kind = config.get("model_type")
+    if "vision_config" in config or "audio_config" in config:
+        return (
+            f"a {kind!r} model has parts for images or sound beside its language model",
+            "save its language model alone, as a causal language model (of Gemma 3: model_type gemma3_text)",
+        )
+    if config.get("is_encoder_decoder"):
+        return f"a {kind!r} model has an encoder beside its decoder", "use a decoder-only model"
+    return None
+
+
+def unquantizable(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return why quantized layers of this architecture could be loaded by nobody, and what to do; None if they can."""
+    if stores_transposed(config):
+        return (
+            f"a {config['model_type']!r} model keeps its layers as Conv1D, which compressed-tensors does not know:"
+            " neither Transformers nor vLLM could load the quantized layers",
+            "prune it, or use a model with Linear layers",
+        )
+    return None
 
 
 def is_skipped(name: str, skip: Sequence[str]) -> bool:
@@ -25,15 +80,21 @@ def ignored_layers(names: Iterable[str], skip: Sequence[str]) -> list[str]:
 
 
 def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return the sets of layers among `names` that engines fuse, each in the order of `FUSED_SETS`."""
+    """Return the sets of layers among `names` that engines fuse: those of `FUSED_SETS`, and all experts of a block."""
     present = set(names)
     groups = set()
+    experts: dict[str, list[str]] = {}
     for name in present:
+        match = _EXPERT_LAYER.fullmatch(name)
+        if match:
+            experts.setdefault(match["experts"], []).append(name)
+            continue
         parent, _, leaf = name.rpartition(".")
         for members in FUSED_SETS:
             if leaf in members:
                 full = [f"{parent}.{member}" if parent else member for member in members]
                 groups.add(tuple(member for member in full if member in present))
+    groups.update(tuple(sorted(members)) for members in experts.values())
     return sorted(group for group in groups if len(group) > 1)
 
 
@@ -45,11 +106,18 @@ def split_fused_groups(names: Iterable[str], skip: Sequence[str]) -> list[str]:
 def _splits(names: Iterable[str], skip: Sequence[str]) -> Iterator[str]:
     for group in fused_groups(names):
         skipped = [name for name in group if is_skipped(name, skip)]
-        if skipped and len(skipped) < len(group):
-            parent = group[0].rpartition(".")[0]
-            left_out = ", ".join(name.rpartition(".")[2] for name in skipped)
+        if not skipped or len(skipped) == len(group):
+            continue
+        match = _EXPERT_LAYER.fullmatch(group[0])
+        parent = match["experts"] if match else group[0].rpartition(".")[0]
+        left_out = ", ".join(name.removeprefix(f"{parent}.") for name in skipped[:4])
+        if match:
+            more = f" and {len(skipped) - 4} more" if len(skipped) > 4 else ""
+            members = "all experts of a block"
+        else:
+            more = ""
             members = ", ".join(name.rpartition(".")[2] for name in group)
-            yield (
-                f"skip leaves out {left_out} of {parent}, but serving engines fuse {members} into one matrix with one"
-                " quantization scheme"
-            )
+        yield (
+            f"skip leaves out {left_out}{more} of {parent}, but serving engines fuse {members} into one matrix with one"
+            " quantization scheme"
+        )

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -58,6 +58,11 @@ class Needs(StrEnum):
     WEIGHT = "weight"  # nothing: the weight alone
     INPUT_NORM = "input norm"  # the first-order record: n, sum x, sum |x|, max |x|, sum x^2
     INPUT_MOMENT = "input moment"  # the same and H = X^T X
+
+
+# What a method's blocks are calibrated on: the inputs that the compressed blocks before them produce, or those of the
+# model as it enters the step (then statistics are shared by all methods and candidates).
+InputMode = Literal["propagated", "dense"]
 
 
 class Invariant(StrEnum):
@@ -171,6 +176,7 @@ class LayerMethod(Method):
     """Compresses one linear layer at a time; the core walks the model, so that no method ever holds all of it."""
 
     needs: ClassVar[Needs]
+    inputs: ClassVar[InputMode] = "propagated"  # what blocks are calibrated on, unless the specification says otherwise
 
     def check_layer(self, layer: LayerShape) -> tuple[str, str] | None:
         """Return (parameter name, what is wrong) if this layer cannot be compressed. Called while planning."""
@@ -190,6 +196,13 @@ class LayerMethod(Method):
     def sparsity_pattern(self) -> str | None:
         """Where the zeros of a pruned layer fall, as "2:4" or "row"; checked on the stored bytes. None: no claim."""
         return None
+
+    def compress_together(self, weights: Sequence[torch.Tensor], statistic: InputMoment | None) -> list[LayerResult]:
+        """Return the compressed layers of a group that reads one input (q/k/v, gate/up), in their order.
+
+        Override it where a group can share work; each result must be what `compress` would give, up to rounding.
+        """
+        return [self.compress(weight_OI, statistic) for weight_OI in weights]
 
     @abstractmethod
     def compress(self, weight_OI: torch.Tensor, statistic: InputMoment | None) -> LayerResult:

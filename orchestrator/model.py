@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from orchestrator.checkpoint import Checkpoint
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None) -> PreTrainedModel:
     """Load for inference, in eval mode, without gradients turned off.
+
+    config: the Transformers configuration, where it is to be another than that of the checkpoint (fewer blocks).
 
     A model that this project quantized is decompressed on loading, as its config.json asks of every user of
     Transformers; so is one by others in the same layout if `dtype` is the one its scales are stored in (in another
@@ -35,7 +37,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     weights = checkpoint.weight_files  # refuses pickles and missing files before Transformers looks for them
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if config is None else {"config": config}
     if checkpoint.is_quantized:
         from transformers import CompressedTensorsConfig
 

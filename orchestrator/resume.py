@@ -51,18 +51,20 @@ class WalkProgress:
             folder.mkdir(parents=True)
             self._append(identity)
             lines = []
-        self.finished = [_block(line) for line in lines[1:]]
+        self.blocks = [_block(line) for line in lines[1:]]
 
     def finish(self, block: FinishedBlock) -> None:
         """Remember that a block is written."""
         self._append(asdict(block))
-        self.finished.append(block)
+        self.blocks.append(block)
 
-    def forget_from(self, count: int) -> None:
+    def keep_first(self, count: int) -> None:
         """Take back all but the first `count` blocks: their bytes are not what they should be."""
+        if count == len(self.blocks):
+            return
         kept = self._path.read_bytes().splitlines(keepends=True)[: 1 + count]
         self._path.write_bytes(b"".join(kept))
-        del self.finished[count:]
+        del self.blocks[count:]
 
     def _append(self, value: Any) -> None:
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

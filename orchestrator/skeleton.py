@@ -1,21 +1,24 @@
 """A model without its weights, whose parts are filled from disk one at a time.
 
-The modules are those of Transformers, built on the meta device; only what cannot be read from the checkpoint (the
-rotary tables) is real. Weights are read by name with memory mapping, so that no more than the parts in use are in
-memory. Dense decoder-only models are supported whose stored tensors have the names and shapes of the modules:
-Llama, Mistral, Qwen2, Qwen3 and their like. Everything else (mixtures of experts, GPT-2's transposed layers, models
-that feed token-dependent extras into every block) is refused by name.
+The modules are those of Transformers, built on the meta device and brought to the form of the stored tensors
+(`orchestrator.architectures`); only what cannot be read from the checkpoint (the rotary tables) is real. Weights are
+read by name, so that no more than the parts in use are in memory. What does not fit, name by name
+and shape by shape, is refused by name.
 
-Shape legend: B = sequences of a batch, T = tokens of a sequence, D = model width.
+Shape legend: B = sequences of a batch, T = tokens of a sequence, D = model width, O = out features, I = in features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import PreflightError
+from orchestrator.layers import is_router, unsupported
 from orchestrator.model import load_config, quiet
 from orchestrator.reader import TensorReader
 
@@ -25,16 +28,27 @@ if TYPE_CHECKING:
 
     from orchestrator.checkpoint import Checkpoint
 
-_REMEDY = "use a dense Llama-, Mistral- or Qwen-like model"
+_REMEDY = "use a model like Llama, Mistral, Mixtral, Qwen, Gemma, Phi-3, GPT-2, OPT or Pythia, stored as published"
+# Tables that Transformers computes anew, which old checkpoints store all the same.
+_IGNORED = (r"rotary_emb\.inv_freq$",)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder block: its full name, its module, and its linear layers by full name in the order of the module."""
+    """A decoder block: its number, its full name, its module, and its linear layers by stored name in the order of the module.
 
+    transposed: layers whose stored weight is [I, O].
+    experts: layers that see only the tokens that were routed to them, possibly none.
+    same_input: for the layers of `experts`, those that read the very same tensor; every one is in just one set.
+    """
+
+    index: int
     name: str
     module: nn.Module
     linears: Mapping[str, nn.Linear]
+    transposed: frozenset[str] = frozenset()
+    experts: frozenset[str] = frozenset()
+    same_input: tuple[tuple[str, ...], ...] = ()
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
@@ -45,24 +59,42 @@ class Skeleton:
     """The model on the meta device and its blocks; weights come and go with `load` and `release`.
 
     Weights are cast to the checkpoint's dtype, as the loaded model has them, and then to float32, in which all
-    forward passes are made.
+    forward passes are made. `model` has the names of the stored tensors.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from orchestrator.architectures import KNOWN, UnfitError, adapt
+
         self.checkpoint = checkpoint
+        fault = unsupported(checkpoint.config)
+        if fault:
+            raise PreflightError(f"{checkpoint.path}: {fault[0]}", remedy=fault[1])
         config = load_config(checkpoint)
         try:
             with quiet(), torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._refusal(f"Transformers cannot build it: {error}") from error
-        self.model.eval().requires_grad_(False)
-        self._make_buffers_real()
-        self._check_names()
-        self.blocks = self._find_blocks()
+        model.eval().requires_grad_(False)
+        self.is_known = config.model_type in KNOWN  # if not, `orchestrator.proof` has to vouch for it
+        self._make_buffers_real(model)
+        self._ignored = (*_IGNORED, *(model._keys_to_ignore_on_load_unexpected or ()))
+        self.base = model.base_model
+        inner = set(self.base.modules())
+        try:
+            adapted = adapt(model, checkpoint.tensors.keys())
+            self.model: Any = adapted.root
+            self._transposed = adapted.transposed
+            self._check_names(adapted.tied)
+            self.blocks = self._find_blocks(config.num_hidden_layers, adapted.same_input)
+        except UnfitError as error:
+            raise self._refusal(str(error)) from error
+        inside = {module for block in self.blocks for module in block.module.modules()}
+        around = inner - inside - {self.base.get_input_embeddings()}
+        self._before_blocks = [entry for entry in _tensors(self.model, "") if entry[0] in around]
         self._read = TensorReader(checkpoint)
 
     def linear_names(self) -> list[str]:
@@ -71,22 +103,43 @@ class Skeleton:
 
         return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
 
-    def load(self, name: str) -> None:
+    @property
+    def width(self) -> int:
+        """Width D of the hidden states between blocks."""
+        return int(self.base.config.hidden_size)
+
+    def load(self, name: str, device: str = "cpu") -> None:
         """Fill the parameters of the module called `name` (a block, or a single layer) from the checkpoint."""
+        for owner, leaf, full in _tensors(self.model.get_submodule(name), name):
+            self._fill(owner, leaf, full, device)
+
+    def prefetch(self, name: str) -> None:
+        """Let the kernel read a module's parameters into its cache while something else is computed."""
+        self._read.prefetch(full for _, _, full in _tensors(self.model.get_submodule(name), name))
+
+    @contextmanager
+    def embedding_rows(self, ids: Sequence[int]) -> Iterator[nn.Module]:
+        """Give the token embedding with these rows alone, numbered from 0, so that the table is never in memory."""
         from torch import nn
 
-        for owner, leaf, full in _parameters(self.model.get_submodule(name), name):
-            weight = self._read(full).to(self.checkpoint.torch_dtype).float()
-            owner._parameters[leaf] = nn.Parameter(weight.contiguous(), requires_grad=False)
+        module = self.model.get_input_embeddings()
+        names = {other: name for name, other in self.model.named_modules()}
+        rows = self._read.rows(f"{names[module]}.weight", ids).to(self.checkpoint.torch_dtype).float()
+        before, padding = module._parameters["weight"], module.padding_idx
+        module._parameters["weight"], module.padding_idx = nn.Parameter(rows, requires_grad=False), None
+        try:
+            yield module
+        finally:
+            module._parameters["weight"], module.padding_idx = before, padding
 
     def release(self, name: str) -> None:
         """Forget the parameters of the module called `name`."""
-        from torch import nn
+        for owner, leaf, _ in _tensors(self.model.get_submodule(name), name):
+            _put(owner, leaf, getattr(owner, leaf).detach().to("meta"))
 
-        for owner, leaf, _ in _parameters(self.model.get_submodule(name), name):
-            parameter = owner._parameters[leaf]
-            assert parameter is not None
-            owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    def as_stored(self, name: str, weight_OI: torch.Tensor) -> torch.Tensor:
+        """Return the weight of the layer called `name` the way round in which its tensor is stored."""
+        return weight_OI.T.contiguous() if name in self._transposed else weight_OI
 
     def close(self) -> None:
         """Close the weight files."""
@@ -97,56 +150,76 @@ class Skeleton:
 
         The model's own forward is run with blocks that pass their input on, so that each block gets the mask
         (full or sliding), rotary tables and positions that it would really get. embed: maps token ids to embeddings.
+        What else comes before the blocks (position tables, projections) is loaded for the time being.
         """
-        base = self.model.base_model
         arguments: list[dict[str, Any]] = []
         hidden: list[torch.Tensor] = []
 
-        def record(hidden_BTD: torch.Tensor, *extra: Any, **kwargs: Any) -> torch.Tensor:
-            if extra:
-                raise self._refusal("its blocks take positional arguments")
-            arguments.append(kwargs)
-            if len(arguments) == len(self.blocks):
-                hidden.append(hidden_BTD)
-                raise _Captured
-            return hidden_BTD
+        def stand_in(names: list[str]) -> Callable[..., torch.Tensor]:
+            """A forward pass for a block whose parameters have `names`; positional ones are noted by their names."""
 
+            def record(*inputs: Any, **kwargs: Any) -> torch.Tensor:
+                given = {**dict(zip(names, inputs, strict=False)), **kwargs}
+                hidden.append(given.pop(names[0]))
+                arguments.append(given)
+                if len(arguments) == len(self.blocks):
+                    raise _Captured
+                return hidden[-1]
+
+            return record
+
+        for owner, leaf, full in self._before_blocks:
+            self._fill(owner, leaf, full)
         for block in self.blocks:
-            block.module.forward = record
+            block.module.forward = stand_in(list(inspect.signature(block.module.forward).parameters))
         try:
-            base(inputs_embeds=embed(tokens_BT).float(), use_cache=False)
+            self.base(inputs_embeds=embed(tokens_BT).float(), use_cache=False)
         except _Captured:
             pass
         finally:
             for block in self.blocks:
                 del block.module.forward
+            for owner, leaf, _ in self._before_blocks:
+                _put(owner, leaf, getattr(owner, leaf).detach().to("meta"))
         if len(arguments) != len(self.blocks):
             raise self._refusal(f"{len(arguments)} of its {len(self.blocks)} blocks took part in the forward pass")
         return hidden[0], arguments
+
+    def _fill(self, owner: nn.Module, leaf: str, full: str, device: str = "cpu") -> None:
+        tensor = self._read(full)
+        if tensor.is_floating_point():
+            tensor = tensor.to(self.checkpoint.torch_dtype).float()
+        if leaf == "weight" and full.removesuffix(".weight") in self._transposed:
+            tensor = tensor.T
+        _put(owner, leaf, tensor.contiguous().to(device))
 
     def _refusal(self, what: str) -> PreflightError:
         kind = self.checkpoint.config["model_type"]
         return PreflightError(f"{self.checkpoint.path} (model_type {kind!r}): {what}", remedy=_REMEDY)
 
-    def _make_buffers_real(self) -> None:
-        """Rebuild off the meta device every module that owns buffers which no checkpoint stores."""
-        for name, module in list(self.model.named_modules()):
-            if not module._buffers or not module._non_persistent_buffers_set:
-                continue
-            try:
-                real = type(module)(config=self.model.config)
-            except TypeError:
-                raise self._refusal(f"{name} ({type(module).__name__}) holds tables that cannot be rebuilt") from None
-            self.model.set_submodule(name, real)
+    def _make_buffers_real(self, model: Any) -> None:
+        """Fill the tables that no checkpoint stores, as Transformers does when it loads a model."""
+        import torch
 
-    def _check_names(self) -> None:
+        for name, module in model.named_modules():
+            tables = [key for key in module._non_persistent_buffers_set if module._buffers[key] is not None]
+            for key in tables:
+                table = torch.empty_like(module._buffers[key], device="cpu")
+                module._buffers[key] = table.fill_(torch.nan) if table.is_floating_point() else table.zero_()
+            if tables:
+                with torch.no_grad():
+                    model._init_weights(module)
+            if not all(module._buffers[key].isfinite().all() for key in tables):
+                raise self._refusal(f"{name} ({type(module).__name__}) holds tables that cannot be rebuilt")
+
+    def _check_names(self, tied: frozenset[str]) -> None:
         """Refuse a checkpoint whose tensors are not, name by name and shape by shape, those of the modules."""
         stored = {name: info.shape for name, info in self.checkpoint.tensors.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        tied = set(self.model.all_tied_weights_keys)
+        for layer in self._transposed:
+            wanted[f"{layer}.weight"] = wanted[f"{layer}.weight"][::-1]
         missing = sorted(name for name in wanted if name not in stored and name not in tied)
-        # Old Llama checkpoints store the rotary table, which is recomputed.
-        extra = sorted(name for name in stored if name not in wanted and not name.endswith("rotary_emb.inv_freq"))
+        extra = sorted(name for name in stored if name not in wanted and not self._is_ignored(name))
         wrong = sorted(name for name in wanted if name in stored and stored[name] != wanted[name])
         if wrong:
             name = wrong[0]
@@ -156,32 +229,58 @@ class Skeleton:
         if extra:
             raise self._refusal(f"no module takes the stored tensor {extra[0]} ({len(extra)} in all)")
 
-    def _find_blocks(self) -> list[Block]:
+    def _is_ignored(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self._ignored)
+
+    def _find_blocks(self, count: int, same_input: tuple[tuple[str, ...], ...]) -> list[Block]:
         from torch import nn
 
-        count = getattr(self.model.config, "num_hidden_layers", None)
-        base = self.model.base_model
-        lists = [child for child in base.children() if isinstance(child, nn.ModuleList) and len(child) == count]
-        if len(lists) != 1:
-            raise self._refusal("its decoder blocks were not found")
-        names = {module: name for name, module in self.model.named_modules()}
+        from orchestrator.architectures import decoder_blocks
+
         blocks = []
-        for module in lists[0]:
-            name = names[module]
-            for owner, leaf, full in _parameters(module, name):
-                parameter = owner._parameters[leaf]
-                if parameter is not None and parameter.ndim > 1 and not isinstance(owner, nn.Linear):
+        for name in decoder_blocks(self.model, count):
+            module = self.model.get_submodule(name)
+            linears = {
+                f"{name}.{inner}": layer
+                for inner, layer in module.named_modules()
+                if isinstance(layer, nn.Linear) and not is_router(inner)
+            }
+            for owner, leaf, full in _tensors(module, name):
+                matrix = getattr(owner, leaf).ndim > 1
+                if matrix and not isinstance(owner, nn.Linear) and not is_router(full.rpartition(".")[0]):
                     raise self._refusal(f"{full} belongs to a {type(owner).__name__}, not to a linear layer")
-            linears = {names[inner]: inner for inner in module.modules() if isinstance(inner, nn.Linear)}
-            blocks.append(Block(name, module, linears))
+            groups = tuple(group for group in same_input if group[0] in linears)
+            experts = frozenset(layer for group in groups for layer in group)
+            blocks.append(Block(len(blocks), name, module, linears, self._transposed & linears.keys(), experts, groups))
+        self._check_layers(blocks)
         return blocks
 
+    def _check_layers(self, blocks: list[Block]) -> None:
+        """Planning, export and checks know the layers by their stored names alone: they must be the same ones."""
+        by_name = {layer.name: (layer.out_features, layer.in_features) for layer in self.checkpoint.block_layers()}
+        by_module = {
+            name: (layer.out_features, layer.in_features) for block in blocks for name, layer in block.linears.items()
+        }
+        if by_name != by_module:
+            differing = sorted(name for name, _ in by_name.items() ^ by_module.items())
+            raise self._refusal(f"{differing[0]} is not stored as a linear layer of its blocks")
 
-def _parameters(module: nn.Module, prefix: str) -> list[tuple[nn.Module, str, str]]:
-    """Return (owner, name within the owner, full name) of every parameter of `module`."""
+
+def _tensors(module: nn.Module, prefix: str) -> list[tuple[nn.Module, str, str]]:
+    """Return (owner, name within the owner, full name) of everything of `module` that is stored."""
     found = []
     for inner_name, owner in module.named_modules():
-        for leaf in owner._parameters:
-            if owner._parameters[leaf] is not None:
+        buffers = [key for key in owner._buffers if key not in owner._non_persistent_buffers_set]
+        for leaf in (*owner._parameters, *buffers):
+            if getattr(owner, leaf) is not None:
                 found.append((owner, leaf, ".".join(part for part in (prefix, inner_name, leaf) if part)))
     return found
+
+
+def _put(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+    from torch import nn
+
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor

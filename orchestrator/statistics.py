@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from orchestrator.factor import HessianFactor, Order, factorize
@@ -67,11 +67,38 @@ class InputMoment:
         """Return the factor of the damped H (see `orchestrator.factor.factorize`); computed once, then remembered."""
         hessian_II = self.require_hessian()
         memo: FactorMemo = self.__dict__["_memo"]
-        return memo(damping, order, lambda: factorize(hessian_II, self.num_tokens, damping, order))
+        factor = memo(damping, order, lambda: factorize(hessian_II, self.num_tokens, damping, order))
+        return factor and factor.to(hessian_II.device)
+
+    def to(self, device: torch.device | str) -> InputMoment:
+        """Return the record on a device, with the same memory of factors."""
+        import torch
+
+        if self.sum_I.device == torch.device(device):
+            return self
+        moved = replace(self, **{
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if name not in ("num_tokens", "_memo") and value is not None
+        })
+        moved.share_factors(self.__dict__["_memo"])
+        return moved
 
     def share_factors(self, memo: FactorMemo) -> None:
         """Let the walk decide where factors are remembered: with the record, for all runs that share it."""
         self.__dict__["_memo"] = memo
+
+
+def alike(record: InputMoment) -> InputMoment:
+    """Return what stands for a record without tokens: one token whose inputs are all alike and unrelated, H = 1.
+
+    Rounding is then to nearest, and weights compete by their size alone.
+    """
+    import torch
+
+    ones_I = torch.ones_like(record.sum_I)
+    hessian_II = None if record.hessian_II is None else torch.eye(len(ones_I), device=ones_I.device)
+    return InputMoment(1, ones_I, ones_I, ones_I, ones_I, hessian_II)
 
 
 class InputMomentBuilder:

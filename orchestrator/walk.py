@@ -2,41 +2,79 @@
 
 For a method that needs the weight alone, layer by layer from disk to disk. Otherwise block by block: load the block,
 run the calibration tokens through it, keep one record per *distinct* input (q/k/v share one, gate/up share one),
-compress each layer, write it, run the tokens through the compressed block, and go on with what comes out. So every
-block is calibrated on the inputs that the compressed blocks before it produce.
+compress the layers that share a record together, write them, and go on. Two ways to calibrate:
+
+- ``propagated``: every block sees the inputs that the compressed blocks before it produce, as in the GPTQ paper;
+- ``dense``: every block sees the inputs of the model as it enters the step. Records then depend on nothing that the
+  method does, so all methods and candidates share them, and a second candidate runs no token through the model.
 
 Numbers: weights are taken in the checkpoint's dtype and upcast; forward passes, statistics and methods work in
 float32. The compressed weight is cast to the checkpoint's dtype before it is used further, as it will be stored; a
-quantized one is what its packed integers stand for. Methods run on one thread, so that their result does not depend
-on how many cores there are; the forward passes use all.
+quantized one is what its packed integers stand for. Every torch operation runs on one thread; cores are filled by
+batches, strips of H and groups of layers beside each other, so that bytes do not depend on how many cores there are.
 
-Shape legend: N = sequences, B = sequences of a batch, T = tokens of a sequence, D = model width, O = out features,
-I = in features.
+Memory: one block's weights in float32, its records, one batch's activations for each worker, and what solving one
+group of layers takes for each worker (see `orchestrator.footprint`). It does not grow with depth or samples: weights
+come by name, hidden states are on disk, finished layers go to their places at once. A killed run goes on at the block
+where it died (`orchestrator.resume`).
+
+Shape legend: N = sequences, T = tokens of a sequence, O = out features, I = in features.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.canonical import digest_of
+from orchestrator.capture import Stream
 from orchestrator.errors import OrchestratorError, Problem, StepError
 from orchestrator.layers import is_skipped
-from orchestrator.method import LayerMethod, LayerResult, Needs
-from orchestrator.statistics import InputMoment, InputMomentBuilder
+from orchestrator.method import InputMode, LayerMethod, LayerResult, Needs
+from orchestrator.parallel import Workers, one_thread
+from orchestrator.reader import bytes_of
+from orchestrator.records import RecordStore
+from orchestrator.resume import FinishedBlock, WalkProgress
+from orchestrator.statistics import InputMoment, alike
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-
     from orchestrator.calibration import CalibrationSet
     from orchestrator.checkpoint import Checkpoint
     from orchestrator.export import ModelWriter
     from orchestrator.skeleton import Block, Skeleton
 
-BATCH_TOKENS = 4096  # tokens that go through a block at a time; fixed, because it decides the order of sums
 Progress = Callable[[float, str], None]
+# Metrics: layers with fewer tokens than inputs; layers of experts with few tokens, and with none.
+RANK_DEFICIENT, STARVED, UNSEEN = "rank_deficient_layers", "starved_experts", "unseen_experts"
+
+
+@dataclass(frozen=True)
+class WalkSettings:
+    """How to walk; nothing here but `inputs` and `device` changes the result.
+
+    inputs: what blocks are calibrated on. device: "cpu" or "cuda".
+    workers: threads; None: as many as torch would use.
+    state: folder for progress and hidden states, from which a killed run goes on; None: nothing is kept.
+    records: where statistics are kept and found; None: nowhere.
+    identity: what beside model, tokens and method decides the result: digests of the model's bytes and of the code,
+        versions of the libraries.
+    """
+
+    inputs: InputMode = "propagated"
+    device: str = "cpu"
+    workers: int | None = None
+    state: Path | None = None
+    records: RecordStore | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,8 +83,10 @@ class WalkReport:
 
     layers: what the method reported of each layer, by layer name, and `zero_fraction`.
     metrics: of the whole model: `layers`, `weights` (compressed ones), `rank_deficient_layers` (fewer calibration
-        tokens than in features, so that H is singular), and the reported numbers: of "damping…" and "max_…" the
-        largest, of "relative_…" and "…fraction…" the mean over weights, of "tokens" the smallest, else the sum.
+        tokens than in features, so that H is singular), `starved_experts` (layers of experts among them) and
+        `unseen_experts` (layers of experts that saw no token at all, and were compressed as if all inputs were
+        alike), and the reported numbers: of "damping…" and "max_…" the largest, of "relative_…" and "…fraction…" the
+        mean over weights, of "tokens" the smallest, else the sum.
     """
 
     metrics: Mapping[str, float]
@@ -61,6 +101,7 @@ def walk(
     *,
     skip: Sequence[str] = (),
     progress: Progress = lambda fraction, message: None,
+    settings: WalkSettings | None = None,
 ) -> WalkReport:
     """Compress every linear layer inside the decoder blocks that `skip` does not match; the caller finishes `writer`.
 
@@ -71,42 +112,77 @@ def walk(
 
     from orchestrator.skeleton import Skeleton
 
+    settings = settings or WalkSettings()
     if checkpoint.is_quantized:
         raise StepError(f"{checkpoint.path} is quantized already", remedy="prune before quantizing, quantize once")
-    skeleton = Skeleton(checkpoint)
-    try:
-        with torch.no_grad():
-            run = _Walk(skeleton, method, writer, skip, progress)
-            run.check_ignored()
-            if method.needs is Needs.WEIGHT:
-                run.without_calibration()
-            elif calibration is None:
-                raise StepError(
-                    f"{method.name} needs calibration data, and no step before it made any",
-                    remedy="put a calibrate step before it",
-                )
-            else:
-                run.with_calibration(calibration.tokens_NT)
-    finally:
-        skeleton.close()
-    return run.report()
+    if method.needs is not Needs.WEIGHT and calibration is None:
+        raise StepError(
+            f"{method.name} needs calibration data, and no step before it made any",
+            remedy="put a calibrate step before it",
+        )
+    with ExitStack() as stack:
+        skeleton = Skeleton(checkpoint)
+        stack.callback(skeleton.close)
+        if not skeleton.is_known:
+            from orchestrator.proof import prove
+
+            prove(checkpoint)
+        threads = stack.enter_context(one_thread())
+        stack.enter_context(_exact_matmuls())
+        stack.enter_context(torch.no_grad())
+        workers = Workers(settings.workers or threads)
+        stack.callback(workers.close)
+        if settings.state is None:
+            state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="walk-", dir=writer.folder.parent)))
+        else:
+            state = settings.state
+        tokens_NT = None if method.needs is Needs.WEIGHT or calibration is None else calibration.tokens_NT
+        run = _Walk(skeleton, method, writer, skip, progress, settings, workers, state, tokens_NT)
+        stack.callback(run.close)
+        run.check_ignored()
+        run.blocks()
+        return run.report()
 
 
 class _Walk:
     def __init__(
-        self, skeleton: Skeleton, method: LayerMethod, writer: ModelWriter, skip: Sequence[str], progress: Progress
+        self,
+        skeleton: Skeleton,
+        method: LayerMethod,
+        writer: ModelWriter,
+        skip: Sequence[str],
+        progress: Progress,
+        settings: WalkSettings,
+        workers: Workers,
+        state: Path,
+        tokens_NT: torch.Tensor | None,
     ) -> None:
         self.skeleton = skeleton
         self.method = method
         self.writer = writer
         self.progress = progress
-        self.dtype = skeleton.checkpoint.torch_dtype
+        self.settings = settings
+        self.workers = workers
+        self.dense = settings.inputs == "dense"
+        self.with_hessian = method.needs is Needs.INPUT_MOMENT
         self.targets = {
             block.name: [name for name in block.linears if not is_skipped(name, skip)] for block in skeleton.blocks
         }
+        self.last = max((block.index for block in skeleton.blocks if self.targets[block.name]), default=-1)
         self.layers: dict[str, Mapping[str, float]] = {}
-        self.sizes: dict[str, int] = {}  # weights of each compressed layer
-        self.rank_deficient = 0
+        self.prefix: str | None = None  # digest of the compressed blocks that the tokens have passed
+        # What statistics follow from, whatever the method does with them.
+        self.facts = {
+            **settings.identity,
+            "dtype": skeleton.checkpoint.dtype_name,
+            "tokens": None if tokens_NT is None else hashlib.sha256(bytes_of(tokens_NT.contiguous())).hexdigest(),
+            "machine": machine_facts(settings.device),
+        }
+        who = {**self.facts, "method": method.name, "parameters": method.model_dump(mode="json"), "skip": sorted(skip)}
+        self.finished = WalkProgress(state, {**who, "inputs": settings.inputs})
+        self.stream = None
+        if tokens_NT is not None:
+            self.stream = Stream(skeleton, tokens_NT, state, workers, settings.device)
 
     def check_ignored(self) -> None:
         """Every layer that stays dense in a quantized model must be declared so, or nobody could load it."""
@@ -116,216 +192,241 @@ class _Walk:
                 if (name in done) == (name in self.writer.ignored):
                     raise StepError(f"{name} would be stored against what quantization_config says of it")
 
-    def without_calibration(self) -> None:
-        """Stream the weights; nothing is run."""
-        for number, block in enumerate(self.skeleton.blocks):
-            for name in self.targets[block.name]:
-                self.skeleton.load(name)
-                self._compress(name, block.linears[name], None)
-                self.skeleton.release(name)
-            self._show(number + 1, block)
+    def blocks(self) -> None:
+        """Compress block after block, from the first one that no earlier run has finished."""
+        for block in self.skeleton.blocks[self._take_over() : self.last + 1]:
+            written = self._without_tokens(block) if self.stream is None else self._with_tokens(block, self.stream)
+            self._passed(written)
+            self.finished.finish(
+                FinishedBlock(
+                    block.index,
+                    {name: self.layers[name] for name in self.targets[block.name]},
+                    written,
+                    self.writer.scale_dtype,
+                    self.stream.position if self.stream else None,
+                )
+            )
+            if self.stream is not None:
+                self.stream.discard_passed()
+            _give_back_memory()
+            self.progress((block.index + 1) / len(self.skeleton.blocks), f"{self.method.name}: {block.name} done")
 
-    def with_calibration(self, tokens_NT: torch.Tensor) -> None:
-        """Run the tokens through block after block."""
-        hidden, arguments = self._first_inputs(tokens_NT)
-        last = max((i for i, block in enumerate(self.skeleton.blocks) if self.targets[block.name]), default=-1)
-        for number, block in enumerate(self.skeleton.blocks[: last + 1]):
-            self.skeleton.load(block.name)
-            if self.targets[block.name]:
-                statistics = self._measure(block, hidden, arguments[number])
-                for name in self.targets[block.name]:
-                    self._compress(name, block.linears[name], statistics[name])
-                del statistics
-            if number < last:
-                for index, hidden_BTD in enumerate(hidden):
-                    hidden[index] = self._forward(block, hidden_BTD, arguments[number])
-            self.skeleton.release(block.name)
-            self._show(number + 1, block)
+    def close(self) -> None:
+        """Close the files of hidden states."""
+        if self.stream is not None:
+            self.stream.close()
 
     def report(self) -> WalkReport:
         """Put together what the layers reported, as `WalkReport` says."""
-        metrics: dict[str, float] = {"layers": len(self.layers), "weights": sum(self.sizes.values())}
-        if self.method.needs is Needs.INPUT_MOMENT:
-            metrics["rank_deficient_layers"] = self.rank_deficient
-        for name in sorted({name for values in self.layers.values() for name in values}):
-            found = {layer: values[name] for layer, values in self.layers.items() if name in values}
+        layers = {n: self.layers[n] for block in self.skeleton.blocks for n in self.targets[block.name]}
+        shapes = self.writer.layers
+        sizes = {name: shapes[name].out_features * shapes[name].in_features for name in layers}
+        metrics: dict[str, float] = {"layers": len(layers), "weights": sum(sizes.values())}
+        if self.with_hessian:
+            metrics[RANK_DEFICIENT] = 0
+        if self.stream is not None and any(block.experts for block in self.skeleton.blocks):
+            metrics |= {STARVED: 0, UNSEEN: 0}
+        for name in sorted({name for values in layers.values() for name in values}):
+            found = {layer: values[name] for layer, values in layers.items() if name in values}
             if name.startswith(("damping", "max_")):
                 metrics[name] = max(found.values())
             elif name == "tokens":
                 metrics[name] = min(found.values())
             elif name.startswith("relative_") or "fraction" in name:
-                weights = sum(self.sizes[layer] for layer in found)
-                metrics[name] = sum(value * self.sizes[layer] for layer, value in found.items()) / weights
+                weights = sum(sizes[layer] for layer in found)
+                metrics[name] = sum(value * sizes[layer] for layer, value in found.items()) / weights
             else:
                 metrics[name] = sum(found.values())
-        return WalkReport(metrics, self.layers)
+        return WalkReport(metrics, layers)
 
-    def _first_inputs(self, tokens_NT: torch.Tensor) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
-        """Return the inputs of the first block by batch, and each block's arguments, which hold for any batch."""
-        import torch
+    def _take_over(self) -> int:
+        """Return the number of blocks that an earlier, killed run has finished, after checking every byte of them."""
+        count = 0
+        for done in self.finished.blocks:
+            if not all(self.writer.resume(name, digest, done.scale_dtype) for name, digest in done.written.items()):
+                break
+            count += 1
+        if count and self.stream is not None:
+            hidden = self.finished.blocks[count - 1].hidden
+            there = hidden is not None and self.stream.take_up(*hidden)
+            # Dense tokens can start again from the first block; others would have to pass compressed blocks again.
+            if not there and not self.dense:
+                count = 0
+        self.finished.keep_first(count)
+        for done in self.finished.blocks:
+            self.layers.update(done.layers)
+            self._passed(done.written)
+        if count:
+            block = self.skeleton.blocks[count - 1]
+            self.progress(count / len(self.skeleton.blocks), f"{self.method.name}: going on after {block.name}")
+        return count
 
-        embedding = self.skeleton.model.get_input_embeddings()
-        (name,) = [name for name, module in self.skeleton.model.named_modules() if module is embedding]
-        largest = int(tokens_NT.max())
-        if largest >= embedding.num_embeddings:
-            raise StepError(
-                f"the calibration set holds token {largest}, the model has {embedding.num_embeddings}",
-                remedy="calibrate with the model's own tokenizer",
-            )
-        self.skeleton.load(name)
-        _, arguments = self.skeleton.capture(tokens_NT[:1], embedding)
-        for other in tokens_NT[1:2]:
-            _, again = self.skeleton.capture(other[None], embedding)
-            if not _same(arguments, again):
-                raise StepError(
-                    "the blocks of this model get arguments that depend on the tokens; the walk supports only models"
-                    " whose blocks pass hidden states on",
-                    where=self.skeleton.checkpoint.config["model_type"],
-                )
-        size = max(1, BATCH_TOKENS // tokens_NT.shape[1])
-        hidden = [self.skeleton.capture(tokens_BT, embedding)[0] for tokens_BT in torch.split(tokens_NT, size)]
-        self.skeleton.release(name)
-        return hidden, arguments
+    def _passed(self, written: Mapping[str, str]) -> None:
+        """Note which bytes the tokens have passed."""
+        if not self.dense and written:
+            self.prefix = digest_of([self.prefix, dict(written)])
 
-    def _forward(self, block: Block, hidden_BTD: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
-        import torch
+    def _without_tokens(self, block: Block) -> dict[str, str]:
+        """Compress a block's layers one by one from their stored weights; return the digests of what was written."""
+        self._prefetch_next(block)
 
-        output = block.module(hidden_BTD, **arguments)
-        if not isinstance(output, torch.Tensor):
-            raise StepError(f"{block.name} returns a {type(output).__name__}, not hidden states")
-        if not output.isfinite().all():
-            raise StepError(
-                f"the hidden states that {block.name} puts out are not finite",
-                remedy="check the model: does it give finite logits on this text?",
-            )
-        return output
+        def task(name: str) -> dict[str, str]:
+            self._load(block, name, [name])
+            written = self._compress(block, [name], None)
+            self.skeleton.release(name)
+            return written
+
+        return _joined(self.workers.run([partial(task, name) for name in self.targets[block.name]]))
+
+    def _with_tokens(self, block: Block, stream: Stream) -> dict[str, str]:
+        """Compress a block's layers with records of their inputs, and send the tokens on."""
+        names = self.targets[block.name]
+        if not names:
+            if not self.dense:
+                stream.go_to(block.index + 1)
+            return {}
+        leader_of, records = self._recorded(block, names)
+        if not records or not self.dense:
+            stream.go_to(block.index)
+        self._load(block, block.name, names)
+        self._prefetch_next(block)
+        if not records:
+            leader_of = stream.leaders(block)
+            records = self._measure(block, stream, leader_of, names)
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(leader_of[name], []).append(name)
+        tasks = [partial(self._compress, block, group, records.pop(leader)) for leader, group in groups.items()]
+        written = _joined(self.workers.run(tasks))
+        if not self.dense and block.index < self.last:
+            stream.forward(block)
+        self.skeleton.release(block.name)
+        return written
+
+    def _recorded(self, block: Block, names: Sequence[str]) -> tuple[Mapping[str, str], dict[str, InputMoment]]:
+        """Return which layers share an input, and every record of the block; no records unless all are there."""
+        store = self.settings.records
+        leader_of = store.index(self._key(block)) if store else None
+        if store is None or leader_of is None:
+            return {}, {}
+        found = {}
+        for leader in dict.fromkeys(leader_of[name] for name in names):
+            record = store.load(self._key(block, leader), with_hessian=self.with_hessian)
+            if record is None:
+                return leader_of, {}
+            found[leader] = record.to(self.settings.device)
+        return leader_of, found
 
     def _measure(
-        self, block: Block, hidden: Sequence[torch.Tensor], arguments: Mapping[str, Any]
+        self, block: Block, stream: Stream, leader_of: Mapping[str, str], names: Sequence[str]
     ) -> dict[str, InputMoment]:
-        """Run all batches and return the record of every target layer; layers with one input share one record."""
-        wanted = {name: block.linears[name] for name in self.targets[block.name]}
-        leader_of = self._leaders(block, wanted, hidden[0], arguments)
-        with_hessian = self.method.needs is Needs.INPUT_MOMENT
-        builders = {
-            name: InputMomentBuilder(wanted[name].in_features, with_hessian=with_hessian)
-            for name in dict.fromkeys(leader_of.values())
-        }
-        hooks = [
-            wanted[name].register_forward_pre_hook(lambda module, inputs, b=builder: b.add(inputs[0]))
-            for name, builder in builders.items()
-        ]
-        try:
-            for hidden_BTD in hidden:
-                self._forward(block, hidden_BTD, arguments)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        records = {}
-        for name, builder in builders.items():
-            records[name] = builder.finish()
-            if not records[name].sum_squares_I.isfinite().all():
-                raise StepError(f"the inputs of {name} are not finite or too large for float32")
-        return {name: records[leader] for name, leader in leader_of.items()}
+        """Run the tokens through the block, and keep what was measured."""
+        leaders = list(dict.fromkeys(leader_of[name] for name in names))
+        keep = self.dense and block.index < self.last
+        records = stream.measure(block, leaders, with_hessian=self.with_hessian, keep=keep)
+        store = self.settings.records
+        if store is not None:
+            store.save_index(self._key(block), leader_of)
+            for leader, record in records.items():
+                store.save(self._key(block, leader), record)
+        return records
 
-    def _leaders(
-        self, block: Block, wanted: Mapping[str, nn.Linear], hidden_BTD: torch.Tensor, arguments: Mapping[str, Any]
-    ) -> dict[str, str]:
-        """Return for each layer the first layer that reads the very same tensor, found by running one sequence."""
-        seen: list[tuple[torch.Tensor, str]] = []  # holds the tensors, so that none's identity is used twice
-        leader_of: dict[str, str] = {}
+    def _key(self, block: Block, leader: str | None = None) -> str:
+        """The name of a block's record of one input, or of its list of inputs."""
+        return digest_of({**self.facts, "passed": self.prefix, "block": block.name, "input": leader})
 
-        def note(name: str, tensor: torch.Tensor) -> None:
-            for other, leader in seen:
-                if other is tensor:
-                    leader_of[name] = leader
-                    return
-            seen.append((tensor, name))
-            leader_of[name] = name
+    def _load(self, block: Block, module: str, names: Sequence[str]) -> None:
+        self.skeleton.load(module, self.settings.device)
+        for name in names:
+            if not block.linears[name].weight.isfinite().all():
+                raise StepError(f"the weight of {name} is not finite", remedy="check the model")
 
-        hooks = [
-            module.register_forward_pre_hook(lambda module, inputs, n=name: note(n, inputs[0]))
-            for name, module in wanted.items()
-        ]
-        try:
-            self._forward(block, hidden_BTD[:1], arguments)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        idle = sorted(wanted.keys() - leader_of.keys())
-        if idle:
-            raise StepError(f"{idle[0]} takes no part in the forward pass of {block.name}")
-        return leader_of
+    def _prefetch_next(self, block: Block) -> None:
+        if block.index < self.last:
+            self.skeleton.prefetch(self.skeleton.blocks[block.index + 1].name)
 
-    def _compress(self, name: str, layer: nn.Linear, statistic: InputMoment | None) -> None:
-        """Compress one layer, hand it to the writer, and leave the result in the module."""
-        weight_OI = layer.weight.data
-        if not weight_OI.isfinite().all():
-            raise StepError(f"the weight of {name} is not finite", remedy="check the model")
-        with one_thread():
+    def _compress(self, block: Block, names: Sequence[str], record: InputMoment | None) -> dict[str, str]:
+        """Compress layers that share an input, write them, and leave the results in the modules."""
+        facts: dict[str, float] = {}
+        if record is not None:
+            expert, num_in = names[0] in block.experts, len(record.sum_I)
+            if expert and record.num_tokens == 0:
+                facts, record = {UNSEEN: 1, "tokens": 0}, alike(record)
+            elif record.num_tokens < num_in:
+                facts = {RANK_DEFICIENT: 1} if self.with_hessian else {}
+                facts |= {STARVED: 1} if expert else {}
+        written = {}
+        for name, result in zip(names, self._results(block, names, record), strict=True):
+            stored_OI, written[name] = self._store(name, result, block.linears[name].weight)
+            zero_fraction = int((stored_OI == 0).sum()) / stored_OI.numel()
+            self.layers[name] = {**result.metrics, "zero_fraction": zero_fraction, **facts}
+            block.linears[name].weight.data = stored_OI.float()
+        return written
+
+    def _results(self, block: Block, names: Sequence[str], record: InputMoment | None) -> Iterator[LayerResult]:
+        """Yield the compressed layers, all at once if the method gains by it, else one by one."""
+        weights = [block.linears[name].weight.data for name in names]
+        together = type(self.method).compress_together is not LayerMethod.compress_together
+        for part in [slice(None)] if together else [slice(i, i + 1) for i in range(len(names))]:
             try:
-                result = self.method.compress(weight_OI, statistic)
+                results = self.method.compress_together(weights[part], record)
             except OrchestratorError as error:
+                where = f"layer {', '.join(names[part])}"
                 raise type(error)(
-                    [Problem(f"{p.what} (layer {name})", p.where, p.remedy) for p in error.problems]
+                    [Problem(f"{p.what} ({where})", p.where, p.remedy) for p in error.problems]
                 ) from error
             except Exception as error:
-                error.add_note(f"while {self.method.name} compressed {name}")
+                error.add_note(f"while {self.method.name} compressed {', '.join(names[part])}")
                 raise
-        stored_OI = self._store(name, result, weight_OI)
-        self.sizes[name] = stored_OI.numel()
-        if statistic is not None and statistic.num_tokens < layer.in_features:
-            self.rank_deficient += 1
-        zero_fraction = int((stored_OI == 0).sum()) / stored_OI.numel()
-        self.layers[name] = {**result.metrics, "zero_fraction": zero_fraction}
-        layer.weight.data = stored_OI.float()
+            if len(results) != len(weights[part]):
+                raise StepError(f"{self.method.name} returned {len(results)} layers for {len(weights[part])}")
+            yield from results
 
-    def _store(self, name: str, result: LayerResult, weight_OI: torch.Tensor) -> torch.Tensor:
-        """Write the result and return the weight [O, I] as it will be loaded, in the checkpoint's dtype."""
+    def _store(self, name: str, result: LayerResult, weight_OI: torch.Tensor) -> tuple[torch.Tensor, str]:
+        """Write the result; return the weight [O, I] as it will be loaded, in the checkpoint's dtype, and a digest."""
         expected = self.writer.scheme is not None
         if (result.encoding is not None) != expected:
             raise StepError(f"{self.method.name} returned {'no' if expected else 'an'} encoding for {name}")
         if result.weight_OI.shape != weight_OI.shape:
             shapes = f"{tuple(result.weight_OI.shape)} instead of {tuple(weight_OI.shape)}"
             raise StepError(f"{self.method.name} returned shape {shapes} for {name}")
-        if result.encoding is None:
-            stored_OI = result.weight_OI.to(self.dtype)
-        else:
-            stored_OI = result.encoding.dequantize(self.dtype)
+        dtype = self.skeleton.checkpoint.torch_dtype
+        stored_OI = result.weight_OI.to(dtype) if result.encoding is None else result.encoding.dequantize(dtype)
         if not stored_OI.isfinite().all():
             raise StepError(f"{self.method.name} made {name} not finite")
         if result.encoding is None:
-            self.writer.add(f"{name}.weight", stored_OI)
-        else:
-            self.writer.add_quantized(name, result.encoding)
-        return stored_OI
+            return stored_OI, self.writer.add(f"{name}.weight", self.skeleton.as_stored(name, stored_OI))
+        return stored_OI, self.writer.add_quantized(name, result.encoding)
 
-    def _show(self, done: int, block: Block) -> None:
-        self.progress(done / len(self.skeleton.blocks), f"{self.method.name}: {block.name} done")
+
+def machine_facts(device: str) -> dict[str, Any]:
+    """What of the machine decides the bits of a sum: the instruction set or the accelerator, and the threads."""
+    import torch
+
+    if device == "cpu":
+        return {"cpu": torch.backends.cpu.get_cpu_capability(), "threads_of_an_operation": 1}
+    return {"accelerator": torch.cuda.get_device_name(device)}
+
+
+def _joined(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    return {name: digest for part in parts for name, digest in part.items()}
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute on one thread, so that sums are made in one order on every machine."""
+def _exact_matmuls() -> Iterator[None]:
+    """Keep accelerators from rounding the factors of float32 products to TF32."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_float32_matmul_precision(before)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two trees of tensors and plain values are equal."""
-    import torch
-
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-        return both and torch.equal(one, other)
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
+def _give_back_memory() -> None:
+    """Return freed memory to the system: glibc keeps it otherwise, and blocks would seem to pile up."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -137,27 +137,6 @@ def test_blocks_have_the_masks_of_their_layer_type(tmp_path: Path) -> None:
     assert arguments[2]["attention_mask"].sum(-1).max() == 8  # a window of 8 tokens
 
 
-def test_mixture_of_experts_is_refused_by_name(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-
-    config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, head_dim=16,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(PreflightError, match=r"'qwen3_moe'.*dense Llama-, Mistral- or Qwen-like"):
-        Skeleton(Checkpoint(tmp_path))
-
-
-def test_transposed_linear_layers_are_refused_by_name(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, GPT2Config
-
-    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(PreflightError, match="'gpt2'"):
-        Skeleton(Checkpoint(tmp_path))
-
-
 def test_sharded_checkpoint_is_read_across_its_files(tmp_path: Path) -> None:
     make_model(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
