@@ -13,6 +13,7 @@ from orchestrator.errors import (
     SpecError,
     StepError,
 )
+from orchestrator.factor import MAX_RAISES, HessianFactor
 from orchestrator.method import (
     Calibrator,
     Context,
@@ -40,12 +41,14 @@ from orchestrator.text import token_windows
 
 __all__ = [
     "API_VERSION",
+    "MAX_RAISES",
     "CalibrationSet",
     "Calibrator",
     "Checkpoint",
     "Context",
     "Evaluator",
     "GateError",
+    "HessianFactor",
     "InputMoment",
     "Invariant",
     "KVPlan",

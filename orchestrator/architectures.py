@@ -103,7 +103,7 @@ class UnfusedExperts(nn.ModuleList):
     def forward(self, hidden_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         """Add up what each token's experts put out, weighted. An expert without tokens is not called."""
         result_TD = torch.zeros_like(hidden_TD)
-        for index, expert in enumerate(self):
+        for index, expert in enumerate(self.children()):
             position, token = torch.where((expert_TK == index).T)
             if token.numel():
                 output = expert(hidden_TD[token]) * weight_TK[token, position, None]

@@ -4,7 +4,7 @@ Below the home folder::
 
     artifacts/<digest>/      the files of an artifact and manifest.json, which lists each file's sha256
     steps/<fingerprint>.json which artifact a step gave, and what it took to make it
-    staging/<fingerprint>/   a step at work; never a result
+    staging/<fingerprint>/   a step at work, or killed at work; never a result
 
 A step's folder is moved from staging to artifacts in one rename, after its files and its manifest are on disk. So
 an artifact is there in whole or not at all, and what a killed step left behind is never taken for a result.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.canonical import canonical_json, file_sha256, sync_folder, sync_tree, write_atomically
+from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import SpecError, StepError
 
 MANIFEST = "manifest.json"
@@ -104,11 +105,16 @@ class ArtifactStore:
         _remove(target)
         artifact.path.replace(target)
 
-    def stage(self, fingerprint: str) -> Path:
-        """Return an empty folder to work in. Hold the step's lease: what a killed run left there is removed."""
+    def stage(self, fingerprint: str, *, keep: bool = False) -> Path:
+        """Return a folder to work in, empty unless `keep`: then with what a killed run left there.
+
+        Hold the step's lease.
+        """
         folder = self.home / "staging" / fingerprint
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)  # a run that was killed while it committed may have left one
         return folder
 
     def unstage(self, fingerprint: str) -> None:
@@ -130,6 +136,11 @@ class ArtifactStore:
         write_atomically(folder / MANIFEST, content)
         sync_tree(folder)
         digest = file_sha256(folder / MANIFEST)
+        # The record comes first: killed between the two, the step finds its folder still staged, not its work gone.
+        steps = self.home / "steps"
+        steps.mkdir(parents=True, exist_ok=True)
+        record = {"digest": digest, "seconds": round(seconds, 6), "peak_memory_bytes": peak_memory_bytes}
+        write_atomically(steps / f"{fingerprint}.json", canonical_json(record))
         final = self.home / "artifacts" / digest
         final.parent.mkdir(parents=True, exist_ok=True)
         known = self._open(digest)
@@ -139,10 +150,6 @@ class ArtifactStore:
             _remove(final)
             folder.replace(final)
             sync_folder(final.parent)
-        steps = self.home / "steps"
-        steps.mkdir(parents=True, exist_ok=True)
-        record = {"digest": digest, "seconds": round(seconds, 6), "peak_memory_bytes": peak_memory_bytes}
-        write_atomically(steps / f"{fingerprint}.json", canonical_json(record))
         return Artifact(digest, final, json.loads(content))
 
     def find(self, reference: str) -> Artifact:
@@ -165,6 +172,12 @@ class ArtifactStore:
                 "or models:/NAME@ALIAS",
             )
         return artifact
+
+
+def model_digest(artifact: Artifact) -> str:
+    """Return `Checkpoint.digest` of a model artifact, from what its manifest knows already."""
+    files = artifact.manifest["files"]
+    return Checkpoint(artifact.path).digest(lambda path: str(files[path.name]["sha256"]))
 
 
 def _is_folder(reference: str) -> bool:

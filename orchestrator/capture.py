@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from orchestrator.parallel import Workers
     from orchestrator.skeleton import Block, Skeleton
 
-BATCH_TOKENS = 4096  # tokens that go through a block at a time; fixed, because it decides the order of sums
+# Tokens that go through a block at a time; fixed, because it decides the order of sums. On a CPU more would only take
+# memory and fall out of its caches.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 class _Enough(Exception):  # noqa: N818 - a signal, not an error
@@ -43,7 +45,7 @@ class Stream:
         self._folder = folder
         self._workers = workers
         self._device = device
-        self._batch = max(1, BATCH_TOKENS // tokens_NT.shape[1])
+        self._batch = max(1, BATCH_TOKENS[device.partition(":")[0]] // tokens_NT.shape[1])
         self._arguments: list[dict[str, Any]] = []  # of each block; they hold for any batch
         self._hidden: HiddenStates | None = None
         self._passed: list[HiddenStates] = []
@@ -116,17 +118,13 @@ class Stream:
             raise StepError(f"{idle[0]} takes no part in the forward pass of {block.name}")
         return leader_of
 
-    def measure(
-        self, block: Block, names: Iterable[str], *, with_hessian: bool, keep: bool
-    ) -> dict[str, InputMoment]:
+    def measure(self, block: Block, names: Iterable[str], *, with_hessian: bool, keep: bool) -> dict[str, InputMoment]:
         """Run all batches through a loaded block and return a record of the input of each layer in `names`.
 
         keep: whether the tokens go on to the next block. If not, a pass ends at the last of the layers.
         """
         builders = {
-            name: InputMomentBuilder(
-                block.linears[name].in_features, with_hessian=with_hessian, device=self._device
-            )
+            name: InputMomentBuilder(block.linears[name].in_features, with_hessian=with_hessian, device=self._device)
             for name in names
         }
         self._pass(block, builders, keep=keep, stop_after=None if keep or block.experts else len(builders))
@@ -228,7 +226,9 @@ class Stream:
         self._arguments = [_to(one, self._device) for one in arguments]
 
     def _embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        ids, places_BT = tokens_BT.unique(return_inverse=True)
+        import torch
+
+        ids, places_BT = torch.unique(tokens_BT, return_inverse=True)
         with self.skeleton.embedding_rows(ids.tolist()) as embedding:
             return embedding(places_BT)  # type: ignore[no-any-return]
 

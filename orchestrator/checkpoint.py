@@ -289,7 +289,10 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _tensor_info(file: str, name: str, entry: Any, base: int) -> TensorInfo:
-    """Check one entry of a header, whose data begin at `base`. Raises `ValueError`, or `KeyError` and `TypeError` for one of another form."""
+    """Check one entry of a header, whose data begin at `base`.
+
+    Raises `ValueError`, or `KeyError` and `TypeError` for one of another form.
+    """
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not isinstance(shape, list):
         raise ValueError(f"the header gives no dtype and shape for {name!r}")

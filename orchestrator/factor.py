@@ -50,9 +50,7 @@ class HessianFactor:
             return self
         order_I = None if self.order_I is None else self.order_I.to(device)
         moved = [tensor.to(device) for tensor in (self.unit_lower_II, self.pivots_I, self.dead_I)]
-        return replace(
-            self, unit_lower_II=moved[0], pivots_I=moved[1], dead_I=moved[2], order_I=order_I
-        )
+        return replace(self, unit_lower_II=moved[0], pivots_I=moved[1], dead_I=moved[2], order_I=order_I)
 
 
 def factorize(hessian_II: torch.Tensor, num_tokens: int, damping: float, order: Order) -> HessianFactor | None:
@@ -61,7 +59,6 @@ def factorize(hessian_II: torch.Tensor, num_tokens: int, damping: float, order: 
     hessian_II: H = X^T X, float32 or float64, finite; only its lower triangle is read. Its diagonal must not be
     negative, nor zero everywhere. order: "falling" sorts by H_jj (of equal ones the lower index first).
     """
-    import torch
 
     diagonal_I = hessian_II.diagonal().double() / num_tokens
     dead_I = diagonal_I == 0

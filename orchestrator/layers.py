@@ -19,7 +19,7 @@ _EXPERT_LAYER = re.compile(r"(?P<experts>.+\.experts)\.\d+\..+")
 ROUTERS = ("gate", "router", "shared_expert_gate")
 # Matrices that are looked up, not multiplied with.
 _EMBEDDINGS = frozenset(
-    "embed_tokens embed_positions embed_in wte wpe word_embeddings tokens_embed positions_embed".split()
+    ["embed_tokens", "embed_positions", "embed_in", "wte", "wpe", "word_embeddings", "tokens_embed", "positions_embed"]
 )
 # Architectures whose linear layers in blocks are stored as [in, out] (`Conv1D` of Transformers).
 _TRANSPOSED = ("gpt2", "openai-gpt")

@@ -53,9 +53,7 @@ def pack(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def packed_specs(
-    num_out: int, num_in: int, scheme: QuantScheme
-) -> dict[str, tuple[str | None, tuple[int, ...]]]:
+def packed_specs(num_out: int, num_in: int, scheme: QuantScheme) -> dict[str, tuple[str | None, tuple[int, ...]]]:
     """Return dtype (None: that of the scales) and shape of what `pack` returns for a layer. Imports no torch."""
     bits, groups = scheme.num_bits, num_in // scheme.group_width(num_in)
     specs: dict[str, tuple[str | None, tuple[int, ...]]] = {

@@ -35,6 +35,7 @@ from orchestrator.errors import OrchestratorError, PreflightError, Problem, Spec
 from orchestrator.method import (
     Calibrator,
     Evaluator,
+    InputMode,
     LayerMethod,
     Method,
     ModelMethod,
@@ -56,6 +57,7 @@ COMPUTING_LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizer
 class Step:
     """A method with its parameters at a place in a plan.
 
+    calibrated_on: what a layer method's blocks see; None where it sees none. device: "cpu" or "cuda".
     inputs: role ("model", "dense", "calibration") -> index of the step that gives it, or `SOURCE`.
     identity: everything that went into the fingerprint.
     """
@@ -64,6 +66,8 @@ class Step:
     place: str
     method: Method
     skip: tuple[str, ...]
+    calibrated_on: InputMode | None
+    device: str
     require: Mapping[str, Mapping[str, float]]
     engines: tuple[ServingEngine, ...]
     inputs: Mapping[str, int]
@@ -214,6 +218,12 @@ def _draft(
                 engines.append((found, engine))
             else:
                 complete = False
+    calibrated = issubclass(installed.cls, LayerMethod) and installed.cls.needs is not Needs.WEIGHT
+    if step.inputs and not calibrated:
+        note(
+            SpecError(f"`inputs` means nothing to {step.stage} {step.method}", remedy="remove it"),
+            (*location, "inputs"),
+        )
     for key, kind, given in (
         ("skip", LayerMethod, step.skip),
         ("require", Evaluator, step.require),
@@ -351,7 +361,9 @@ def _fingerprinted(
         if not isinstance(method, LayerMethod | Publisher):
             identity["seed"] = spec.seed
         if isinstance(method, LayerMethod):
-            identity["skip"] = sorted(draft.spec.skip)
+            identity |= {"skip": sorted(draft.spec.skip), "device": spec.device}
+            if method.needs is not Needs.WEIGHT:
+                identity["calibrated_on"] = draft.spec.inputs or method.inputs
         if isinstance(method, Publisher):
             identity |= {
                 "name": spec.name,
@@ -371,6 +383,8 @@ def _fingerprinted(
                 place=file.place((*draft.location, draft.spec.stage.value)),
                 method=method,
                 skip=draft.spec.skip,
+                calibrated_on=identity.get("calibrated_on"),
+                device=spec.device,
                 require={name: bound.model_dump(exclude_none=True) for name, bound in draft.spec.require.items()},
                 engines=tuple(engine for _, engine in draft.engines),
                 inputs=inputs,

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from orchestrator.artifact import Artifact, ArtifactStore
+from orchestrator.artifact import Artifact, ArtifactStore, model_digest
 from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import GateError, OrchestratorError, Problem, StepError
 from orchestrator.home import Settings
 from orchestrator.journal import Journal, lease
-from orchestrator.method import Publisher
+from orchestrator.method import LayerMethod, Publisher
 from orchestrator.outcome import StepOutcome
 from orchestrator.plan import SOURCE, Plan, Step, make_plan
 from orchestrator.plugins import Methods
@@ -152,10 +152,13 @@ class Execution:
         return artifact
 
     def _compute(self, step: Step, usage: Usage) -> Artifact:
-        folder = self.store.stage(step.fingerprint)
+        resumable = isinstance(step.method, LayerMethod)
+        folder = self.store.stage(step.fingerprint, keep=resumable)
         scratch = self.store.stage(f"{step.fingerprint}.scratch")
+        state = self.store.stage(f"{step.fingerprint}.state", keep=resumable)
+        keep = False
         try:
-            inputs = self._inputs(step, scratch)
+            inputs = self._inputs(step, scratch, state)
             if isinstance(step.method, Publisher):
                 facts = release_step(self.plan, step, inputs, self._lineage(step), self.record, folder)
             else:
@@ -175,11 +178,16 @@ class Execution:
                 seconds=usage.seconds,
                 peak_memory_bytes=usage.peak_memory_bytes,
             )
+        except (KeyboardInterrupt, OSError, MemoryError):
+            keep = resumable  # no fault of the step: run again, it goes on where it was
+            raise
         finally:
-            self.store.unstage(step.fingerprint)
             self.store.unstage(f"{step.fingerprint}.scratch")
+            if not keep:
+                self.store.unstage(step.fingerprint)
+                self.store.unstage(f"{step.fingerprint}.state")
 
-    def _inputs(self, step: Step, scratch: Path) -> StepInputs:
+    def _inputs(self, step: Step, scratch: Path, state: Path) -> StepInputs:
         calibration = step.inputs.get("calibration")
         source = step.inputs["model"]
         return StepInputs(
@@ -190,6 +198,9 @@ class Execution:
             seed=self.plan.seed,
             scratch=scratch,
             progress=lambda fraction, message: self.observer.step_progress(step, fraction, message),
+            model_digest=self.plan.source_digest if source == SOURCE else model_digest(self._artifact(source)),
+            state=state,
+            statistics=self.settings.home / "statistics",
         )
 
     def _model(self, index: int) -> Checkpoint:

@@ -35,7 +35,7 @@ _IGNORED = (r"rotary_emb\.inv_freq$",)
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder block: its number, its full name, its module, and its linear layers by stored name in the order of the module.
+    """A decoder block: number, full name, module, and its linear layers by stored name in the order of the module.
 
     transposed: layers whose stored weight is [I, O].
     experts: layers that see only the tokens that were routed to them, possibly none.
@@ -237,7 +237,7 @@ class Skeleton:
 
         from orchestrator.architectures import decoder_blocks
 
-        blocks = []
+        blocks: list[Block] = []
         for name in decoder_blocks(self.model, count):
             module = self.model.get_submodule(name)
             linears = {

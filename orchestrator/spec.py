@@ -66,6 +66,11 @@ class StepSpec(BaseModel):
     register_: str | None = Field(None, alias="register")
     with_: dict[str, Any] = Field(default_factory=dict, alias="with")
     skip: tuple[str, ...] = ()
+    inputs: Literal["dense", "propagated"] | None = Field(
+        None,
+        description="What blocks are calibrated on: the inputs of the model as it enters the step, shared by all "
+        "candidates, or those that the compressed blocks before produce. Default: the method's choice.",
+    )
     require: dict[str, Bound] = Field(default_factory=dict)
     engines: tuple[dict[str, dict[str, Any] | None], ...] = ()
 
@@ -105,6 +110,16 @@ class PipelineSpec(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Name of pipeline and released model.")
     model: ModelSpec
     seed: int = Field(0, ge=0, lt=2**63, description="The only source of randomness.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where layer methods and their statistics are computed.")
+    max_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        le=100_000,
+        allow_inf_nan=False,
+        description="Memory that a prune or quantize step may use beside the interpreter and its libraries, GiB; "
+        "fewer layers and batches are then worked on at once, and what cannot fit is refused. Default: "
+        "ORCHESTRATOR_MAX_MEMORY_GIB, or no limit.",
+    )
     steps: tuple[StepSpec, ...] = Field(min_length=1)
 
 

@@ -76,11 +76,14 @@ class InputMoment:
 
         if self.sum_I.device == torch.device(device):
             return self
-        moved = replace(self, **{
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if name not in ("num_tokens", "_memo") and value is not None
-        })
+        moved = replace(
+            self,
+            **{
+                name: value.to(device)
+                for name, value in vars(self).items()
+                if name not in ("num_tokens", "_memo") and value is not None
+            },
+        )
         moved.share_factors(self.__dict__["_memo"])
         return moved
 

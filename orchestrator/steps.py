@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ class StepInputs:
     seed: int
     scratch: Path
     progress: Callable[[float, str], None]
+    model_digest: str
+    state: Path  # where a step that can be resumed keeps its progress
+    statistics: Path  # where records of calibration are kept
 
     def context(self) -> Context:
         """The context that a method gets."""
@@ -78,11 +82,31 @@ def _calibrate(method: Calibrator, inputs: StepInputs, folder: Path) -> StepFact
 def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder: Path) -> StepFacts:
     from orchestrator.export import ModelWriter
     from orchestrator.invariants import check_artifact
-    from orchestrator.walk import walk
+    from orchestrator.records import RecordStore, limit_from
+    from orchestrator.walk import WalkSettings, walk
 
     scheme = method.scheme()
     writer = ModelWriter(inputs.model, folder, scheme=scheme, skip=step.skip)
-    report = walk(inputs.model, method, inputs.calibration, writer, skip=step.skip, progress=inputs.progress)
+    settings = WalkSettings(
+        inputs=step.calibrated_on or method.inputs,
+        device=step.device,
+        state=inputs.state,
+        records=RecordStore(inputs.statistics, limit_from(os.environ)),
+        identity={
+            "model": inputs.model_digest,
+            "core": step.identity["core"],
+            "environment": step.identity["environment"],
+        },
+    )
+    report = walk(
+        inputs.model,
+        method,
+        inputs.calibration,
+        writer,
+        skip=step.skip,
+        progress=inputs.progress,
+        settings=settings,
+    )
     writer.finish()
     claims: dict[str, Any] = {}
     if Invariant.ZEROS in method.provides:

@@ -47,6 +47,7 @@ from orchestrator.statistics import InputMoment, alike
 
 if TYPE_CHECKING:
     import torch
+
     from orchestrator.calibration import CalibrationSet
     from orchestrator.checkpoint import Checkpoint
     from orchestrator.export import ModelWriter

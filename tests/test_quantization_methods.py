@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from orchestrator.api import InputMoment, LayerShape, QuantizedWeight, QuantScheme, StepError
 from orchestrator.statistics import InputMomentBuilder
 from orchestrator_pruning.magnitude import Magnitude
-from orchestrator_quantization.error_propagation import blocks
 from orchestrator_quantization.gptq import GPTQ
 from orchestrator_quantization.rtn import RTN
 from orchestrator_quantization.weight_only import WeightOnly
@@ -289,20 +288,6 @@ def test_the_block_size_does_not_change_the_result(group_size: int | None, act_o
     for result in results[1:]:
         assert result.encoding is not None and results[0].encoding is not None
         assert (result.encoding.q_OI != results[0].encoding.q_OI).any(1).sum().item() <= 1
-
-
-@pytest.mark.parametrize(("num_in", "block_size", "width"), [(64, 128, 16), (96, 40, 16), (96, 20, 32), (50, 7, 1)])
-def test_blocks_cover_the_columns_once_and_no_group_starts_inside_a_late_update(
-    num_in: int, block_size: int, width: int
-) -> None:
-    spans = list(blocks(num_in, block_size, width))
-    assert [column for start, end in spans for column in range(start, end)] == list(range(num_in))
-    for start, end in spans:
-        assert end - start <= max(block_size, width)
-        groups = {column // width for column in range(start, end)}
-        if len(groups) > 1:  # several groups: all of them whole
-            assert start % width == 0
-            assert end % width == 0
 
 
 def test_act_order_is_stored_in_the_layers_own_column_order() -> None:

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from orchestrator.calibration import CalibrationSet
+from orchestrator.capture import BATCH_TOKENS
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
 from orchestrator.export import ModelWriter
 from orchestrator.method import LayerMethod, LayerResult
+from orchestrator.parallel import one_thread
 from orchestrator.statistics import InputMoment
-from orchestrator.walk import WalkReport, one_thread, walk
+from orchestrator.walk import WalkReport, walk
 from tests.layer_methods import Identity, KeepLarge, Round, ScaleByInput
 from tests.tiny import ARCHITECTURES, make_model, make_tokens
 
@@ -96,7 +98,7 @@ def test_statistics_do_not_depend_on_how_sequences_are_batched(tmp_path: Path, m
     tokens_NT = make_tokens(7, 16)
     found = []
     for batch_tokens in (16, 48, 4096):
-        monkeypatch.setattr("orchestrator.walk.BATCH_TOKENS", batch_tokens)
+        monkeypatch.setitem(BATCH_TOKENS, "cpu", batch_tokens)
         Identity.seen.clear()
         _run(checkpoint, Identity(), tmp_path / str(batch_tokens), tokens_NT)
         found.append(list(Identity.seen))
@@ -186,11 +188,8 @@ def test_not_finite_weights_are_refused_by_layer_name(tmp_path: Path) -> None:
     tensors = load_file(checkpoint.path / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(tensors, checkpoint.path / "model.safetensors", {"format": "pt"})
-    for method, tokens, place in (
-        (KeepLarge(), None, r"model\.layers\.1\.mlp\.up_proj"),
-        (Identity(), make_tokens(2), r"model\.layers\.1 "),
-    ):
-        with pytest.raises(StepError, match=f"{place}.*not finite"):
+    for method, tokens in ((KeepLarge(), None), (Identity(), make_tokens(2))):
+        with pytest.raises(StepError, match=r"the weight of model\.layers\.1\.mlp\.up_proj is not finite"):
             _run(Checkpoint(checkpoint.path), method, tmp_path / method.name, tokens)
 
 

@@ -1,6 +1,6 @@
 """Which grid each column is rounded onto when columns are quantized one after another.
 
-Shape legend: O = out features, I = in features, G = groups along I.
+Shape legend: O = out features, I = in features, G = groups along I, S = columns of a segment.
 """
 
 from __future__ import annotations
@@ -15,20 +15,26 @@ if TYPE_CHECKING:
 
 
 class UpdatedGrids:
-    """Columns in their own order; a group's grid is fitted when its first column is reached, to updated weights."""
+    """Columns in their own order; a group's grid is fitted when its first column is reached, to updated weights.
+
+    segments: [start, end) of columns whose grids are fitted at one moment: the groups.
+    """
 
     def __init__(self, scheme: QuantScheme, dtype: torch.dtype, clip: str, zero_IO: torch.Tensor) -> None:
         self._scheme, self._dtype, self._clip = scheme, dtype, clip
         self._zero_IO = zero_IO  # what becomes zero must not widen the range
-        self._width = scheme.group_width(zero_IO.shape[0])
+        num_in = zero_IO.shape[0]
+        width = scheme.group_width(num_in)
+        self.segments = [(start, start + width) for start in range(0, num_in, width)]
         self._grids: list[Grid] = []
 
-    def of(self, column: int, weight_IO: torch.Tensor) -> Grid:
-        """Return the grid [O] of a column; columns must be asked for in order."""
-        if column % self._width == 0:
-            group = slice(column, column + self._width)
-            weight_OW = weight_IO[group].masked_fill(self._zero_IO[group], 0.0).T
-            self._grids.append(fit_grid(weight_OW, self._scheme, self._dtype, self._clip))
+    def enter(self, start: int, weight_SO: torch.Tensor) -> None:
+        """Fit the grid of the segment that begins at `start` to its weights as they have been updated."""
+        zero_SO = self._zero_IO[start : start + len(weight_SO)]
+        self._grids.append(fit_grid(weight_SO.masked_fill(zero_SO, 0.0).T, self._scheme, self._dtype, self._clip))
+
+    def of(self, column: int) -> Grid:
+        """Return the grid [O] of a column of the segment that was entered last."""
         return self._grids[-1]
 
     def all(self) -> Grid:
@@ -44,10 +50,17 @@ class StaticGrids:
     """Columns in any order; all grids are fitted to the weights as they were before the first update."""
 
     def __init__(
-        self, weight_OI: torch.Tensor, scheme: QuantScheme, dtype: torch.dtype, clip: str, order_I: torch.Tensor
+        self,
+        weight_OI: torch.Tensor,
+        scheme: QuantScheme,
+        dtype: torch.dtype,
+        clip: str,
+        order_I: torch.Tensor,
+        block_size: int,
     ) -> None:
         num_out, num_in = weight_OI.shape
         width = scheme.group_width(num_in)
+        self.segments = [(start, min(start + block_size, num_in)) for start in range(0, num_in, block_size)]
         self._grid_OG = fit_grid(weight_OI.view(num_out, -1, width), scheme, dtype, clip)
         scale_GO = self._grid_OG.scale_X.T.contiguous()
         zero_point_GO = self._grid_OG.zero_point_X.T.contiguous()
@@ -55,7 +68,7 @@ class StaticGrids:
         self._grids = [Grid(scale_O, zero_point_O, scheme, dtype) for scale_O, zero_point_O in pairs]
         self._group_of: list[int] = (order_I // width).tolist()
 
-    def of(self, column: int, weight_IO: torch.Tensor) -> Grid:
+    def of(self, column: int) -> Grid:
         """Return the grid [O] of the column that comes at this place in the order."""
         return self._grids[self._group_of[column]]
 

@@ -1,31 +1,43 @@
 """GPTQ: round column by column; the columns still to come are changed to make up for the error.
 
 Frantar et al. 2022, arXiv:2210.17323, eq. 2-4 and algorithm 1. With H = X^T X / n, damped, and U upper triangular,
-U^T U = H^-1:   e_i = (w_i - q_i) / U_ii,   W_{:,j>i} -= e_i U_{i,j}.
+U^T U = H^-1:   e_i = (w_i - q_i) / U_ii,   W_{:,j>i} -= e_i U_{i,j}; in the equal form of `error_feedback`.
 
 Choices: input features that never occurred (H_jj = 0) get weight zero, as in the authors' code. If H is not
 positive definite, damping is raised tenfold up to five times, then the layer is rounded to nearest; both are
 recorded. Zeros of the input (pruned weights) stay exactly zero and their error is propagated, as with the frozen
-mask of SparseGPT (arXiv:2301.00774, sec. 3.5). U is computed in float64, the column loop in float32.
+mask of SparseGPT (arXiv:2301.00774, sec. 3.5). H is factored in float64, the column loop runs in float32.
 
 Shape legend: O = out features, I = in features, G = groups along I.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from orchestrator.api import InputMoment, LayerResult, Needs, QuantizedWeight, QuantScheme, Stage, StepError
+from orchestrator.api import (
+    MAX_RAISES,
+    HessianFactor,
+    InputMoment,
+    LayerResult,
+    Needs,
+    QuantizedWeight,
+    QuantScheme,
+    Stage,
+    StepError,
+)
 from orchestrator_quantization.column_grids import StaticGrids, UpdatedGrids
-from orchestrator_quantization.error_propagation import quantize_columns
+from orchestrator_quantization.error_feedback import quantize_columns
 from orchestrator_quantization.grid import encode, require_finite, require_weight, round_to_nearest
-from orchestrator_quantization.inverse_factor import MAX_RAISES, inverse_factor
 from orchestrator_quantization.weight_only import WeightOnly
 
 if TYPE_CHECKING:
     import torch
+
+_ROWS = 8192  # rows solved at a time: bounds the memory of wide layers
 
 
 class GPTQ(WeightOnly):
@@ -36,7 +48,7 @@ class GPTQ(WeightOnly):
     paper: ClassVar[str] = "arXiv:2210.17323, algorithm 1"
     needs: ClassVar[Needs] = Needs.INPUT_MOMENT
 
-    block_size: int = Field(128, ge=1, description="Columns between two updates of the rest; speed only, columns.")
+    block_size: int = Field(32, ge=1, description="Columns that one matrix product feeds back into; speed only.")
     damping: float = Field(0.01, gt=0, le=1, description="Added to the diagonal of H, as a share of its mean.")
     act_order: bool = Field(
         False, description="Quantize columns in order of falling H_jj; scales are then fixed before the first column."
@@ -50,75 +62,118 @@ class GPTQ(WeightOnly):
 
     def compress(self, weight_OI: torch.Tensor, statistic: InputMoment | None) -> LayerResult:
         """Return the quantized weight and its integers. Raise `StepError` for a weight or an H that is unusable."""
+        return self.compress_together([weight_OI], statistic)[0]
+
+    def compress_together(self, weights: Sequence[torch.Tensor], statistic: InputMoment | None) -> list[LayerResult]:
+        """Quantize layers that share H as one, since every row is solved for itself."""
         import torch
 
-        require_weight(weight_OI, self.storage_dtype())
-        hessian_II, num_tokens = _mean_hessian(statistic)
+        for weight_OI in weights:
+            require_weight(weight_OI, self.storage_dtype())
+        statistic = _usable(statistic)
+        factor = statistic.factor(self.damping, "falling" if self.act_order else "given")
+        hessian_II, num_tokens = statistic.require_hessian(), statistic.num_tokens
         dead_I = hessian_II.diagonal() == 0
-        # Falling H_jj; of equal ones the lower index first.
-        order_I = hessian_II.diagonal().argsort(descending=True, stable=True) if self.act_order else None
-        factor = inverse_factor(hessian_II if order_I is None else hessian_II[order_I][:, order_I], self.damping)
+        weight_OI = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
         target_OI = weight_OI.masked_fill(dead_I, 0.0)
-        metrics = {"dead_inputs": float(dead_I.sum().item()), "tokens": float(num_tokens)}
+        facts = {"dead_inputs": float(dead_I.sum().item()), "tokens": float(num_tokens)}
+        energy_O = _quadratic(weight_OI, hessian_II) / num_tokens
         if factor is None:
             encoding = round_to_nearest(target_OI, self.scheme(), self.storage_dtype(), self.clip)
-            metrics |= {"fallback_rtn": 1.0, "damping_used": 0.0, "damping_raised": float(MAX_RAISES)}
+            error_O = _quadratic(weight_OI - encoding.dequantize(torch.float32), hessian_II) / num_tokens
+            facts |= {"fallback_rtn": 1.0, "damping_used": 0.0, "damping_raised": float(MAX_RAISES)}
         else:
-            encoding = self._solve(target_OI, factor.upper_II, order_I)
-            metrics |= {"fallback_rtn": 0.0, "damping_used": factor.damping, "damping_raised": float(factor.num_raised)}
-        quantized_OI = encoding.dequantize(torch.float32)
-        hessian_II = hessian_II.float()
-        error = _quadratic(weight_OI - quantized_OI, hessian_II)
-        energy = _quadratic(weight_OI, hessian_II)
-        # Mean squared output error per token, summed over the outputs; absolute, and as a share of the output.
-        metrics |= {"proxy_loss": error, "relative_proxy_loss": error / energy if energy > 0 else 0.0}
-        metrics["zero_fraction"] = (quantized_OI == 0).float().mean().item()
-        return LayerResult(quantized_OI, encoding, metrics)
+            solved = [self._solve(rows_OI, factor) for rows_OI in torch.split(target_OI, _ROWS)]
+            encoding = _joined([part for part, _ in solved])
+            error_O = torch.cat([error_O for _, error_O in solved])
+            facts |= {"fallback_rtn": 0.0, "damping_used": factor.damping, "damping_raised": float(factor.num_raised)}
+        sizes = [len(weight_OI) for weight_OI in weights]
+        parts = zip(_split(encoding, sizes), torch.split(error_O, sizes), torch.split(energy_O, sizes), strict=True)
+        return [_result(part, facts, float(error_O.sum()), float(energy_O.sum())) for part, error_O, energy_O in parts]
 
-    def _solve(self, weight_OI: torch.Tensor, upper_II: torch.Tensor, order_I: torch.Tensor | None) -> QuantizedWeight:
-        """Return the encoding; columns are quantized in the order `order_I`, or in their own."""
+    def _solve(self, weight_OI: torch.Tensor, factor: HessianFactor) -> tuple[QuantizedWeight, torch.Tensor]:
+        """Return the encoding of some rows, and the error that it makes in the output, per row [O]."""
         import torch
 
         scheme, dtype = self.scheme(), self.storage_dtype()
-        weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
+        weight_IO = weight_OI.T.contiguous()
         grids: UpdatedGrids | StaticGrids
-        if order_I is None:
+        if factor.order_I is None:
             zero_IO = weight_IO == 0
             grids = UpdatedGrids(scheme, dtype, self.clip, zero_IO)
-            group_width = scheme.group_width(weight_OI.shape[1])
         else:
-            weight_IO = weight_IO[order_I]
+            weight_IO = weight_IO[factor.order_I]
             zero_IO = weight_IO == 0
-            grids = StaticGrids(weight_OI, scheme, dtype, self.clip, order_I)
-            group_width = 1  # blocks need not respect groups
-        q_IO = quantize_columns(
+            grids = StaticGrids(weight_OI, scheme, dtype, self.clip, factor.order_I, self.block_size)
+        q_IO, loss_O, squares_O = quantize_columns(
             weight_IO,
-            upper_II,
+            factor.unit_lower_II,
+            factor.pivots_I,
             zero_IO if bool(zero_IO.any()) else None,
-            grids.of,
+            grids,
             block_size=self.block_size,
-            group_width=group_width,
         )
-        if order_I is not None:
-            q_IO = torch.empty_like(q_IO).index_copy_(0, order_I, q_IO)
-        return encode(q_IO.T.contiguous(), grids.all())
+        if factor.order_I is not None:
+            q_IO = torch.empty_like(q_IO).index_copy_(0, factor.order_I, q_IO)
+        # The loss is that of the damped H; damping added its share of the squared error.
+        error_O = factor.mean * (loss_O.double() - factor.damping * squares_O.double()).clamp_(min=0)
+        return encode(q_IO.T.contiguous(), grids.all()), error_O
 
 
-def _mean_hessian(statistic: InputMoment | None) -> tuple[torch.Tensor, int]:
-    """Return X^T X / n in float64, made exactly symmetric, and n."""
+def _usable(statistic: InputMoment | None) -> InputMoment:
+    """Raise `StepError` for a statistic that tells nothing about the inputs."""
     if statistic is None or statistic.num_tokens == 0:
         raise StepError("gptq has no calibration tokens for this layer", remedy="calibrate on more text")
-    require_finite("H = X^T X", statistic.require_hessian())
-    hessian_II = statistic.require_hessian().double() / statistic.num_tokens
-    hessian_II = (hessian_II + hessian_II.T) / 2
-    if bool((hessian_II.diagonal() < 0).any()) or not bool((hessian_II.diagonal() > 0).any()):
+    hessian_II = statistic.require_hessian()
+    require_finite("H = X^T X", hessian_II)
+    diagonal_I = hessian_II.diagonal()
+    if bool((diagonal_I < 0).any()) or not bool((diagonal_I > 0).any()):
         raise StepError(
             "the diagonal of H = X^T X is zero everywhere or negative somewhere: this layer saw no inputs",
             remedy="calibrate on text that reaches this layer, or list the layer under `skip`",
         )
-    return hessian_II, statistic.num_tokens
+    return statistic
 
 
-def _quadratic(delta_OI: torch.Tensor, hessian_II: torch.Tensor) -> float:
-    """tr(D H D^T)."""
-    return float((delta_OI @ hessian_II).mul_(delta_OI).sum().item())
+def _quadratic(delta_OI: torch.Tensor, hessian_II: torch.Tensor) -> torch.Tensor:
+    """The diagonal [O] of D H D^T."""
+    return (delta_OI @ hessian_II).mul_(delta_OI).sum(1)
+
+
+def _result(encoding: QuantizedWeight, facts: Mapping[str, float], error: float, energy: float) -> LayerResult:
+    import torch
+
+    quantized_OI = encoding.dequantize(torch.float32)
+    metrics = {
+        **facts,
+        # Mean squared output error per token, summed over the outputs; absolute, and as a share of the output.
+        "proxy_loss": error,
+        "relative_proxy_loss": error / energy if energy > 0 else 0.0,
+        "zero_fraction": (quantized_OI == 0).float().mean().item(),
+    }
+    return LayerResult(quantized_OI, encoding, metrics)
+
+
+def _joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Rows of one layer after one another."""
+    import torch
+
+    if len(parts) == 1:
+        return parts[0]
+    zero_points = [part.zero_point_OG for part in parts if part.zero_point_OG is not None]
+    return QuantizedWeight(
+        torch.cat([part.q_OI for part in parts]),
+        torch.cat([part.scale_OG for part in parts]),
+        torch.cat(zero_points) if zero_points else None,
+        parts[0].scheme,
+    )
+
+
+def _split(whole: QuantizedWeight, sizes: Sequence[int]) -> Iterator[QuantizedWeight]:
+    """The layers whose rows were put after one another."""
+    start = 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        zero_point_OG = None if whole.zero_point_OG is None else whole.zero_point_OG[rows]
+        yield QuantizedWeight(whole.q_OI[rows], whole.scale_OG[rows], zero_point_OG, whole.scheme)
+        start += size
