@@ -38,6 +38,7 @@ from orchestrator.sources import check_source, read_documents
 from orchestrator.statistics import InputMoment
 from orchestrator.store import Release, StoredFile, open_store
 from orchestrator.text import token_windows
+from orchestrator.work import ModelFacts, Work
 
 __all__ = [
     "API_VERSION",
@@ -56,6 +57,7 @@ __all__ = [
     "LayerResult",
     "LayerShape",
     "Method",
+    "ModelFacts",
     "ModelMethod",
     "ModelResult",
     "ModelShape",
@@ -74,6 +76,7 @@ __all__ = [
     "StepError",
     "StoredFile",
     "TextSource",
+    "Work",
     "check_source",
     "hookimpl",
     "open_store",

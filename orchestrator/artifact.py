@@ -62,11 +62,12 @@ class Artifact:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Which artifact a step gave and what it took."""
+    """Which artifact a step gave and what it took, beside what was predicted."""
 
     digest: str
     seconds: float
     peak_memory_bytes: int
+    predicted: Mapping[str, Any] | None = None
 
 
 class ArtifactStore:
@@ -79,7 +80,8 @@ class ArtifactStore:
         """Return what is recorded for a step, without looking at the artifact."""
         try:
             data = json.loads((self.home / "steps" / f"{fingerprint}.json").read_text(encoding="utf-8"))
-            return StepRecord(str(data["digest"]), float(data["seconds"]), int(data["peak_memory_bytes"]))
+            took = float(data["seconds"]), int(data["peak_memory_bytes"])
+            return StepRecord(str(data["digest"]), *took, data.get("predicted"))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -122,9 +124,19 @@ class ArtifactStore:
         shutil.rmtree(self.home / "staging" / fingerprint, ignore_errors=True)
 
     def commit(
-        self, fingerprint: str, folder: Path, facts: Mapping[str, Any], *, seconds: float, peak_memory_bytes: int
+        self,
+        fingerprint: str,
+        folder: Path,
+        facts: Mapping[str, Any],
+        *,
+        seconds: float,
+        peak_memory_bytes: int,
+        predicted: Mapping[str, Any] | None = None,
     ) -> Artifact:
-        """Turn a finished working folder into an artifact and remember it as the step's result."""
+        """Turn a finished working folder into an artifact and remember it as the step's result.
+
+        predicted: what the step was expected to take; kept beside what it took, outside of the manifest.
+        """
         files = {
             path.relative_to(folder).as_posix(): {"sha256": file_sha256(path), "bytes": path.stat().st_size}
             for path in sorted(folder.rglob("*"))
@@ -140,6 +152,7 @@ class ArtifactStore:
         steps = self.home / "steps"
         steps.mkdir(parents=True, exist_ok=True)
         record = {"digest": digest, "seconds": round(seconds, 6), "peak_memory_bytes": peak_memory_bytes}
+        record |= {} if predicted is None else {"predicted": dict(predicted)}
         write_atomically(steps / f"{fingerprint}.json", canonical_json(record))
         final = self.home / "artifacts" / digest
         final.parent.mkdir(parents=True, exist_ok=True)

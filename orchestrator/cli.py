@@ -129,11 +129,14 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
     from orchestrator.home import Settings
     from orchestrator.plan import make_plan
     from orchestrator.plugins import discover
+    from orchestrator.preflight import foresee
+    from orchestrator.report import foreseen
     from orchestrator.status import statuses
 
     settings = Settings.from_environment()
     made = make_plan(spec, discover(), settings.home, tracking_uri=settings.public_tracking_uri)
     found = statuses(made, ArtifactStore(settings.home))
+    estimates = foresee(made, settings.home, [status.artifact for status in found])
     if as_json:
         _print_json(
             {
@@ -147,15 +150,18 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
                         "cached": status.artifact is not None,
                         "why": status.why,
                         "artifact": _reference(status.artifact) if status.artifact else None,
+                        "predicted": None if status.artifact else estimate.as_dict(),
                     }
-                    for step, status in zip(made.steps, found, strict=True)
+                    for step, status, estimate in zip(made.steps, found, estimates, strict=True)
                 ],
             }
         )
         return
     _print(f"{made.name}: {made.source.path} ({made.source_digest[:12]})")
-    for step, status in zip(made.steps, found, strict=True):
+    for step, status, estimate in zip(made.steps, found, estimates, strict=True):
         state = f"cached, artifact {status.artifact.digest[:12]}" if status.artifact else f"to do: {status.why}"
+        if not status.artifact:
+            state += f"; about {foreseen(estimate.as_dict())}"
         _print(f"{step.index + 1:>3}  {step.label:<22} {step.fingerprint[:12]}  {state}")
 
 

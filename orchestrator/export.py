@@ -195,11 +195,15 @@ def _cast(tensor: torch.Tensor, checkpoint: Checkpoint) -> torch.Tensor:
     return tensor.to(checkpoint.torch_dtype) if tensor.is_floating_point() else tensor
 
 
-def _write_rest(checkpoint: Checkpoint, folder: Path, config: Mapping[str, Any]) -> None:
-    """Write config.json with the dtype of the weights, and copy the tokenizer and the other companions."""
-    dtype = str(checkpoint.torch_dtype).removeprefix("torch.")
+def config_text(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:
+    """Return the config.json of a result, with the dtype of its weights. Imports no torch."""
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}  # the name before Transformers 5
-    _write_json(folder / "config.json", {**kept, "dtype": dtype})
+    return json.dumps({**kept, "dtype": checkpoint.dtype_name}, indent=2, sort_keys=True) + "\n"
+
+
+def _write_rest(checkpoint: Checkpoint, folder: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json, and copy the tokenizer and the other companions."""
+    (folder / "config.json").write_text(config_text(checkpoint, config), encoding="utf-8")
     for name in checkpoint.companion_files():
         shutil.copyfile(checkpoint.path / name, folder / name)
 
@@ -216,7 +220,3 @@ def _changed_config(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
         if not key.startswith("_") and after[key] != before.get(key):
             config[key] = after[key]
     return config
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from orchestrator.scheme import QuantizedWeight, QuantScheme
 from orchestrator.serving import KVPlan, ModelShape
 from orchestrator.sources import InputFile
+from orchestrator.work import FLOAT32, ModelFacts, Work
 
 if TYPE_CHECKING:
     import torch
@@ -163,9 +164,26 @@ class Method(BaseModel):
     def preflight(self) -> None:
         """Check what can be checked before any compute (files, services). Raise `OrchestratorError` if unusable."""
 
+    def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
+        """What a step of this method takes, from sizes alone, for `plan`; nothing of the result depends on it.
+
+        model: the step's input. dense: the uncompressed model. calibration: sequences and tokens of each, of the
+        latest set. The kinds have rough defaults; a `LayerMethod` is asked for `working_bytes` and `effort` instead.
+        """
+        return Work()
+
 
 class Calibrator(Method):
     """Draws the token windows that statistics are collected on."""
+
+    def expected_shape(self) -> tuple[int, int] | None:
+        """The number of sequences and of tokens of each that `sample` will return, as far as that is known."""
+        return None
+
+    def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
+        """Tokenizing some times the text that is drawn, a piece at a time."""
+        tokens = calibration[0] * calibration[1]
+        return Work(memory_bytes=24 * tokens, disk_bytes=8 * tokens + 500, moved_bytes=2000.0 * tokens)
 
     @abstractmethod
     def sample(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> CalibrationSet:
@@ -204,6 +222,17 @@ class LayerMethod(Method):
         """
         return [self.compress(weight_OI, statistic) for weight_OI in weights]
 
+    def working_bytes(self, rows: int, in_features: int) -> int:
+        """Memory that compressing layers of `rows` rows in all takes beside their weights and the record, results
+        included: what `max_memory_gib` is kept with. The layers come one by one unless `compress_together` is the
+        method's own. Default: the result and four more of its size.
+        """
+        return 5 * FLOAT32 * rows * in_features
+
+    def effort(self, rows: int, in_features: int) -> Work:
+        """The arithmetic of the same, for `plan`. Default: some passes over the weight."""
+        return Work(moved_bytes=100.0 * rows * in_features, calls=40)
+
     @abstractmethod
     def compress(self, weight_OI: torch.Tensor, statistic: InputMoment | None) -> LayerResult:
         """Return the compressed layer; pure: neither argument is changed, no global state is used.
@@ -219,6 +248,13 @@ class ModelMethod(Method):
         """Whether, with these parameters, a calibration set must come before this step."""
         return False
 
+    def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
+        """One pass of the calibration set through both models, held in float32."""
+        tokens = calibration[0] * calibration[1]
+        passed = model.forward(tokens, calibration[1], calibration[1], head=True).times(2)
+        held = model.load_bytes(as_float32=True) + dense.float32_bytes
+        return Work(memory_bytes=held + model.activation_bytes(calibration[1], calibration[1])).then(passed)
+
     @abstractmethod
     def apply(self, model: PreTrainedModel, context: Context) -> ModelResult:
         """Return the changed model. `model` is this step's own copy and may be changed in place."""
@@ -231,6 +267,12 @@ class Evaluator(Method):
     """
 
     metrics: ClassVar[Mapping[str, str]]
+
+    def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
+        """Both models in memory, in float32, and some thousand tokens through each."""
+        passed = dense.forward(8192, 512, 512, head=True).times(2)
+        held = dense.float32_bytes + model.load_bytes(as_float32=True)
+        return Work(memory_bytes=held + 8 * 512 * dense.vocabulary).then(passed)
 
     @abstractmethod
     def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Mapping[str, float]:
@@ -257,6 +299,11 @@ class Publisher(Method):
         if alias is not None and (alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias)):
             raise ValueError("the model registry reserves 'latest' and 'v1', 'v2', ...")
         return alias
+
+    def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
+        """Reading, hashing and writing the files of the model."""
+        stored = model.stored_bytes + model.rest_bytes
+        return Work(disk_bytes=2000, moved_bytes=12.0 * stored, scratch_bytes=stored)
 
     @abstractmethod
     def publish(self, bundle: Path, manifest: Mapping[str, Any], name: str) -> Release:

@@ -5,9 +5,10 @@ For access block by block see `orchestrator.skeleton`.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import PreflightError
@@ -92,6 +93,16 @@ def load_config(checkpoint: Checkpoint) -> Any:
             return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # strict configuration classes raise their own validation errors
         raise _unloadable(checkpoint, error) from error
+
+
+def import_libraries(checkpoint: Checkpoint) -> float:
+    """Import torch and the model's class, so that memory and time of what follows are its own; return the seconds."""
+    started = time.perf_counter()
+    from transformers import AutoModelForCausalLM
+
+    with suppress(PreflightError, KeyError, ImportError):  # who loads the model says what is wrong with it
+        _ = AutoModelForCausalLM._model_mapping[type(load_config(checkpoint))]
+    return time.perf_counter() - started
 
 
 @contextmanager

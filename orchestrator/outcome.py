@@ -10,7 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a run did for one step. `seconds` and `peak_memory_bytes` are this run's, also for a cached step."""
+    """What a run did for one step. `seconds` and `peak_memory_bytes` are this run's, also for a cached step.
+
+    disk_bytes: of the artifact. predicted: the same numbers as they were foreseen; None for a cached step.
+    """
 
     stage: str
     method: str
@@ -21,6 +24,9 @@ class StepOutcome:
     digest: str
     path: Path
     metrics: Mapping[str, float]
+    disk_bytes: int = 0
+    predicted: Mapping[str, Any] | None = None
+    peak_device_bytes: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The form that `run --json` prints."""
@@ -31,6 +37,9 @@ class StepOutcome:
             "cached": self.cached,
             "seconds": round(self.seconds, 4),
             "peak_memory_bytes": self.peak_memory_bytes,
+            "disk_bytes": self.disk_bytes,
+            **({} if self.peak_device_bytes is None else {"device_memory_bytes": self.peak_device_bytes}),
+            "predicted": None if self.predicted is None else dict(self.predicted),
             "artifact": {"digest": self.digest, "path": str(self.path)},
             "metrics": dict(self.metrics),
         }

@@ -49,7 +49,9 @@ from orchestrator.sources import PREFIX, InputFile, check_source, resolve_source
 from orchestrator.spec import Location, ModelSpec, SpecFile, SpecText, StepSpec, read_spec, validate_strictly
 
 SOURCE = -1  # stands for the source model where an input is the index of a step
-NOT_COMPUTING = ("catalogue.py", "cli.py", "conformance", "progress.py", "quickstart", "report.py", "testing.py")
+_SHOWING = ("catalogue.py", "cli.py", "conformance", "progress.py", "quickstart", "report.py", "testing.py", "usage.py")
+_FORESEEING = ("estimate.py", "facts.py", "machine.py", "preflight.py", "work.py")
+NOT_COMPUTING = (*_SHOWING, *_FORESEEING)  # files of the core that decide no result
 COMPUTING_LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "safetensors")
 
 
@@ -92,7 +94,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a pipeline, ready to run."""
+    """The steps of a pipeline, ready to run.
+
+    max_memory_bytes: what the specification lets a layer method use beside the interpreter and its libraries.
+    """
 
     name: str
     spec_path: Path
@@ -100,6 +105,7 @@ class Plan:
     source: Checkpoint
     source_digest: str
     steps: tuple[Step, ...]
+    max_memory_bytes: int | None = None
 
 
 def make_plan(
@@ -396,7 +402,8 @@ def _fingerprinted(
             calibration = index
         elif steps[-1].makes_model:
             model = index
-    return Plan(spec.name, file.path, spec.seed, source, source_digest, tuple(steps))
+    limit = None if spec.max_memory_gib is None else int(spec.max_memory_gib * 2**30)
+    return Plan(spec.name, file.path, spec.seed, source, source_digest, tuple(steps), limit)
 
 
 def _plugin_identity(installed: InstalledMethod) -> dict[str, str]:

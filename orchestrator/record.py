@@ -65,6 +65,8 @@ class RunRecord:
         metrics: dict[str, float] = {**outcome.metrics, "step_seconds": outcome.seconds}
         if not outcome.cached:
             metrics["step_peak_memory_bytes"] = outcome.peak_memory_bytes
+            metrics["step_disk_bytes"] = outcome.disk_bytes
+            metrics |= {f"predicted_{name}": value for name, value in (outcome.predicted or {}).items()}
 
         def log(parent: str) -> None:
             self._tracker.log_step(

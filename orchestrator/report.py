@@ -59,6 +59,17 @@ def shown(name: str, value: float | None) -> str:
     return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def foreseen(predicted: Mapping[str, Any]) -> str:
+    """What a step is expected to take, as people read it."""
+    memory, disk = shown("bytes", predicted["peak_memory_bytes"]), shown("bytes", predicted["disk_bytes"])
+    seconds = predicted["seconds"]
+    if seconds < 100:
+        time = f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+    else:
+        time = f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return f"{memory} of memory, {disk} on disk, {time}"
+
+
 def as_markdown(rows: Iterable[Row]) -> str:
     """The table as Markdown."""
     lines = ["| metric | dense | compressed | ratio |", "|---|---:|---:|---:|"]

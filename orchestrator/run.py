@@ -25,15 +25,17 @@ from orchestrator.errors import GateError, OrchestratorError, Problem, StepError
 from orchestrator.home import Settings
 from orchestrator.journal import Journal, lease
 from orchestrator.method import LayerMethod, Publisher
+from orchestrator.model import import_libraries
 from orchestrator.outcome import StepOutcome
 from orchestrator.plan import SOURCE, Plan, Step, make_plan
 from orchestrator.plugins import Methods
+from orchestrator.preflight import Estimate, foresee, learn
 from orchestrator.published import released
 from orchestrator.record import RunRecord
 from orchestrator.register import release_step
 from orchestrator.status import remember
 from orchestrator.steps import StepInputs, perform
-from orchestrator.usage import Usage
+from orchestrator.usage import Usage, base_bytes, has_torch
 
 _DISK_FULL_BYTES = 1 << 20
 
@@ -65,6 +67,7 @@ class Execution:
     settings: Settings
     observer: Observer
     engine: str
+    estimates: tuple[Estimate, ...]
     outcomes: dict[int, StepOutcome] = field(default_factory=dict)
     release: dict[str, Any] | None = None
 
@@ -72,6 +75,7 @@ class Execution:
         self.store = ArtifactStore(self.settings.home)
         self.journal = Journal(self.settings.home)
         self.record = RunRecord(self.plan, self.settings, self.journal.run_id, self.engine)
+        self._import_seconds = 0.0  # of the libraries, in the step at work
         self._turn = threading.Lock()  # peak memory is the process's, so steps take turns
         self.journal.write("run started", pipeline=self.plan.name, spec=str(self.plan.spec_path), engine=self.engine)
         self.observer.run_started(self.journal.run_id, self.plan)
@@ -112,11 +116,15 @@ class Execution:
                 digest=artifact.digest,
                 path=artifact.path,
                 metrics=artifact.metrics,
+                disk_bytes=artifact.bytes,
+                predicted=None if cached else self.estimates[index].as_dict(),
+                peak_device_bytes=usage.peak_device_bytes,
             )
             self.outcomes[index] = outcome
             if isinstance(step.method, Publisher):
                 self.release = released(artifact)
-            self.journal.write("step finished", step=index, digest=artifact.digest, cached=cached)
+            took = {} if cached else self._learned(step, outcome)
+            self.journal.write("step finished", step=index, digest=artifact.digest, cached=cached, **took)
             violations = gate_violations(step, artifact)
             self.record.step(step, outcome, artifact, usage.started_ms, failed=bool(violations))
             self.observer.step_finished(step, outcome)
@@ -157,7 +165,12 @@ class Execution:
         scratch = self.store.stage(f"{step.fingerprint}.scratch")
         state = self.store.stage(f"{step.fingerprint}.state", keep=resumable)
         keep = False
+        self._import_seconds = 0.0
         try:
+            if not isinstance(step.method, Publisher):
+                fresh = not has_torch()
+                seconds = import_libraries(self._model(step.inputs["model"]))
+                self._import_seconds = seconds if fresh else 0.0
             inputs = self._inputs(step, scratch, state)
             if isinstance(step.method, Publisher):
                 facts = release_step(self.plan, step, inputs, self._lineage(step), self.record, folder)
@@ -177,6 +190,7 @@ class Execution:
                 },
                 seconds=usage.seconds,
                 peak_memory_bytes=usage.peak_memory_bytes,
+                predicted=self.estimates[step.index].as_dict(),
             )
         except (KeyboardInterrupt, OSError, MemoryError):
             keep = resumable  # no fault of the step: run again, it goes on where it was
@@ -201,7 +215,22 @@ class Execution:
             model_digest=self.plan.source_digest if source == SOURCE else model_digest(self._artifact(source)),
             state=state,
             statistics=self.settings.home / "statistics",
+            workers=self.estimates[step.index].workers,
         )
+
+    def _learned(self, step: Step, outcome: StepOutcome) -> dict[str, Any]:
+        """Remember what the step took on this machine; return it for the journal, beside what was predicted."""
+        learn(
+            self.settings.home,
+            self.engine,
+            step,
+            self.estimates[step.index],
+            seconds=outcome.seconds - self._import_seconds,
+            import_seconds=self._import_seconds,
+            base_bytes=base_bytes(),
+        )
+        measured = ("seconds", "peak_memory_bytes", "disk_bytes", "predicted")
+        return {name: value for name, value in outcome.as_dict().items() if name in measured}
 
     def _model(self, index: int) -> Checkpoint:
         return self.plan.source if index == SOURCE else Checkpoint(self.outcomes[index].path)
@@ -309,8 +338,10 @@ def start(spec_path: Path, methods: Methods, settings: Settings, observer: Obser
     plan = make_plan(
         spec_path, methods, settings.home, tracking_uri=settings.public_tracking_uri, trust_file_times=False
     )
+    store = ArtifactStore(settings.home)
+    estimates = foresee(plan, settings.home, [store.lookup(step.fingerprint) for step in plan.steps], engine=engine)
     settings.make_home()
-    return Execution(plan, settings, observer, engine)
+    return Execution(plan, settings, observer, engine, estimates)
 
 
 def run_locally(spec_path: Path, methods: Methods, settings: Settings, observer: Observer) -> Execution:

@@ -81,6 +81,11 @@ class Shards:
         return sum(self._sizes.values())
 
     @property
+    def index_bytes(self) -> int:
+        """Bytes of the index, which there is if there are several files."""
+        return len(self._index().encode()) if len(self.files) > 1 else 0
+
+    @property
     def digest(self) -> str:
         """Sha256 over names, dtypes, shapes and places: equal for two layouts that are the same byte for byte."""
         return digest_of({file: header.decode() for file, header in self._headers.items()})
@@ -107,12 +112,7 @@ class Shards:
                 os.ftruncate(descriptor, self._sizes[file])
             os.pwrite(descriptor, header, 0)
         if len(self.files) > 1:
-            index = {
-                "metadata": {"total_size": sum(spec.num_bytes for spec in self._specs.values())},
-                "weight_map": {name: self._place[name][0] for name in sorted(self._place)},
-            }
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (self._folder / WEIGHT_INDEX).write_text(text, encoding="utf-8")
+            (self._folder / WEIGHT_INDEX).write_text(self._index(), encoding="utf-8")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put a tensor in its place. Raises `ValueError` for one of another dtype or shape than was announced."""
@@ -144,6 +144,13 @@ class Shards:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors = {}
+
+    def _index(self) -> str:
+        index = {
+            "metadata": {"total_size": sum(spec.num_bytes for spec in self._specs.values())},
+            "weight_map": {name: self._place[name][0] for name in sorted(self._place)},
+        }
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def _lay_out(self, file: str, names: list[str]) -> None:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}

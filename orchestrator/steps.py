@@ -34,6 +34,7 @@ class StepInputs:
     model_digest: str
     state: Path  # where a step that can be resumed keeps its progress
     statistics: Path  # where records of calibration are kept
+    workers: int | None = None  # of a walk; None: as many as torch has threads
 
     def context(self) -> Context:
         """The context that a method gets."""
@@ -90,6 +91,7 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
     settings = WalkSettings(
         inputs=step.calibrated_on or method.inputs,
         device=step.device,
+        workers=inputs.workers,
         state=inputs.state,
         records=RecordStore(inputs.statistics, limit_from(os.environ)),
         identity={

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import re
 import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -23,6 +26,8 @@ class Usage:
     def __init__(self) -> None:
         with contextlib.suppress(OSError):  # not Linux, or a kernel without it: the peak is then the process's
             _CLEAR_REFS.write_text("5", encoding="ascii")
+        if cuda := _cuda():
+            cuda.reset_peak_memory_stats()
         self._start = time.perf_counter()
         self.started_ms = time.time_ns() // 1_000_000
 
@@ -34,11 +39,53 @@ class Usage:
     @property
     def peak_memory_bytes(self) -> int:
         """Largest resident memory of the process, bytes."""
-        try:
-            match = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
-        except OSError:
-            match = None
-        if match:
-            return int(match[1]) * 1024
+        peak = _status("VmHWM")
+        if peak is not None:
+            return peak
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+    @property
+    def peak_device_bytes(self) -> int | None:
+        """Most memory that torch had in use on an accelerator, bytes; None without one."""
+        cuda = _cuda()
+        return int(cuda.max_memory_allocated()) if cuda else None
+
+
+def resident_bytes() -> int:
+    """Resident memory of the process now; 0 where the system does not tell."""
+    return _status("VmRSS") or 0
+
+
+def base_bytes() -> int:
+    """Resident memory after everything that nobody uses any more has been given back."""
+    gc.collect()
+    give_back_memory()
+    return resident_bytes()
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system: glibc keeps it otherwise, and blocks would seem to pile up."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def has_torch() -> bool:
+    """Whether the libraries that compute are imported already."""
+    return {"torch", "transformers"} <= sys.modules.keys()
+
+
+def _status(name: str) -> int | None:
+    try:
+        match = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match[1]) * 1024 if match else None
+
+
+def _cuda() -> Any:
+    """torch.cuda once something has used it, else None; imports nothing."""
+    torch = sys.modules.get("torch")
+    used = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.cuda if torch is not None and used else None

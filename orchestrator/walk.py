@@ -14,7 +14,7 @@ quantized one is what its packed integers stand for. Every torch operation runs 
 batches, strips of H and groups of layers beside each other, so that bytes do not depend on how many cores there are.
 
 Memory: one block's weights in float32, its records, one batch's activations for each worker, and what solving one
-group of layers takes for each worker (see `orchestrator.footprint`). It does not grow with depth or samples: weights
+group of layers takes for each worker (see `orchestrator.estimate`). It does not grow with depth or samples: weights
 come by name, hidden states are on disk, finished layers go to their places at once. A killed run goes on at the block
 where it died (`orchestrator.resume`).
 
@@ -23,9 +23,7 @@ Shape legend: N = sequences, T = tokens of a sequence, O = out features, I = in 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,6 +42,7 @@ from orchestrator.reader import bytes_of
 from orchestrator.records import RecordStore
 from orchestrator.resume import FinishedBlock, WalkProgress
 from orchestrator.statistics import InputMoment, alike
+from orchestrator.usage import give_back_memory
 
 if TYPE_CHECKING:
     import torch
@@ -209,7 +208,7 @@ class _Walk:
             )
             if self.stream is not None:
                 self.stream.discard_passed()
-            _give_back_memory()
+            give_back_memory()
             self.progress((block.index + 1) / len(self.skeleton.blocks), f"{self.method.name}: {block.name} done")
 
     def close(self) -> None:
@@ -424,10 +423,3 @@ def _exact_matmuls() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _give_back_memory() -> None:
-    """Return freed memory to the system: glibc keeps it otherwise, and blocks would seem to pile up."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

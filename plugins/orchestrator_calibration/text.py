@@ -54,6 +54,10 @@ class Text(Calibrator):
                 remedy="name a source with more text, or lower `sequences` or `length_tokens`",
             )
 
+    def expected_shape(self) -> tuple[int, int]:
+        """The set is of the size that is asked for, or there is none."""
+        return self.sequences, self.length_tokens
+
     def sample(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> CalibrationSet:
         """Return token ids [N, T]. Raises `StepError` for too little text, or windows longer than the model's."""
         # A tokenizer that knows no limit gives 10**30, which no window reaches.

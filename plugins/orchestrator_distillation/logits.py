@@ -8,12 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import Field
 
-from orchestrator.api import Context, Invariant, ModelMethod, ModelResult, Stage, StepError, TextSource, token_windows
-from orchestrator_distillation.loss import NO_TARGET, loss_and_gradient, mean_divergence
+from orchestrator.api import (
+    Context,
+    Invariant,
+    ModelFacts,
+    ModelMethod,
+    ModelResult,
+    Stage,
+    StepError,
+    TextSource,
+    Work,
+    token_windows,
+)
+from orchestrator_distillation.loss import CHUNK_ELEMENTS, NO_TARGET, loss_and_gradient, mean_divergence
 from orchestrator_distillation.zeros import ZeroMask
 
 if TYPE_CHECKING:
@@ -63,6 +75,28 @@ class Logits(ModelMethod):
     def needs_calibration(self) -> bool:
         """Whether the windows come from the calibration set."""
         return self.source is None
+
+    def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
+        """Teacher, student, its gradient and two moments in float32; what one batch leaves for the backward pass."""
+        sequences, length = (self.sequences, self.length_tokens) if self.source else calibration
+        windows = sequences * max(1, length // self.length_tokens)
+        length = min(length, self.length_tokens)
+        held_out = min(_HELD_OUT_MOST, max(1, windows // _HELD_OUT_SHARE))
+        batch = length * max(1, min(self.batch_sequences, windows - held_out))
+        trained = self.updates * batch
+        passed = model.forward(trained, length, batch, head=True).times(4)  # teacher, student, and twice backward
+        passed = passed.then(model.forward(held_out * length, length, batch, head=True).times(4))
+        chunk = min(CHUNK_ELEMENTS, batch * model.vocabulary)
+        logits = 4 * (3 * batch * model.vocabulary + 4 * chunk)
+        held = dense.float32_bytes + 4 * model.float32_bytes + model.parameters
+        return replace(
+            passed,
+            memory_bytes=held + model.saved_bytes(batch) + logits,
+            moved_bytes=passed.moved_bytes
+            + self.updates * 10.0 * model.float32_bytes
+            + 80.0 * trained * model.vocabulary,
+            calls=passed.calls + self.updates * 15 * 9 * len(model.blocks),
+        )
 
     def apply(self, model: PreTrainedModel, context: Context) -> ModelResult:
         """Train `model` in place. Raises `StepError` for too little text, unlike vocabularies and a diverging loss."""

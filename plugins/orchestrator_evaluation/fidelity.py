@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from orchestrator.api import Checkpoint, Context, Stage, StepError
+from orchestrator.api import Checkpoint, Context, ModelFacts, Stage, StepError, Work
 from orchestrator_evaluation.forward import WindowEvaluator, chunks, load_float32, logits_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ class Fidelity(WindowEvaluator):
         "top1_agreement": "share of positions where both models' likeliest token is the same, 0 to 1",
         "fidelity_tokens": "number of positions compared",
     }
+
+    def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
+        """Both models in float32, with the logits of one batch of each."""
+        passing = self.passing(dense)
+        held = dense.float32_bytes + model.float32_bytes + 2 * passing.memory_bytes + 4 * self.chunk_bytes(dense)
+        memory = max(held, dense.float32_bytes + model.load_bytes(as_float32=True))
+        twice = passing.then(self.passing(model))
+        return replace(twice, memory_bytes=memory, moved_bytes=twice.moved_bytes + 3 * held)
 
     def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Mapping[str, float]:
         """Run both models once over every window. Raises `StepError` for too little text or unlike vocabularies."""

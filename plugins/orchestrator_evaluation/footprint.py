@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from orchestrator.api import Checkpoint, Context, Evaluator, Stage, StepError
+from orchestrator.api import Checkpoint, Context, Evaluator, ModelFacts, Stage, StepError, Work
 
 _MEASURED = {
     "bytes_on_disk": "bytes of all files of the model folder, tokenizer included",
@@ -27,6 +28,7 @@ _MEASURED = {
     "tokens_per_second": "new tokens per second of greedy decoding, batch 1, after the prompt (median of the rounds)",
     "peak_memory_bytes": "largest resident memory of the process, bytes; Python and the libraries included",
 }
+_PROCESS_BYTES = 600 << 20  # of a process that has imported Transformers
 
 
 class Footprint(Evaluator):
@@ -52,6 +54,15 @@ class Footprint(Evaluator):
     )
     threads: int | None = Field(None, ge=1, le=1024, description="Threads to compute with. Default: PyTorch's choice.")
     timeout_seconds: float = Field(3600.0, gt=0, description="Longest time for the whole measurement, seconds.")
+
+    def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
+        """Nothing in this process; two others with a model each, which write token by token."""
+        written = 2 * self.repeats * (self.new_tokens + 20)
+        held = sum(facts.load_bytes(as_float32=self.dtype == "float32") for facts in (model, dense))
+        decoding = dense.forward(written, 64, 1, head=True)
+        # Every weight is read for every token.
+        moved = float(written * dense.parameters * dense.item_bytes)
+        return replace(decoding, child_memory_bytes=held + 2 * _PROCESS_BYTES, moved_bytes=moved)
 
     def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Mapping[str, float]:
         """Measure both models. Raises `StepError` if a process fails or the time is up."""

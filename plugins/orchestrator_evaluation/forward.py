@@ -6,11 +6,12 @@ Shape legend: N = windows, B = windows of a batch, T = tokens of a window, V = v
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import Field
 
-from orchestrator.api import Checkpoint, Evaluator, StepError, TextSource, token_windows
+from orchestrator.api import Checkpoint, Evaluator, ModelFacts, StepError, TextSource, Work, token_windows
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,19 @@ class WindowEvaluator(Evaluator):
     field: str = Field("text", min_length=1, description="Key or column of JSON lines, Parquet or hub rows with text.")
     batch: int = Field(4, ge=1, le=4096, description="Windows per forward pass; bounds the memory of the logits.")
 
+    def passing(self, model: ModelFacts) -> Work:
+        """One model's pass over all windows: activations and logits in memory, the model itself not."""
+        windows = self.windows or _windows_of(self.source, self.length_tokens)
+        batch = self.length_tokens * min(self.batch, windows)
+        scored = model.forward(windows * self.length_tokens, self.length_tokens, batch, head=True)
+        logits = 4 * batch * model.vocabulary
+        activations = model.activation_bytes(batch, self.length_tokens)
+        return Work(memory_bytes=max(logits + 4 * batch * model.hidden, activations)).then(scored)
+
+    def chunk_bytes(self, model: ModelFacts) -> int:
+        """A temporary as wide as the vocabulary, float32."""
+        return 4 * min(_CHUNK_ELEMENTS, self.length_tokens * model.vocabulary)
+
     def tokens_NT(self, baseline: Checkpoint) -> torch.Tensor:
         """The windows, in tokens of the dense model. Raises `StepError` for too little text or too long windows."""
         positions = _positions(baseline)
@@ -53,6 +67,13 @@ class WindowEvaluator(Evaluator):
             random=False,
         )
         return windows.tokens_NT
+
+
+def _windows_of(source: str, length: int) -> int:
+    """About as many windows as a text gives: some four bytes are a token."""
+    path = Path(source)
+    size = path.stat().st_size if path.is_file() else 1 << 20
+    return max(1, size // 4 // length)
 
 
 def _positions(checkpoint: Checkpoint) -> int | None:

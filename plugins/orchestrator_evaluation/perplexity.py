@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from orchestrator.api import Checkpoint, Context, Stage, StepError
+from orchestrator.api import Checkpoint, Context, ModelFacts, Stage, StepError, Work
 from orchestrator_evaluation.forward import WindowEvaluator, chunks, load_float32, logits_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,16 @@ class Perplexity(WindowEvaluator):
         "perplexity_ratio": "perplexity / dense_perplexity",
         "perplexity_tokens": "number of predicted tokens",
     }
+
+    def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
+        """One model after the other, in float32, with the logits of one batch."""
+        whole = Work()
+        for facts in (dense, model):
+            passing = self.passing(facts)
+            held = facts.float32_bytes + passing.memory_bytes + 2 * self.chunk_bytes(facts)
+            memory = max(facts.load_bytes(as_float32=True), held)
+            whole = whole.then(replace(passing, memory_bytes=memory, moved_bytes=passing.moved_bytes + 3 * held))
+        return whole
 
     def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Mapping[str, float]:
         """Measure both models on the same windows. Raises `StepError` for too little text or a broken model."""

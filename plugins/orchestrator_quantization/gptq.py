@@ -28,6 +28,7 @@ from orchestrator.api import (
     QuantScheme,
     Stage,
     StepError,
+    Work,
 )
 from orchestrator_quantization.column_grids import StaticGrids, UpdatedGrids
 from orchestrator_quantization.error_feedback import quantize_columns
@@ -59,6 +60,25 @@ class GPTQ(WeightOnly):
         scheme = super().scheme()
         grouped = scheme.strategy == "group"
         return scheme.model_copy(update={"actorder": "static"}) if self.act_order and grouped else scheme
+
+    def working_bytes(self, rows: int, in_features: int) -> int:
+        """The factor of H and what making it takes, or the copies of the weight that the columns are solved on."""
+        square, weight = in_features**2, rows * in_features
+        # float64 for the decomposition, and the factor twice in float32 while it is turned round; sorting copies H.
+        factoring = (20 if self.act_order else 16) * square
+        # All layers as one, and with dead inputs zeroed; then columns, errors, zeros and integers of some rows, or
+        # the numbers that the integers stand for.
+        solving = 8 * weight + max(10 * min(rows, _ROWS) * in_features, 9 * weight)
+        return max(factoring, 4 * square + solving)
+
+    def effort(self, rows: int, in_features: int) -> Work:
+        """Factoring H in float64, the loop over columns, and the products that feed errors back."""
+        weight = rows * in_features
+        return Work(
+            operations=2 * in_features**3 / 3 + 3.0 * weight * in_features,
+            moved_bytes=120.0 * weight + 60.0 * in_features**2,
+            calls=14.0 * in_features * -(-rows // _ROWS),
+        )
 
     def compress(self, weight_OI: torch.Tensor, statistic: InputMoment | None) -> LayerResult:
         """Return the quantized weight and its integers. Raise `StepError` for a weight or an H that is unusable."""
