@@ -31,6 +31,7 @@ DEFAULT_BASE_BYTES = 650 << 20
 _KEPT = 12  # measurements of each kind of step
 _KEPT_RECORDS = 256
 _DOUBT = 0.03  # weight of what is assumed beside what was measured
+_SPREAD_SECONDS = 5.0  # how far the overhead may well be from what is assumed: a plugin imports libraries of its own
 _FILE = "machine.json"
 
 
@@ -124,7 +125,8 @@ def fit_line(pairs: Sequence[tuple[float, float]], assumed: tuple[float, float])
     Least squares of relative errors, with `assumed` counting as `_DOUBT` of one measurement for each of the two.
     """
     a0, b0 = assumed
-    saa, sab, sbb, sa, sb = _DOUBT / a0**2, 0.0, _DOUBT / b0**2, _DOUBT / a0, _DOUBT / b0
+    saa, sab, sbb = _DOUBT / _SPREAD_SECONDS**2, 0.0, _DOUBT / b0**2
+    sa, sb = a0 * saa, b0 * sbb
     for nominal, seconds in pairs:
         saa += 1 / seconds**2
         sab += nominal / seconds**2
