@@ -7,6 +7,8 @@ another order for each number of threads: Cholesky does; and it waits for the sl
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -58,6 +60,13 @@ class Workers:
         if errors:
             raise next((error for error in errors if not isinstance(error, StoppedError)), errors[0])
         return [future.result() for future in futures]
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system: glibc keeps it otherwise, and what is long gone still counts as in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class StoppedError(Exception):

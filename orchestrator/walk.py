@@ -23,9 +23,7 @@ Shape legend: N = sequences, T = tokens of a sequence, O = out features, I = in 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -39,7 +37,7 @@ from orchestrator.capture import Stream
 from orchestrator.errors import OrchestratorError, Problem, StepError
 from orchestrator.layers import is_skipped
 from orchestrator.method import InputMode, LayerMethod, LayerResult, Needs
-from orchestrator.parallel import Workers, one_thread
+from orchestrator.parallel import Workers, give_back_memory, one_thread
 from orchestrator.reader import bytes_of
 from orchestrator.records import RecordStore
 from orchestrator.resume import FinishedBlock, WalkProgress
@@ -209,7 +207,7 @@ class _Walk:
             )
             if self.stream is not None:
                 self.stream.discard_passed()
-            _give_back_memory()
+            give_back_memory()
             self.progress((block.index + 1) / len(self.skeleton.blocks), f"{self.method.name}: {block.name} done")
 
     def close(self) -> None:
@@ -294,6 +292,7 @@ class _Walk:
         if not records:
             leader_of = stream.leaders(block)
             records = self._measure(block, stream, leader_of, names)
+            give_back_memory()
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(leader_of[name], []).append(name)
@@ -362,6 +361,7 @@ class _Walk:
             zero_fraction = int((stored_OI == 0).sum()) / stored_OI.numel()
             self.layers[name] = {**result.metrics, "zero_fraction": zero_fraction, **facts}
             block.linears[name].weight.data = stored_OI.float()
+        give_back_memory()
         return written
 
     def _results(self, block: Block, names: Sequence[str], record: InputMoment | None) -> Iterator[LayerResult]:
@@ -424,10 +424,3 @@ def _exact_matmuls() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _give_back_memory() -> None:
-    """Return freed memory to the system: glibc keeps it otherwise, and blocks would seem to pile up."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
