@@ -99,6 +99,8 @@ def save_model(
     config.json is that of `checkpoint` with what the method changed in ``model.config``, without a quantization.
     Tied weights are written once. Raises `StepError` if the model holds packed weights or numbers that are not finite.
     """
+    from orchestrator.architectures import stored_state
+
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     tied = {
@@ -107,7 +109,8 @@ def save_model(
         if name in state and source in state and state[name].data_ptr() == state[source].data_ptr()
     }
     shards = _ShardWriter(folder, max_shard_bytes)
-    for name in sorted(state.keys() - tied):
+    state = stored_state(model, {name: state[name] for name in state.keys() - tied}, checkpoint.tensors.keys())
+    for name in sorted(state):
         if name.endswith((".weight_packed", ".weight_scale")):
             raise StepError(f"{name.rpartition('.')[0]} is still packed; a dense model was expected")
         tensor = _cast(state[name].detach().cpu(), checkpoint)

@@ -194,9 +194,7 @@ class _Walk:
     def _forward(self, block: Block, hidden_BTD: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
         import torch
 
-        output = block.module(hidden_BTD, **arguments)
-        if isinstance(output, tuple):
-            output = output[0]
+        output = block.run(hidden_BTD, arguments)
         if not isinstance(output, torch.Tensor):
             raise StepError(f"{block.name} returns a {type(output).__name__}, not hidden states")
         if not output.isfinite().all():
