@@ -384,6 +384,26 @@ def test_a_model_that_a_method_changed_is_saved_under_the_stored_names(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "mixtral"])
+def test_distillation_sees_the_zeros_of_every_layer(tmp_path: Path, build: Builder, architecture: str) -> None:
+    from orchestrator_distillation.zeros import ZeroMask
+
+    checkpoint = build(architecture)
+    _, result = run_walk(checkpoint, KeepLarge(), tmp_path / "out")
+    weights = sum(layer.out_features * layer.in_features for layer in checkpoint.block_layers())
+    model = result.load()
+    mask = ZeroMask(model)
+    assert mask.count == weights // 2
+    assert not mask.violations()
+    for parameter in model.parameters():
+        parameter.data += 1
+    assert mask.violations()
+    mask.clear_weights()
+    save_model(model, result, tmp_path / "saved")
+    kept = check_artifact(result, Checkpoint(tmp_path / "saved"), {"zeros": {"pattern": "2:4"}})
+    assert kept["zeros"]["fraction"] == 0.5
+
+
 def test_the_masks_that_old_checkpoints_store_travel_along(tmp_path: Path, build: Builder) -> None:
     folder = shutil.copytree(build("gpt2").path, tmp_path / "old")
     tensors = load_file(folder / "model.safetensors")
