@@ -109,7 +109,7 @@ class Skeleton:
         try:
             with quiet(), torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
             raise self._refusal(f"Transformers cannot build it: {error}") from error
         model.eval().requires_grad_(False)
         self.is_known = config.model_type in KNOWN  # if not, `orchestrator.proof` has to vouch for it
