@@ -196,9 +196,7 @@ class Stream:
     def _output(self, block: Block, hidden_BTD: torch.Tensor) -> torch.Tensor:
         import torch
 
-        output = block.module(hidden_BTD, **self._arguments[block.index])
-        if isinstance(output, tuple) and output:
-            output = output[0]
+        output = block.run(hidden_BTD, self._arguments[block.index])
         if not isinstance(output, torch.Tensor):
             raise StepError(f"{block.name} returns a {type(output).__name__}, not hidden states")
         return output

@@ -159,6 +159,8 @@ def save_model(
     config.json is that of `checkpoint` with what the method changed in ``model.config``, without a quantization.
     Tied weights are written once. Raises `StepError` if the model holds packed weights or numbers that are not finite.
     """
+    from orchestrator.architectures import stored_state
+
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     tied = {
@@ -166,8 +168,9 @@ def save_model(
         for name, source in model.all_tied_weights_keys.items()
         if name in state and source in state and state[name].data_ptr() == state[source].data_ptr()
     }
+    state = stored_state(model, {name: state[name] for name in state.keys() - tied}, checkpoint.tensors.keys())
     specs = {}
-    for name in sorted(state.keys() - tied):
+    for name in sorted(state):
         if name.endswith((".weight_packed", ".weight_scale")):
             raise StepError(f"{name.rpartition('.')[0]} is still packed; a dense model was expected")
         floating = state[name].is_floating_point()
