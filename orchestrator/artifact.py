@@ -13,6 +13,7 @@ an artifact is there in whole or not at all, and what a killed step left behind 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from orchestrator.errors import SpecError, StepError
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 _KEYS = {"stage", "method", "fingerprint", "identity", "inputs", "invariants", "metrics", "files"}
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,9 @@ class ArtifactStore:
         """
         if _is_folder(reference):
             return _open_folder(Path(reference))
+        whole = self._open(reference) if _DIGEST.fullmatch(reference) else None
+        if whole:  # every step asks so for its input: no need to list a store that may be large
+            return whole
         folder = self.home / "artifacts"
         known = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         matches = [digest for digest in known if digest.startswith(reference)] if len(reference) >= 4 else []
