@@ -31,7 +31,7 @@ from orchestrator.api import (
 )
 from orchestrator_quantization.column_grids import StaticGrids, UpdatedGrids
 from orchestrator_quantization.error_feedback import quantize_columns
-from orchestrator_quantization.grid import encode, require_finite, require_weight, round_to_nearest
+from orchestrator_quantization.grid import encode, require_finite, require_weight, round_to_nearest, zero_groups
 from orchestrator_quantization.weight_only import WeightOnly
 
 if TYPE_CHECKING:
@@ -90,8 +90,18 @@ class GPTQ(WeightOnly):
             error_O = torch.cat([error_O for _, error_O in solved])
             facts |= {"fallback_rtn": 0.0, "damping_used": factor.damping, "damping_raised": float(factor.num_raised)}
         sizes = [len(weight_OI) for weight_OI in weights]
-        parts = zip(_split(encoding, sizes), torch.split(error_O, sizes), torch.split(energy_O, sizes), strict=True)
-        return [_result(part, facts, float(error_O.sum()), float(energy_O.sum())) for part, error_O, energy_O in parts]
+        parts = zip(
+            weights, _split(encoding, sizes), torch.split(error_O, sizes), torch.split(energy_O, sizes), strict=True
+        )
+        return [
+            _result(
+                part,
+                {**facts, "zero_groups": zero_groups(layer_OI, part.scheme)},
+                float(error_O.sum()),
+                float(energy_O.sum()),
+            )
+            for layer_OI, part, error_O, energy_O in parts
+        ]
 
     def _solve(self, weight_OI: torch.Tensor, factor: HessianFactor) -> tuple[QuantizedWeight, torch.Tensor]:
         """Return the encoding of some rows, and the error that it makes in the output, per row [O]."""
