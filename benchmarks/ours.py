@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.cases import BLOCK_SIZE, DAMPING, GROUP_SIZE, Case
+from benchmarks.cases import DAMPING, GROUP_SIZE, Case
 from benchmarks.processes import RunError, environment, run
 
 
@@ -23,15 +23,18 @@ class Calibration:
     length: int
 
 
-def step_of(case: Case) -> dict[str, Any]:
+def step_of(case: Case, inputs: str = "propagated") -> dict[str, Any]:
     """Return the case as a step of a specification."""
+    return {**_plain_step(case), "inputs": inputs}
+
+
+def _plain_step(case: Case) -> dict[str, Any]:
     if case.method == "gptq":
         return {
             "quantize": "gptq",
             "with": {
                 "num_bits": case.num_bits,
                 "group_size": GROUP_SIZE,
-                "block_size": BLOCK_SIZE,
                 "damping": DAMPING,
             },
         }

@@ -1,8 +1,8 @@
 """Eight candidates of one model, beside one conventional run of one of them.
 
-    python -m benchmarks.sweep [--inputs dense] [--model DIR] [--quick] [--save]
+    python -m benchmarks.sweep [--inputs propagated] [--model DIR] [--quick] [--save]
 
-The candidates share one home. With `--inputs dense` every block is calibrated on the dense model's inputs, whose
+The candidates share one home. Every block is calibrated on the dense model's inputs, whose
 statistics are the same for all candidates: the first one measures them, the others find them in the home. Each
 candidate is one `orchestrator run`, a process of its own. Without `--model`, a random model is made.
 """
@@ -49,7 +49,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Run the candidates and the peers, print, and save if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--inputs", choices=("dense", "propagated"), help="the steps' key of that name; default none")
+    parser.add_argument("--inputs", choices=("dense", "propagated"), default="dense")
     parser.add_argument("--model", type=Path, help=f"default: a random one of {LAYERS} layers, --quick: reference-7m")
     parser.add_argument("--text", type=Path, help="default heldout-code.txt, of which the first half is used")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
@@ -91,11 +91,11 @@ def main() -> None:
         )
 
 
-def candidates(model: Path, calibration: Calibration, folder: Path, inputs: str | None) -> dict[str, dict[str, float]]:
+def candidates(model: Path, calibration: Calibration, folder: Path, inputs: str) -> dict[str, dict[str, float]]:
     """Run them one after the other in one home; return the seconds of each one's step and of its process."""
     ran = {}
     for name, plain in CANDIDATES.items():
-        step = plain if inputs is None else {**plain, "inputs": inputs}
+        step = {**plain, "inputs": inputs}
         result = ours.compress(model, calibration, step, folder / "spec", folder / "home")
         ran[name] = {"seconds": result["steps"][1]["seconds"], "process_seconds": result["process_seconds"]}
         print(f"{name}: {ran[name]['seconds']:.1f} s", flush=True)

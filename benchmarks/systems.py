@@ -21,6 +21,7 @@ from benchmarks.peers.environments import PeerError, python_of
 from benchmarks.processes import RunError, environment, peer_environment, run
 
 OURS = "ours"
+OURS_DENSE = "ours, dense"  # calibrated on the dense model's inputs, so that further candidates need no tokens
 REFERENCE = "reference"
 # Name, module of the runner, environment; None is this project's.
 PEERS = {
@@ -28,7 +29,7 @@ PEERS = {
     "llm-compressor": ("benchmarks.peers.llm_compressor", "llmcompressor"),
     "GPTQModel": ("benchmarks.peers.gptq_model", "gptqmodel"),
 }
-SYSTEMS = (OURS, *PEERS)
+SYSTEMS = (OURS, OURS_DENSE, *PEERS)
 
 
 def supports(system: str, case: str) -> bool:
@@ -72,7 +73,7 @@ class Measured:
 
 def interpreter(system: str) -> str:
     """Return the Python that runs the system. Raises `RunError` if it cannot be installed."""
-    name = None if system == OURS else PEERS[system][1]
+    name = None if system in (OURS, OURS_DENSE) else PEERS[system][1]
     if name is None:
         return sys.executable
     try:
@@ -95,7 +96,7 @@ def measure(system: str, case: str, work: Work, folder: Path) -> Measured:
     measured = Measured(system, case)
     try:
         baseline = baseline_bytes(system)
-        if system == OURS:
+        if system in (OURS, OURS_DENSE):
             _ours(measured, work, folder)
         else:
             _peer(measured, work, folder)
@@ -107,7 +108,8 @@ def measure(system: str, case: str, work: Work, folder: Path) -> Measured:
 
 
 def _ours(measured: Measured, work: Work, folder: Path) -> None:
-    step = ours.step_of(CASES[measured.case])
+    inputs = "dense" if measured.system == OURS_DENSE else "propagated"
+    step = ours.step_of(CASES[measured.case], inputs)
     result = ours.compress(work.model, work.calibration, step, folder, folder / "home")
     ours.check_windows(result, work.windows)
     measured.seconds = result["steps"][1]["seconds"]
