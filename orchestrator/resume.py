@@ -30,6 +30,7 @@ class FinishedBlock:
 
     layers: what the method reported of each layer. written: digest of the stored bytes of each layer.
     hidden: number of the block that the hidden states on disk enter, and their digest; None if none were needed.
+    passed: digest of all compressed layers that the tokens have passed; None if they passed none.
     """
 
     number: int
@@ -37,6 +38,7 @@ class FinishedBlock:
     written: Mapping[str, str]
     scale_dtype: str | None
     hidden: tuple[int, str] | None
+    passed: str | None
 
 
 class WalkProgress:
@@ -95,6 +97,4 @@ class WalkProgress:
 
 def _block(line: Mapping[str, Any]) -> FinishedBlock:
     hidden = line["hidden"]
-    return FinishedBlock(
-        line["number"], line["layers"], line["written"], line["scale_dtype"], tuple(hidden) if hidden else None
-    )
+    return FinishedBlock(**{**line, "hidden": tuple(hidden) if hidden else None})

@@ -41,6 +41,7 @@ from orchestrator.parallel import Workers, give_back_memory, one_thread
 from orchestrator.reader import bytes_of
 from orchestrator.records import RecordStore
 from orchestrator.resume import FinishedBlock, WalkProgress
+from orchestrator.stages import Cut
 from orchestrator.statistics import InputMoment, alike
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class _Walk:
         }
         self.last = max((block.index for block in skeleton.blocks if self.targets[block.name]), default=-1)
         self.layers: dict[str, Mapping[str, float]] = {}
-        self.prefix: str | None = None  # digest of the compressed blocks that the tokens have passed
+        self.prefix: str | None = None  # digest of the compressed layers that the tokens have passed
         # What statistics follow from, whatever the method does with them.
         self.facts = {
             **settings.identity,
@@ -195,7 +196,6 @@ class _Walk:
         """Compress block after block, from the first one that no earlier run has finished."""
         for block in self.skeleton.blocks[self._take_over() : self.last + 1]:
             written = self._without_tokens(block) if self.stream is None else self._with_tokens(block, self.stream)
-            self._passed(written)
             self.finished.finish(
                 FinishedBlock(
                     block.index,
@@ -203,6 +203,7 @@ class _Walk:
                     written,
                     self.writer.scale_dtype,
                     self.stream.position if self.stream else None,
+                    self.prefix,
                 )
             )
             if self.stream is not None:
@@ -254,16 +255,11 @@ class _Walk:
         self.finished.keep_first(count)
         for done in self.finished.blocks:
             self.layers.update(done.layers)
-            self._passed(done.written)
+            self.prefix = done.passed
         if count:
             block = self.skeleton.blocks[count - 1]
             self.progress(count / len(self.skeleton.blocks), f"{self.method.name}: going on after {block.name}")
         return count
-
-    def _passed(self, written: Mapping[str, str]) -> None:
-        """Note which bytes the tokens have passed."""
-        if not self.dense and written:
-            self.prefix = digest_of([self.prefix, dict(written)])
 
     def _without_tokens(self, block: Block) -> dict[str, str]:
         """Compress a block's layers one by one from their stored weights; return the digests of what was written."""
@@ -284,51 +280,81 @@ class _Walk:
             if not self.dense:
                 stream.go_to(block.index + 1)
             return {}
-        leader_of, records = self._recorded(block, names)
-        if not records or not self.dense:
+        written = self._on_dense_inputs(block, stream, names) if self.dense else self._in_stages(block, stream, names)
+        self.skeleton.release(block.name)
+        return written
+
+    def _on_dense_inputs(self, block: Block, stream: Stream, names: Sequence[str]) -> dict[str, str]:
+        """Compress with records of the uncompressed model's inputs; no token is run if they are all there."""
+        store = self.settings.records
+        leader_of = store.index(self._key(block)) if store else None
+        records = self._recorded(block, [leader_of[name] for name in names]) if leader_of else None
+        if records is None:
             stream.go_to(block.index)
         self._load(block, block.name, names)
         self._prefetch_next(block)
-        if not records:
-            leader_of = stream.leaders(block)
-            records = self._measure(block, stream, leader_of, names)
-            give_back_memory()
+        if leader_of is None or records is None:
+            leader_of = stream.layout(block).leader_of
+            if store is not None:
+                store.save_index(self._key(block), leader_of)
+            leaders = list(dict.fromkeys(leader_of[name] for name in names))
+            records = self._measure(block, stream, leaders, leaders, keep=block.index < self.last, cut=None)
+        return self._solve(block, names, leader_of, records)
+
+    def _in_stages(self, block: Block, stream: Stream, names: Sequence[str]) -> dict[str, str]:
+        """Compress stage by stage, each on the inputs that the compressed layers before it produce."""
+        stream.go_to(block.index)
+        self._load(block, block.name, names)
+        self._prefetch_next(block)
+        layout = stream.layout(block)
+        wanted = {layout.leader_of[name] for name in names}
+        written: dict[str, str] = {}
+        last = max(number for number, stage in enumerate(layout.stages) if wanted.intersection(stage))
+        for stage in layout.stages[: last + 1]:
+            leaders = [leader for leader in stage if leader in wanted]
+            cut = layout.cuts.get(stage[0]) if len(stage) == 1 else None
+            if not leaders and cut is None:
+                continue
+            records = self._recorded(block, leaders) if cut is None else None
+            if records is None:
+                records = self._measure(block, stream, stage, leaders, keep=False, cut=cut)
+            done = self._solve(block, [n for n in names if layout.leader_of[n] in stage], layout.leader_of, records)
+            self.prefix = digest_of([self.prefix, done])
+            written |= done
+        if block.index < self.last:
+            stream.forward(block)
+        return written
+
+    def _solve(
+        self, block: Block, names: Sequence[str], leader_of: Mapping[str, str], records: dict[str, InputMoment]
+    ) -> dict[str, str]:
+        """Compress layers, those that share an input together."""
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(leader_of[name], []).append(name)
         tasks = [partial(self._compress, block, group, records.pop(leader)) for leader, group in groups.items()]
-        written = _joined(self.workers.run(tasks))
-        if not self.dense and block.index < self.last:
-            stream.forward(block)
-        self.skeleton.release(block.name)
-        return written
+        return _joined(self.workers.run(tasks))
 
-    def _recorded(self, block: Block, names: Sequence[str]) -> tuple[Mapping[str, str], dict[str, InputMoment]]:
-        """Return which layers share an input, and every record of the block; no records unless all are there."""
-        store = self.settings.records
-        leader_of = store.index(self._key(block)) if store else None
-        if store is None or leader_of is None:
-            return {}, {}
+    def _recorded(self, block: Block, leaders: Sequence[str]) -> dict[str, InputMoment] | None:
+        """Return the records of these inputs; None unless all are there."""
         found = {}
-        for leader in dict.fromkeys(leader_of[name] for name in names):
-            record = store.load(self._key(block, leader), with_hessian=self.with_hessian)
+        store = self.settings.records
+        for leader in dict.fromkeys(leaders):
+            record = store.load(self._key(block, leader), with_hessian=self.with_hessian) if store else None
             if record is None:
-                return leader_of, {}
+                return None
             found[leader] = record.to(self.settings.device)
-        return leader_of, found
+        return found
 
     def _measure(
-        self, block: Block, stream: Stream, leader_of: Mapping[str, str], names: Sequence[str]
+        self, block: Block, stream: Stream, stage: Sequence[str], leaders: Sequence[str], *, keep: bool, cut: Cut | None
     ) -> dict[str, InputMoment]:
         """Run the tokens through the block, and keep what was measured."""
-        leaders = list(dict.fromkeys(leader_of[name] for name in names))
-        keep = self.dense and block.index < self.last
-        records = stream.measure(block, leaders, with_hessian=self.with_hessian, keep=keep)
-        store = self.settings.records
-        if store is not None:
-            store.save_index(self._key(block), leader_of)
+        records = stream.measure(block, stage, leaders, with_hessian=self.with_hessian, keep=keep, cut=cut)
+        if self.settings.records is not None:
             for leader, record in records.items():
-                store.save(self._key(block, leader), record)
+                self.settings.records.save(self._key(block, leader), record)
+        give_back_memory()
         return records
 
     def _key(self, block: Block, leader: str | None = None) -> str:

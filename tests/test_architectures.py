@@ -214,7 +214,10 @@ def test_statistics_are_those_of_the_whole_model(
     report, result = run_walk(checkpoint, Identity(), tmp_path / "out", tokens_NT)
     expected = expected_inputs(checkpoint, tokens_NT)
     assert len(expected) > 10 and set(report.layers) == set(expected)
-    for name, statistic in zip(report.layers, Identity.seen, strict=True):
+    names = list(report.layers)
+    if architecture not in MIXTURES:  # in the order of their calls, which Phi-3 does not define its layers in
+        names.sort(key=list(expected).index)
+    for name, statistic in zip(names, Identity.seen, strict=True):
         x_TI = expected[name]
         assert statistic is not None and statistic.num_tokens == x_TI.shape[0]
         assert (x_TI.shape[0] == 5 * 24) == (".experts." not in name)

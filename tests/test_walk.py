@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from orchestrator.export import ModelWriter
 from orchestrator.method import LayerMethod, LayerResult
 from orchestrator.parallel import one_thread
 from orchestrator.statistics import InputMoment
-from orchestrator.walk import WalkReport, walk
+from orchestrator.walk import WalkReport, WalkSettings, walk
 from tests.layer_methods import Identity, KeepLarge, Round, ScaleByInput
 from tests.tiny import ARCHITECTURES, make_model, make_tokens
 
@@ -121,29 +122,52 @@ def test_a_method_that_changes_nothing_leaves_every_stored_tensor_as_it_was(tmp_
         assert torch.equal(checkpoint.load()(tokens).logits, result.load()(tokens).logits)
 
 
-def test_each_block_is_calibrated_on_what_the_compressed_blocks_before_it_put_out(tmp_path: Path) -> None:
+_STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+def _compressed_by_hand(checkpoint: Checkpoint, tokens_NT: torch.Tensor, *, dense: bool) -> dict[str, torch.Tensor]:
+    """What `ScaleByInput` makes of every layer, by running all of a loaded model before each stage of each block."""
+    model = checkpoint.load(torch.float32)
+    found = {}
+    untouched = _inputs_of_whole_model(checkpoint, tokens_NT)
+    for index in range(len(model.model.layers)):
+        for stage in _STAGES:
+            inputs: dict[str, torch.Tensor] = {}
+            block = model.get_submodule(f"model.layers.{index}")
+            linears = {n: m for n, m in block.named_modules() if n.rpartition(".")[2] in stage}
+            hooks = [
+                module.register_forward_pre_hook(lambda m, x, n=name, to=inputs: to.update({n: x[0].flatten(0, -2)}))
+                for name, module in linears.items()
+            ]
+            with torch.no_grad():
+                model(tokens_NT)
+            for hook in hooks:
+                hook.remove()
+            for name, module in linears.items():
+                full = f"model.layers.{index}.{name}"
+                x_TI = untouched[full].float() if dense else inputs[name]
+                module.weight.data = (module.weight.data / (1 + x_TI.abs().mean(0))).bfloat16().float()
+                found[full] = module.weight.data
+    return found
+
+
+@pytest.mark.parametrize("inputs", ["propagated", "dense"])
+def test_layers_are_calibrated_on_what_the_compressed_ones_before_put_out_or_on_dense_inputs(
+    tmp_path: Path, inputs: Literal["propagated", "dense"]
+) -> None:
     checkpoint = Checkpoint(make_model(tmp_path / "model", layers=3))
     tokens_NT = make_tokens(4)
-    _, result = _run(checkpoint, ScaleByInput(), tmp_path / "out", tokens_NT)
-    # The same by hand: compress a loaded model block by block, running all of it before each block.
-    model = checkpoint.load(torch.float32)
-    for index, block in enumerate(model.model.layers):
-        inputs: dict[str, torch.Tensor] = {}
-        linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        hooks = [
-            module.register_forward_pre_hook(lambda m, x, n=name, to=inputs: to.update({n: x[0].flatten(0, -2)}))
-            for name, module in linears.items()
-        ]
-        with torch.no_grad():
-            model(tokens_NT)
-        for hook in hooks:
-            hook.remove()
-        for name, module in linears.items():
-            scaled = module.weight.data / (1 + inputs[name].abs().mean(0))
-            module.weight.data = scaled.bfloat16().float()
-            stored = load_file(result.path / "model.safetensors")[f"model.layers.{index}.{name}.weight"]
-            # One rounding step of bfloat16 is 2^-8: sums taken in another order may fall to the other side.
-            assert torch.allclose(stored.float(), module.weight.data, rtol=2**-7, atol=0), (index, name)
+    writer = ModelWriter(checkpoint, tmp_path / "out")
+    walk(checkpoint, ScaleByInput(), CalibrationSet(tokens_NT, {}), writer, settings=WalkSettings(inputs=inputs))
+    writer.finish()
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    expected = _compressed_by_hand(checkpoint, tokens_NT, dense=inputs == "dense")
+    other = _compressed_by_hand(checkpoint, tokens_NT, dense=inputs != "dense")
+    assert len(expected) == 21
+    for name, weight_OI in expected.items():
+        # One rounding step of bfloat16 is 2^-8: sums taken in another order may fall to the other side.
+        assert torch.allclose(stored[f"{name}.weight"].float(), weight_OI, rtol=2**-7, atol=0), name
+    assert not torch.allclose(expected["model.layers.1.mlp.down_proj"], other["model.layers.1.mlp.down_proj"], rtol=0.1)
 
 
 def test_skipped_layers_stay_and_the_rest_changes(tmp_path: Path) -> None:
