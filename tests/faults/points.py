@@ -159,18 +159,25 @@ def short_list(counts: Counter[str] | dict[str, int], per_event: int) -> list[Po
 
 
 def import_targets() -> None:
-    """Import what a run imports late, so that a fork finds it in memory."""
+    """Import what a run imports late, so that a fork finds it in memory; compute nothing."""
     for name in (
-        "mlflow",
-        "torch",
-        "transformers",
+        "compressed_tensors",
+        "mlflow.store.model_registry.sqlalchemy_store",
+        "mlflow.store.tracking.sqlalchemy_store",
+        "mlflow.tracking._model_registry.client",
         "orchestrator.export",
         "orchestrator.invariants",
         "orchestrator.run",
         "orchestrator.skeleton",
         "orchestrator.walk",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.llama.modeling_llama",
     ):
         importlib.import_module(name)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import sqlalchemy.orm
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-    _ = AutoModelForCausalLM, AutoTokenizer
+    from orchestrator.plugins import discover
+
+    _ = AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, discover()
+    sqlalchemy.orm.configure_mappers()
