@@ -87,6 +87,7 @@ class Scene:
     def run(self, kill: Point | float | None = None, *, changes: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
         """One run in the home as it is; the zygote's answer."""
         self._result.unlink(missing_ok=True)
+        zygote: Zygote = more.pop("zygote", self._zygote)
         request = {
             "spec": str(more.pop("spec", self.spec)),
             "home": str(self.home),
@@ -101,7 +102,7 @@ class Scene:
             request["point"] = astuple(kill)
         elif kill is not None:
             request["kill_after"] = kill
-        return self._zygote.trial(request)
+        return zygote.trial(request)
 
     def result(self) -> tuple[list[str], dict[str, Any]]:
         """The digests of the last run's artifacts, and its document."""

@@ -33,10 +33,10 @@ class Untracked:
 def run(request: Mapping[str, Any]) -> int:
     """Run as `request` says; return the exit code. Writes lines to the file `log` and, at the end, `result`."""
     log = Path(request["log"])
-    if request.get("threads"):
+    if request.get("show_threads"):
         import torch
 
-        torch.set_num_threads(request["threads"])
+        return torch.get_num_threads()
     _count_work(log)
     if not request.get("tracked"):
         import orchestrator.run

@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[2]
 class Zygote:
     """The client's side."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": str(threads),
             "OPENBLAS_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "plugins"), str(ROOT / "flows")]),
         }
@@ -75,6 +75,7 @@ def _serve() -> None:
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             os.close(0)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             code = 99
             try:
                 code = run(request)
