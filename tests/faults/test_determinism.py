@@ -51,25 +51,19 @@ def test_bytes_do_not_depend_on_threads_and_workers(
     scenes: Callable[[str, str], Scene], two_threads: Zygote, width: str, chain: str
 ) -> None:
     scene = scenes(width, chain)
-    found: dict[str, list[str]] = {}
-    variants: list[tuple[str, list[Any], bool]] = [("one thread, three workers", [["workers", 3]], False)]
-    if chain != "weights only":
-        variants += [("from records, two workers", [["workers", 2]], True)]
-    for name, changes, keep in variants:
-        _forget(scene, keep)
-        assert not scene.faults(scene.run(changes=changes)), name
-    for name, changes in (("two threads", []), ("two threads, one worker", [["workers", 1]])):
-        _forget(scene, keep=False)
-        assert not scene.faults(scene.run(changes=changes, zygote=two_threads)), name
-    assert not found
-
-
-def _forget(scene: Scene, keep: bool) -> None:
-    """Take away results; records of the last run stay if `keep`."""
-    if not keep:
-        scene.start_again()
-    for name in ("artifacts", "steps"):
-        shutil.rmtree(scene.home / name, ignore_errors=True)
+    variants: list[tuple[str, list[Any], dict[str, Any]]] = [
+        ("from records and factors", [["workers", 2]], {"keep": True}),
+        ("three workers", [["workers", 3]], {}),
+        ("two threads", [], {"zygote": two_threads}),
+        ("two threads, from records and factors", [["workers", 1]], {"zygote": two_threads, "keep": True}),
+    ]
+    for name, changes, more in variants:
+        if more.pop("keep", False):
+            for folder in ("artifacts", "steps"):
+                shutil.rmtree(scene.home / folder)
+        else:
+            scene.start_again()
+        assert not scene.faults(scene.run(changes=changes, **more)), name
 
 
 def test_the_second_process_does_have_two_threads(two_threads: Zygote, tmp_path: Path) -> None:

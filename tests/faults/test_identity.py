@@ -65,7 +65,6 @@ def test_a_changed_knob_never_goes_on_from_another_runs_state(
     before = scene.worked()
     assert before.blocks.total() == 2
     assert scene.run(spec=spec, changes=changes)["exit"] == 0
-    assert (scene.worked().blocks - before.blocks).total() + (scene.worked().blocks & before.blocks).total() >= 3
     assert scene.worked().blocks.total() == 2 + NUM_BLOCKS, "every block was begun anew"
     taken, _ = scene.result()
     scene.start_again()
@@ -105,7 +104,7 @@ def _add_garbage(path: Path, place: float) -> None:
 def _change_number(path: Path, place: float) -> None:
     """Another number in the last line, which stays good JSON."""
     lines = path.read_bytes().splitlines(keepends=True)
-    at = lines[-1].index(b'"relative_error"') + len(b'"relative_error":0.')
+    at = lines[-1].index(b'"zero_fraction":0.') + len(b'"zero_fraction":0.')
     changed = bytearray(lines[-1])
     changed[at] = ord("1") if changed[at] != ord("1") else ord("2")
     path.write_bytes(b"".join([*lines[:-1], bytes(changed)]))

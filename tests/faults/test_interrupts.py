@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -55,4 +56,13 @@ def test_a_fault_of_the_method_leaves_nothing(scene_of: Callable[[str], Scene], 
     answer = scene.run(changes=[["method_fails", group]])
     assert answer["exit"] == 1 and "as the test wants" in answer["errors"]
     assert _staged(scene) == []
+    assert not scene.faults(scene.run())
+
+
+def test_a_run_sweeps_what_others_abandoned(scene_of: Callable[[str], Scene]) -> None:
+    scene = scene_of("weights only")
+    scene.start_again()
+    folder = scene.home / "staging" / "abandoned"
+    folder.mkdir(parents=True)
+    os.utime(folder, (0, 0))
     assert not scene.faults(scene.run())

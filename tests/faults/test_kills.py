@@ -44,9 +44,7 @@ def _point(scene: Scene, event: str, share: float, when: str) -> Point:
 
 
 @pytest.mark.parametrize(("event", "share", "when"), MOMENTS)
-def test_a_run_goes_on_after_a_kill(
-    scene_of: Callable[[str], Scene], event: str, share: float, when: str
-) -> None:
+def test_a_run_goes_on_after_a_kill(scene_of: Callable[[str], Scene], event: str, share: float, when: str) -> None:
     scene = scene_of("propagated")
     trial = scene.trial([_point(scene, event, share, when)])
     assert trial.kills == 1
