@@ -85,6 +85,8 @@ class Stream:
             self.skeleton.load(block.name, self._device)
             self.forward(block)
             self.skeleton.release(block.name)
+            while len(self._passed) > 1:  # progress speaks of the first at most; the others would fill the disk
+                self._passed.pop().remove()
 
     def forward(self, block: Block) -> None:
         """Run the tokens, which have come to this block, through it as its module is now."""

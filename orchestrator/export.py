@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ class ModelWriter:
         self.scale_dtype: str | None = None  # of quantized layers; known once the first one is there
         self._max_shard_bytes = max_shard_bytes
         self._shards: Shards | None = None
+        self._opening = threading.Lock()  # layers are added from several threads
         self._replaced: set[str] = set()  # names of source tensors that have a successor
 
     def add(self, name: str, tensor: torch.Tensor) -> str:
@@ -119,15 +121,14 @@ class ModelWriter:
 
     def _open(self, scale_dtype: str | None = None) -> Shards:
         """Make the files when the first tensor comes; in a quantized model it tells the dtype of the scales."""
-        if self._shards is None:
-            self.scale_dtype = scale_dtype
-            self._shards = Shards(
-                self.folder,
-                result_specs(self.checkpoint, self.scheme, self.ignored, scale_dtype),
-                max_bytes=self._max_shard_bytes,
-            )
-            self._shards.create()
-        return self._shards
+        with self._opening:
+            if self._shards is None:
+                self.scale_dtype = scale_dtype
+                specs = result_specs(self.checkpoint, self.scheme, self.ignored, scale_dtype)
+                shards = Shards(self.folder, specs, max_bytes=self._max_shard_bytes)
+                shards.create()
+                self._shards = shards
+            return self._shards
 
 
 def result_specs(

@@ -95,6 +95,8 @@ class Execution:
             with lease(self.settings.home, step.fingerprint, lambda: self.observer.note(waiting)):
                 artifact = self._cached(step)
                 cached = artifact is not None
+                if cached:  # a run that was killed between its result and its cleaning up
+                    self.store.unstage(step.fingerprint)
                 if artifact is None:
                     if self.record.mlflow_run is None:
                         self.observer.note(f"recording in MLflow at {self.settings.public_tracking_uri}")
@@ -182,10 +184,7 @@ class Execution:
             keep = resumable  # no fault of the step: run again, it goes on where it was
             raise
         finally:
-            self.store.unstage(f"{step.fingerprint}.scratch")
-            if not keep:
-                self.store.unstage(step.fingerprint)
-                self.store.unstage(f"{step.fingerprint}.state")
+            self.store.unstage(f"{step.fingerprint}.scratch" if keep else step.fingerprint)
 
     def _inputs(self, step: Step, scratch: Path, state: Path) -> StepInputs:
         calibration = step.inputs.get("calibration")
@@ -310,6 +309,7 @@ def start(spec_path: Path, methods: Methods, settings: Settings, observer: Obser
         spec_path, methods, settings.home, tracking_uri=settings.public_tracking_uri, trust_file_times=False
     )
     settings.make_home()
+    ArtifactStore(settings.home).sweep()
     return Execution(plan, settings, observer, engine)
 
 

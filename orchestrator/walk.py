@@ -131,7 +131,6 @@ def walk(
         stack.enter_context(_exact_matmuls())
         stack.enter_context(torch.no_grad())
         workers = Workers(settings.workers or threads)
-        stack.callback(workers.close)
         if settings.state is None:
             state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="walk-", dir=writer.folder.parent)))
         else:
@@ -139,6 +138,7 @@ def walk(
         tokens_NT = None if method.needs is Needs.WEIGHT or calibration is None else calibration.tokens_NT
         run = _Walk(skeleton, method, writer, skip, progress, settings, workers, state, tokens_NT)
         stack.callback(run.close)
+        stack.callback(workers.close)  # before the files that threads may still be at
         run.check_ignored()
         run.blocks()
         return run.report()
@@ -175,7 +175,7 @@ class _Walk:
         self.facts = {
             **settings.identity,
             "dtype": skeleton.checkpoint.dtype_name,
-            "tokens": None if tokens_NT is None else hashlib.sha256(bytes_of(tokens_NT.contiguous())).hexdigest(),
+            "tokens": None if tokens_NT is None else _tokens_digest(tokens_NT),
             "machine": machine_facts(settings.device),
         }
         who = {**self.facts, "method": method.name, "parameters": method.model_dump(mode="json"), "skip": sorted(skip)}
@@ -433,6 +433,11 @@ def machine_facts(device: str) -> dict[str, Any]:
     if device == "cpu":
         return {"cpu": torch.backends.cpu.get_cpu_capability(), "threads_of_an_operation": 1}
     return {"accelerator": torch.cuda.get_device_name(device)}
+
+
+def _tokens_digest(tokens_NT: torch.Tensor) -> str:
+    """The same tokens in longer windows are other data: more of them are seen together."""
+    return digest_of([list(tokens_NT.shape), hashlib.sha256(bytes_of(tokens_NT.contiguous())).hexdigest()])
 
 
 def _joined(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
