@@ -46,7 +46,7 @@ class RecordStore:
         self._in_use: set[str] = set()
 
     def index(self, key: str) -> Mapping[str, str] | None:
-        """Return which layer's input stands for each layer of a block, or None if that is not known yet."""
+        """Return which layer's input stands for each layer of a block, in their order; None if it is not known yet."""
         try:
             found = json.loads((self._folder / f"{key}.json").read_text(encoding="utf-8"))
             return dict(found["leader_of"]) if found["sha256"] == digest_of(found["leader_of"]) else None
@@ -55,7 +55,8 @@ class RecordStore:
 
     def save_index(self, key: str, leader_of: Mapping[str, str]) -> None:
         """Remember which layers of a block share an input."""
-        content = {"leader_of": dict(leader_of), "sha256": digest_of(dict(leader_of))}
+        pairs = [list(pair) for pair in leader_of.items()]  # canonical JSON would sort a mapping
+        content = {"leader_of": pairs, "sha256": digest_of(pairs)}
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._folder / f"{key}.json", canonical_json(content))

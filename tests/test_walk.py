@@ -22,8 +22,10 @@ from orchestrator.errors import StepError
 from orchestrator.export import ModelWriter
 from orchestrator.method import LayerMethod, LayerResult
 from orchestrator.parallel import one_thread
+from orchestrator.records import RecordStore
 from orchestrator.statistics import InputMoment
 from orchestrator.walk import WalkReport, WalkSettings, walk
+from orchestrator_quantization.gptq import GPTQ
 from tests.layer_methods import Identity, KeepLarge, Round, ScaleByInput
 from tests.tiny import ARCHITECTURES, make_model, make_tokens
 
@@ -354,3 +356,65 @@ def test_memory_does_not_grow_with_the_depth_of_the_model(tmp_path: Path) -> Non
     # Holding the model would take 18 blocks more; holding it as stored, in two bytes, 9.
     assert deep - shallow < 3 * block_bytes, (shallow, deep, block_bytes)
     assert len(list((tmp_path / "24-out").glob("model-*.safetensors"))) > 5
+
+
+_FURTHER_CANDIDATE = """
+import sys
+from pathlib import Path
+from safetensors.torch import load_file
+from orchestrator.calibration import CalibrationSet
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.export import ModelWriter
+from orchestrator.records import RecordStore
+from orchestrator.walk import WalkSettings, walk
+from orchestrator_quantization.gptq import GPTQ
+
+model, tokens, records, out = map(Path, sys.argv[1:])
+method = GPTQ(num_bits=3, group_size=32).for_dtype("bfloat16")
+writer = ModelWriter(Checkpoint(model), out, scheme=method.scheme())
+settings = WalkSettings(inputs="dense", records=RecordStore(records, 2**30))
+walk(writer.checkpoint, method, CalibrationSet(load_file(tokens)["tokens"], {}), writer, settings=settings)
+writer.finish()
+print(sorted({"transformers", "compressed_tensors"} & set(sys.modules)))
+"""
+
+
+def test_a_further_candidate_needs_no_transformers_and_has_the_same_bytes(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(make_model(tmp_path / "model"))
+    tokens_NT = make_tokens(4, 32)
+    save_file({"tokens": tokens_NT}, tmp_path / "tokens")
+    records = RecordStore(tmp_path / "records", 2**30)
+
+    def run(num_bits: int, name: str, store: RecordStore | None) -> Path:
+        method = GPTQ(num_bits=num_bits, group_size=32).for_dtype("bfloat16")
+        writer = ModelWriter(checkpoint, tmp_path / name, scheme=method.scheme())
+        settings = WalkSettings(inputs="dense", records=store)
+        walk(checkpoint, method, CalibrationSet(tokens_NT, {}), writer, settings=settings)
+        writer.finish()
+        return tmp_path / name
+
+    run(4, "first", records)
+    paths = [str(tmp_path / name) for name in ("model", "tokens", "records", "further")]
+    done = subprocess.run(
+        [sys.executable, "-c", _FURTHER_CANDIDATE, *paths], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]"
+    alone = run(3, "alone", None)
+    names = sorted(path.name for path in alone.iterdir())
+    assert filecmp.cmpfiles(alone, tmp_path / "further", names, shallow=False) == (names, [], [])
+
+
+def test_a_damaged_record_is_measured_again(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(make_model(tmp_path / "model"))
+    settings = WalkSettings(inputs="dense", records=RecordStore(tmp_path / "records", 2**30))
+    results = []
+    for name in ("first", "again"):
+        writer = ModelWriter(checkpoint, tmp_path / name)
+        walk(checkpoint, ScaleByInput(), CalibrationSet(make_tokens(4), {}), writer, settings=settings)
+        writer.finish()
+        results.append((tmp_path / name / "model.safetensors").read_bytes())
+        for record in (tmp_path / "records").glob("*.safetensors"):
+            content = bytearray(record.read_bytes())
+            content[-1] ^= 1
+            record.write_bytes(content)
+    assert results[0] == results[1]
