@@ -63,7 +63,7 @@ class RecordStore:
 
     def has(self, key: str, *, with_hessian: bool) -> bool:
         """Whether there is such a record, whole or not."""
-        return any((self._folder / name).is_file() for name in _names(key, with_hessian))
+        return any((self._folder / f"{name}.safetensors").is_file() for name in _names(key, with_hessian))
 
     def load(self, key: str, *, with_hessian: bool) -> InputMoment | None:
         """Return a record, its bytes verified; None if there is none or it is damaged."""
