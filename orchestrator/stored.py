@@ -52,12 +52,12 @@ class StoredLayers:
     def load(self, name: str, device: str = "cpu") -> None:
         """Fill the weights of a block or of a single layer."""
         for layer in self._layers(name):
-            self._owner[layer].weight.data = self._weight(layer).to(device)
+            self._put(layer, self._weight(layer).to(device))
 
     def release(self, name: str) -> None:
         """Forget the weights of a block or of a single layer."""
         for layer in self._layers(name):
-            self._owner[layer].weight.data = self._owner[layer].weight.data.to("meta")
+            self._put(layer, self._owner[layer].weight.to("meta"))
 
     def prefetch(self, name: str) -> None:
         """Let the kernel read a block's weights into its cache while something else is computed."""
@@ -73,6 +73,11 @@ class StoredLayers:
 
     def _layers(self, name: str) -> list[str]:
         return [name] if name in self._owner else [n for n in self._owner if n.startswith(f"{name}.")]
+
+    def _put(self, layer: str, weight_OI: torch.Tensor) -> None:
+        from torch import nn
+
+        self._owner[layer].weight = nn.Parameter(weight_OI, requires_grad=False)
 
     def _weight(self, layer: str) -> torch.Tensor:
         weight = self._read(f"{layer}.weight").to(self.checkpoint.torch_dtype).float()
