@@ -1,10 +1,11 @@
 """What orchestration costs: commands that compute nothing, beside the cheapest thing a Python program can do.
 
-    python -m benchmarks.overhead [--repeats 5] [--save]
+    python -m benchmarks.overhead [--repeats 5] [--steps 100] [--save]
 
 Runs, each in a fresh process and round-robin so that load hits all alike: an empty interpreter, `import torch`,
 `orchestrator --help`, `plan` and `run` of a fully cached specification (locally, and through Prefect's embedded
 server). Prints medians and their ratio to `import torch`. The specification has six steps over the quickstart's model.
+Then what a computed step costs beside its method, split by where it goes: see steps.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import steps
 from orchestrator.quickstart import prepare
 
 SPEC = """\
@@ -55,6 +57,7 @@ def main() -> None:
     """Measure, print the table, and save it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/overhead.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -82,6 +85,8 @@ def main() -> None:
     print(f"{'':<38}{'median s':>10}{'/ import torch':>16}")
     for label, median in medians.items():
         print(f"{label:<38}{median:>10.2f}{median / medians[BASELINE]:>16.2f}")
+    per_step = steps.measure(arguments.steps)
+    steps.show(per_step)
     if arguments.save:
         result = {
             "date": datetime.date.today().isoformat(),
@@ -92,6 +97,7 @@ def main() -> None:
             },
             "repeats": arguments.repeats,
             "seconds": {label: [round(value, 3) for value in values] for label, values in measured.items()},
+            "per_computed_step": per_step,
             "median_ratio_to_import_torch": {label: round(m / medians[BASELINE], 3) for label, m in medians.items()},
         }
         path = Path(__file__).parent / "results" / "overhead.json"

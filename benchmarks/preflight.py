@@ -42,7 +42,9 @@ class Case:
     def spec(self, folder: Path) -> str:
         """The specification as YAML."""
         text = TEXT.absolute()
-        distill = f"  - distill: logits\n    with: {{updates: {self.updates}, batch_sequences: 2, length_tokens: 128}}\n"
+        distill = (
+            f"  - distill: logits\n    with: {{updates: {self.updates}, batch_sequences: 2, length_tokens: 128}}\n"
+        )
         return f"""\
 version: 1
 name: preflight
@@ -163,7 +165,9 @@ def main() -> None:
         met = sum(error <= target for error in errors)
         summary[metric] = {"target": target, "met": met, "of": len(errors), "median": errors[len(errors) // 2]}
         summary[metric]["largest"] = errors[-1]
-        print(f"{metric:<18} within {target:.0%}: {met} of {len(errors)}; median {errors[len(errors) // 2]:.1%}", end="")
+        print(
+            f"{metric:<18} within {target:.0%}: {met} of {len(errors)}; median {errors[len(errors) // 2]:.1%}", end=""
+        )
         print(f", largest {errors[-1]:.1%}")
     if arguments.save:
         result = {

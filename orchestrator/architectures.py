@@ -111,6 +111,20 @@ class UnfusedExperts(nn.ModuleList):
         return result_TD
 
 
+def stored_state(model: Any, state: dict[str, torch.Tensor], stored: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return `state`, whose names are those of the modules of Transformers, under the names of a checkpoint.
+
+    stored: the names of the checkpoint that `model` was loaded from.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = dict(revert_weight_conversion(model, state))
+    prefix = f"{model.base_model_prefix}."
+    if any(name.startswith(prefix) for name in stored):
+        return state
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
 def decoder_blocks(root: nn.Module, count: int) -> list[str]:
     """Return the names of the decoder blocks: the only outermost list of `count` modules. Raises `UnfitError`."""
     found: list[str] = []
@@ -151,7 +165,8 @@ def _linear_for_conv1d(root: nn.Module) -> frozenset[str]:
 
     names = [name for name, module in root.named_modules() if isinstance(module, Conv1D)]
     for name in names:
-        num_in, num_out = root.get_submodule(name).weight.shape
+        conv: Any = root.get_submodule(name)
+        num_in, num_out = conv.weight.shape
         root.set_submodule(name, nn.Linear(num_in, num_out, device="meta").requires_grad_(False))
     return frozenset(names)
 

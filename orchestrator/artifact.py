@@ -13,7 +13,10 @@ an artifact is there in whole or not at all, and what a killed step left behind 
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +25,13 @@ from typing import Any
 from orchestrator.canonical import canonical_json, file_sha256, sync_folder, sync_tree, write_atomically
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import SpecError, StepError
+from orchestrator.journal import lease_if_free
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+ABANDONED_DAYS = 7
 _KEYS = {"stage", "method", "fingerprint", "identity", "inputs", "invariants", "metrics", "files"}
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -116,12 +122,35 @@ class ArtifactStore:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)  # a run that was killed while it committed may have left one
+        for path in (folder / MANIFEST, *folder.glob(f".{MANIFEST}.*")):  # of a run that was killed while it committed
+            path.unlink(missing_ok=True)
         return folder
 
     def unstage(self, fingerprint: str) -> None:
-        """Remove a step's working folder."""
-        shutil.rmtree(self.home / "staging" / fingerprint, ignore_errors=True)
+        """Remove a step's working folder, and those called `fingerprint` with a suffix. Hold the step's lease."""
+        for path in self._staged(fingerprint):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what runs left in staging that were killed and never taken up again.
+
+        A step's folders go if no file of them was touched for `ABANDONED_DAYS`, and nobody is at work on the step.
+        """
+        staging = self.home / "staging"
+        fingerprints = {path.name.partition(".")[0] for path in staging.iterdir()} if staging.is_dir() else ()
+        for fingerprint in sorted(fingerprints):
+            with lease_if_free(self.home, fingerprint) as free:
+                if free and time.time() - self._last_touched(fingerprint) > ABANDONED_DAYS * 86400:
+                    self.unstage(fingerprint)
+
+    def _last_touched(self, fingerprint: str) -> float:
+        folders = self._staged(fingerprint)
+        inside = [path for folder in folders for path in folder.rglob("*")]
+        return max((path.lstat().st_mtime for path in (*folders, *inside)), default=math.inf)
+
+    def _staged(self, fingerprint: str) -> list[Path]:
+        staging = self.home / "staging"
+        return [*staging.glob(fingerprint), *sorted(staging.glob(f"{fingerprint}.*"))]
 
     def commit(
         self,
@@ -172,6 +201,9 @@ class ArtifactStore:
         """
         if _is_folder(reference):
             return _open_folder(Path(reference))
+        whole = self._open(reference) if _DIGEST.fullmatch(reference) else None
+        if whole:  # every step asks so for its input: no need to list a store that may be large
+            return whole
         folder = self.home / "artifacts"
         known = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         matches = [digest for digest in known if digest.startswith(reference)] if len(reference) >= 4 else []

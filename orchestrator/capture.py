@@ -9,13 +9,14 @@ Shape legend: N = sequences, B = sequences of a batch, T = tokens of a sequence,
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import StepError
 from orchestrator.hidden import HiddenStates
+from orchestrator.stages import Cut, Layout, layout_of
 from orchestrator.statistics import InputMoment, InputMomentBuilder
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 # Tokens that go through a block at a time; fixed, because it decides the order of sums. On a CPU more would only take
 # memory and fall out of its caches.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+
+# Inputs of a wide layer (the MLP's down projection) are kept on disk up to this size, and computed again beyond it.
+KEPT_BYTES = 4 * 2**30
 
 
 class _Enough(Exception):  # noqa: N818 - a signal, not an error
@@ -49,6 +54,8 @@ class Stream:
         self._arguments: list[dict[str, Any]] = []  # of each block; they hold for any batch
         self._hidden: HiddenStates | None = None
         self._passed: list[HiddenStates] = []
+        self._cuts: list[FinishedChild] = []  # of the block that the tokens have come to
+        self._current = threading.local()  # which batch a thread is at; hooks are the module's, not the thread's
 
     @property
     def position(self) -> tuple[int, str] | None:
@@ -78,56 +85,46 @@ class Stream:
             self.skeleton.load(block.name, self._device)
             self.forward(block)
             self.skeleton.release(block.name)
+            while len(self._passed) > 1:  # progress speaks of the first at most; the others would fill the disk
+                self._passed.pop().remove()
 
     def forward(self, block: Block) -> None:
         """Run the tokens, which have come to this block, through it as its module is now."""
-        self._pass(block, {}, keep=True, stop_after=None)
+        self._pass(block, {}, keep=True)
+        self._forget_cuts()
 
     def discard_passed(self) -> None:
         """Delete the hidden states that entered earlier blocks; until then a killed run can go on from them."""
         while self._passed:
             self._passed.pop().remove()
 
-    def leaders(self, block: Block) -> dict[str, str]:
-        """Return for each linear layer the first one that reads the very same tensor, by running one sequence."""
-        assert self._hidden is not None
-        seen: list[tuple[torch.Tensor, str]] = []  # holds the tensors, so that none's identity is used twice
-        # Of experts it is known from the start: whether they see any of one sequence's tokens is chance.
-        leader_of = {name: group[0] for group in block.same_input for name in group}
+    def layout(self, block: Block) -> Layout:
+        """Find out by one sequence how the block's layers share inputs, and where its forward pass can be cut."""
+        hidden = self._hidden
+        assert hidden is not None
+        return layout_of(block, lambda: self._output(block, hidden.read(0)[:1].to(self._device)))
 
-        def note(name: str, tensor: torch.Tensor) -> None:
-            for other, leader in seen:
-                if other is tensor:
-                    leader_of[name] = leader
-                    return
-            seen.append((tensor, name))
-            leader_of[name] = name
-
-        hooks = [
-            module.register_forward_pre_hook(lambda module, inputs, n=name: note(n, inputs[0]))
-            for name, module in block.linears.items()
-            if name not in block.experts
-        ]
-        try:
-            self._output(block, self._hidden.read(0)[:1].to(self._device))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        idle = sorted(block.linears.keys() - leader_of.keys())
-        if idle:
-            raise StepError(f"{idle[0]} takes no part in the forward pass of {block.name}")
-        return leader_of
-
-    def measure(self, block: Block, names: Iterable[str], *, with_hessian: bool, keep: bool) -> dict[str, InputMoment]:
+    def measure(
+        self,
+        block: Block,
+        stage: Sequence[str],
+        names: Iterable[str],
+        *,
+        with_hessian: bool,
+        keep: bool,
+        cut: Cut | None,
+    ) -> dict[str, InputMoment]:
         """Run all batches through a loaded block and return a record of the input of each layer in `names`.
 
-        keep: whether the tokens go on to the next block. If not, a pass ends at the last of the layers.
+        stage: the layers that the pass is for: it ends at the only one. keep: the tokens go on to the next block
+        instead. cut: how the pass can later be taken up behind the stage; for this its input is kept.
         """
         builders = {
             name: InputMomentBuilder(block.linears[name].in_features, with_hessian=with_hessian, device=self._device)
             for name in names
         }
-        self._pass(block, builders, keep=keep, stop_after=None if keep or block.experts else len(builders))
+        stop_at = stage[0] if len(stage) == 1 and not keep else None
+        self._pass(block, builders, keep=keep, stop_at=stop_at, cut=None if keep else cut)
         records = {name: builder.finish() for name, builder in builders.items()}
         for name, record in records.items():
             if not record.sum_squares_I.isfinite().all():
@@ -136,27 +133,37 @@ class Stream:
 
     def close(self) -> None:
         """Close the files; what they hold stays for a run that goes on from it."""
+        self._forget_cuts()
         for states in (self._hidden, *self._passed):
             if states is not None:
                 states.close()
 
     def _pass(
-        self, block: Block, builders: Mapping[str, InputMomentBuilder], *, keep: bool, stop_after: int | None
+        self,
+        block: Block,
+        builders: Mapping[str, InputMomentBuilder],
+        *,
+        keep: bool,
+        stop_at: str | None = None,
+        cut: Cut | None = None,
     ) -> None:
         """Run every batch through a block: to the records, and to the next hidden states if they are kept."""
         hidden = self._hidden
         assert hidden is not None
         outgoing = self._states(hidden.number + 1) if keep else None
-        current = threading.local()  # which batch a thread is at; hooks are the module's, not the thread's
+        inputs = self._kept_inputs(block, cut)
+        current = self._current
 
-        def record(name: str, x: torch.Tensor) -> None:
-            builders[name].add(x, current.batch)
-            current.seen += 1
-            if current.seen == stop_after:
+        def arrive(name: str, x: torch.Tensor) -> None:
+            if name in builders:
+                builders[name].add(x, current.batch)
+            if name == stop_at:
+                if inputs is not None:
+                    inputs.write(current.batch, x)
                 raise _Enough
 
         def run(index: int) -> torch.Tensor | None:
-            current.batch, current.seen = index, 0
+            current.batch = index
             try:
                 output_BTD = self._output(block, hidden.read(index).to(self._device))
             except _Enough:
@@ -171,34 +178,62 @@ class Stream:
             for builder in builders.values():
                 builder.turns.abort()
 
+        watched = dict.fromkeys([*builders, *([stop_at] if stop_at else [])])
         hooks = [
-            block.linears[name].register_forward_pre_hook(lambda module, inputs, n=name: record(n, inputs[0]))
-            for name in builders
+            block.linears[name].register_forward_pre_hook(lambda module, inputs, n=name: arrive(n, inputs[0]))
+            for name in watched
         ]
+        for finished in self._cuts:
+            finished.install(block)
         try:
-            finite = self._workers.run([partial(run, index) for index in range(hidden.num_batches)], stop)
+            flags = self._workers.run([partial(run, index) for index in range(hidden.num_batches)], stop)
         except BaseException:
-            if outgoing is not None:
-                outgoing.remove()
+            for states in (outgoing, inputs):
+                if states is not None:
+                    states.remove()
             raise
         finally:
             for hook in hooks:
                 hook.remove()
-        if not all(bool(flag) for flag in finite if flag is not None):
+            for finished in self._cuts:
+                finished.uninstall(block)
+        if not all(bool(flag) for flag in flags if flag is not None):
             raise StepError(
                 f"the hidden states that {block.name} puts out are not finite",
                 remedy="check the model: does it give finite logits on this text?",
             )
+        for finished in self._cuts:
+            finished.passed()
+        if cut is not None and inputs is not None:
+            outputs = self._file(f"output-{cut.child}.f32", hidden.number, self.skeleton.width)
+            self._cuts.append(FinishedChild(cut, inputs, outputs, self._current, self._device))
         if outgoing is not None:
             self._passed.append(hidden)
             self._hidden = outgoing
 
+    def _kept_inputs(self, block: Block, cut: Cut | None) -> HiddenStates | None:
+        """A file for the inputs of a child's last layer; None if they would be too large to be worth it."""
+        if cut is None:
+            return None
+        width = block.linears[cut.layer].in_features
+        states = self._file(f"input-{cut.child}.f32", block.index, width)
+        if width > self.skeleton.width and states.num_bytes > KEPT_BYTES:
+            states.remove()
+            return None
+        return states
+
+    def _forget_cuts(self) -> None:
+        while self._cuts:
+            self._cuts.pop().remove()
+
+    def _file(self, name: str, number: int, width: int, *, digested: bool = False) -> HiddenStates:
+        shape_NTD = (*self._tokens_NT.shape, width)
+        return HiddenStates(self._folder / name, number, shape_NTD, self._batch, digested=digested)
+
     def _output(self, block: Block, hidden_BTD: torch.Tensor) -> torch.Tensor:
         import torch
 
-        output = block.module(hidden_BTD, **self._arguments[block.index])
-        if isinstance(output, tuple) and output:
-            output = output[0]
+        output = block.run(hidden_BTD, self._arguments[block.index])
         if not isinstance(output, torch.Tensor):
             raise StepError(f"{block.name} returns a {type(output).__name__}, not hidden states")
         return output
@@ -233,9 +268,53 @@ class Stream:
             return embedding(places_BT)  # type: ignore[no-any-return]
 
     def _states(self, number: int) -> HiddenStates:
-        num_sequences, num_tokens = self._tokens_NT.shape
-        width = self.skeleton.width
-        return HiddenStates(self._folder, number, (num_sequences, num_tokens, width), self._batch)
+        return self._file(f"hidden-{number:05d}.f32", number, self.skeleton.width, digested=True)
+
+
+class FinishedChild:
+    """Stands for a child of a block whose layers are all compressed: gives its output without running it again.
+
+    The first pass computes the output from the kept input of the child's last layer, and keeps it for later ones.
+    """
+
+    def __init__(
+        self, cut: Cut, inputs: HiddenStates, outputs: HiddenStates, current: threading.local, device: str
+    ) -> None:
+        self._cut = cut
+        self._inputs: HiddenStates | None = inputs
+        self._outputs = outputs
+        self._current = current
+        self._device = device
+
+    def install(self, block: Block) -> None:
+        """Let the block call this instead of the child."""
+        layer = block.linears[self._cut.layer]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            index = self._current.batch
+            if self._inputs is None:
+                output_BTD = self._outputs.read(index).to(self._device)
+            else:
+                output_BTD = layer(self._inputs.read(index).to(self._device))
+                self._outputs.write(index, output_BTD)
+            return output_BTD if self._cut.rest is None else (output_BTD, *[None] * self._cut.rest)
+
+        block.module.get_submodule(self._cut.child).forward = forward
+
+    def uninstall(self, block: Block) -> None:
+        """Let the block call the child again."""
+        del block.module.get_submodule(self._cut.child).forward
+
+    def passed(self) -> None:
+        """Note that every batch has gone through: the outputs are all there."""
+        if self._inputs is not None:
+            self._inputs.remove()
+            self._inputs = None
+
+    def remove(self) -> None:
+        """Delete what was kept."""
+        self.passed()
+        self._outputs.remove()
 
 
 def _to(one: Any, device: str) -> Any:

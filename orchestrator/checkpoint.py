@@ -148,6 +148,15 @@ class Checkpoint:
                 layers.append((int(match["index"]), LayerShape(layer, num_out, num_in)))
         return [layer for _, layer in sorted(layers, key=lambda item: (item[0], item[1].name))]
 
+    def layers_by_block(self) -> dict[str, list[str]]:
+        """Names of the layers of `block_layers` by the name of their block."""
+        found: dict[str, list[str]] = {}
+        for layer in self.block_layers():
+            match = _BLOCK_LINEAR.match(f"{layer.name}.weight")
+            assert match is not None
+            found.setdefault(match["block"], []).append(layer.name)
+        return found
+
     def dense_layers(self) -> list[str]:
         """Names of the linear layers that no step compresses: routers, the output head, projections beside blocks."""
         compressed = {layer.name for layer in self.block_layers()}

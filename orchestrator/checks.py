@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.checkpoint import Checkpoint, TensorInfo
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
-from orchestrator.layers import is_skipped, split_fused_groups
+from orchestrator.layers import is_skipped, split_fused_groups, unquantizable, unsupported
 from orchestrator.method import (
     Calibrator,
     Evaluator,
@@ -201,12 +201,16 @@ def check_against_model(draft: Draft, source: Checkpoint, note: Note) -> None:
 
 
 def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: Note) -> None:
+    fault = unsupported(source.config)
+    if fault:
+        note(PreflightError(fault[0], remedy=fault[1]), ("model", "id"))
+        return
     layers = source.block_layers()
     if not layers:
         note(
             PreflightError(
                 f"no linear layers found inside decoder blocks of a {source.config['model_type']!r} model",
-                remedy="this version walks Llama-, Qwen- and Mistral-like models",
+                remedy="use a decoder-only model whose blocks are named layers.N, h.N or blocks.N",
             ),
             ("model", "id"),
         )
@@ -232,9 +236,11 @@ def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: N
         if splits:
             more = f" (and {len(splits) - 1} more layers)" if len(splits) > 1 else ""
             note(SpecError(splits[0] + more), (*draft.location, "skip"))
-        unsupported = check_scheme(scheme)
-        if unsupported:
-            note(SpecError(unsupported), (*draft.location, "with"))
+        unpackable = check_scheme(scheme)
+        if unpackable:
+            note(SpecError(unpackable), (*draft.location, "with"))
+        for place, what, remedy in unquantizable(source.config, names, draft.spec.skip, symmetric=scheme.symmetric):
+            note(SpecError(what, remedy=remedy), (*draft.location, *place) if place else draft.place)
     refused: dict[tuple[str, str], list[str]] = {}
     for layer in remaining:
         with plugin_fault(draft.installed, "check_layer"):

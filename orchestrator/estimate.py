@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.capture import BATCH_TOKENS
+from orchestrator.capture import BATCH_TOKENS, KEPT_BYTES
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.export import config_text, result_specs
 from orchestrator.layers import ignored_layers
@@ -84,17 +84,23 @@ def _block_memory(size: WalkSize, block: BlockFacts, workers: int) -> int:
         )
         return sum(layers[:workers]) * (FLOAT32 + size.model.item_bytes) + sum(working[:workers])
     weights = block.parameters * FLOAT32
-    records = sum(_record_bytes(group, with_hessian=size.with_hessian) for group in groups)
-    factors = sum(_FACTOR_BYTES * group.in_features**2 for group in groups) if size.with_hessian else 0
     passing = workers * size.model.activation_bytes(size.batch_tokens, size.calibration[1])
     loading = weights + block.largest * size.model.item_bytes
     solving = sorted((_solving_bytes(size, group) for group in groups), reverse=True)
-    # A group that is being solved counts its own factor.
+    records = [_record_bytes(group, with_hessian=size.with_hessian) for group in groups]
+    if _in_stages(size, block):  # one record at a time
+        together = [record + _solving_bytes(size, group) for record, group in zip(records, groups, strict=True)]
+        return max(loading, weights + max(records, default=0) + passing, weights + max(together, default=0))
+    # All records at once; a group that is being solved counts its own factor.
     kept = sorted((_FACTOR_BYTES * group.in_features**2 for group in groups), reverse=True)
     waiting = sum(kept[workers:]) if size.with_hessian else 0
-    compressing = weights + records + waiting + sum(solving[:workers])
-    passing_on = weights + records + factors + passing
-    return max(loading, passing_on, compressing)
+    compressing = weights + sum(records) + waiting + sum(solving[:workers])
+    return max(loading, weights + sum(records) + passing, compressing)
+
+
+def _in_stages(size: WalkSize, block: BlockFacts) -> bool:
+    """Whether the layers of a block are measured and compressed one input after the other."""
+    return size.inputs == "propagated" and all(group.share == 1.0 for group in block.groups)
 
 
 def _record_bytes(group: InputGroup, *, with_hessian: bool) -> int:
@@ -131,7 +137,12 @@ def walk_work(size: WalkSize, workers: int) -> Work:
             total = total.then(_group_effort(size, group).times(1 / min(workers, len(groups))))
     if size.calibration is not None:
         total = total.then(_measuring(size).times(1 / workers))
-        total = replace(total, scratch_bytes=2 * size.tokens * model.hidden * FLOAT32)
+        # Before and behind the block; in stages also what enters and leaves the last layers of its two halves.
+        kept = 2 * model.hidden
+        if any(_in_stages(size, block) for block in model.blocks):
+            wide = model.intermediate if size.tokens * model.intermediate * FLOAT32 <= KEPT_BYTES else 0
+            kept += 2 * model.hidden + max(model.hidden, model.heads * model.head_dim) + wide
+        total = replace(total, scratch_bytes=size.tokens * kept * FLOAT32)
     return total
 
 
@@ -159,7 +170,8 @@ def _measuring(size: WalkSize) -> Work:
     if size.inputs == "dense" and size.recorded:
         return Work()
     model, tokens = size.model, size.tokens
-    passes = 1 if size.inputs == "dense" else 2
+    staged = any(_in_stages(size, block) for block in model.blocks)
+    passes = 1.1 if staged else 1.0 if size.inputs == "dense" else 2.0
     total = model.forward(tokens, size.calibration[1], size.batch_tokens, head=False).times(passes)
     batches = -(-tokens // size.batch_tokens)
     for block in model.blocks:

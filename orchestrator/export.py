@@ -55,7 +55,7 @@ class ModelWriter:
         self.scale_dtype: str | None = None  # of quantized layers; known once the first one is there
         self._max_shard_bytes = max_shard_bytes
         self._shards: Shards | None = None
-        self._opening = threading.Lock()  # layers that share no input are written from several threads
+        self._opening = threading.Lock()  # layers are added from several threads
         self._replaced: set[str] = set()  # names of source tensors that have a successor
 
     def add(self, name: str, tensor: torch.Tensor) -> str:
@@ -124,12 +124,10 @@ class ModelWriter:
         with self._opening:
             if self._shards is None:
                 self.scale_dtype = scale_dtype
-                self._shards = Shards(
-                    self.folder,
-                    result_specs(self.checkpoint, self.scheme, self.ignored, scale_dtype),
-                    max_bytes=self._max_shard_bytes,
-                )
-                self._shards.create()
+                specs = result_specs(self.checkpoint, self.scheme, self.ignored, scale_dtype)
+                shards = Shards(self.folder, specs, max_bytes=self._max_shard_bytes)
+                shards.create()
+                self._shards = shards
             return self._shards
 
 
@@ -162,6 +160,8 @@ def save_model(
     config.json is that of `checkpoint` with what the method changed in ``model.config``, without a quantization.
     Tied weights are written once. Raises `StepError` if the model holds packed weights or numbers that are not finite.
     """
+    from orchestrator.architectures import stored_state
+
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     tied = {
@@ -169,8 +169,9 @@ def save_model(
         for name, source in model.all_tied_weights_keys.items()
         if name in state and source in state and state[name].data_ptr() == state[source].data_ptr()
     }
+    state = stored_state(model, {name: state[name] for name in state.keys() - tied}, checkpoint.tensors.keys())
     specs = {}
-    for name in sorted(state.keys() - tied):
+    for name in sorted(state):
         if name.endswith((".weight_packed", ".weight_scale")):
             raise StepError(f"{name.rpartition('.')[0]} is still packed; a dense model was expected")
         floating = state[name].is_floating_point()

@@ -76,7 +76,7 @@ def factorize(hessian_II: torch.Tensor, num_tokens: int, damping: float, order: 
     else:
         return None
     scale_I = lower_II.diagonal().clone()
-    unit_lower_II = lower_II.div_(scale_I).float().flip(0, 1).T.contiguous()
+    unit_lower_II = _unit_lower(lower_II, scale_I)
     return HessianFactor(unit_lower_II, scale_I.flip(0).square(), order_I, dead_I, mean, used, num_raised)
 
 
@@ -84,12 +84,30 @@ def _reversed(hessian_II: torch.Tensor, order_I: torch.Tensor | None) -> torch.T
     """Return H in float64 with features in reversed order; its upper triangle holds nothing of use."""
     import torch
 
-    if order_I is None:  # the lower triangle of the reversal is the upper one of H, which may not be filled
-        return hessian_II.T.flip(0, 1).double()
-    lower_II = hessian_II.tril()
-    symmetric_II = lower_II + torch.tril(lower_II, -1).T
-    back_I = order_I.flip(0)
-    return symmetric_II[back_I][:, back_I].double()
+    num = len(hessian_II)
+    if order_I is not None:
+        lower_II = hessian_II.tril()
+        symmetric_II = lower_II.add_(torch.tril(lower_II, -1).T)
+        back_I = order_I.flip(0)
+        return symmetric_II[back_I][:, back_I].double()
+    reversed_II = torch.empty_like(hessian_II, dtype=torch.float64)
+    for start in range(0, num, _PANEL):  # by strips, so that nothing of this size is copied twice
+        end = min(start + _PANEL, num)
+        # The lower triangle of the reversal is the upper one of H, which may not be filled.
+        reversed_II[start:end] = hessian_II[:, num - end : num - start].T.flip(0, 1)
+    return reversed_II
+
+
+def _unit_lower(lower_II: torch.Tensor, scale_I: torch.Tensor) -> torch.Tensor:
+    """Return A^T in float32 from the factor L of the reversed H: A = P L diag(scale)^-1 P."""
+    import torch
+
+    num = len(scale_I)
+    unit_lower_II = torch.empty_like(lower_II, dtype=torch.float32)
+    for start in range(0, num, _PANEL):
+        end = min(start + _PANEL, num)
+        unit_lower_II[:, num - end : num - start] = (lower_II[start:end] / scale_I).flip(0, 1).T
+    return unit_lower_II
 
 
 def cholesky_(matrix_II: torch.Tensor) -> bool:
@@ -100,17 +118,17 @@ def cholesky_(matrix_II: torch.Tensor) -> bool:
     import torch
 
     num = len(matrix_II)
+    faults = torch.zeros((), dtype=torch.int32, device=matrix_II.device)  # looked at once: an accelerator must not wait
     for start in range(0, num, _PANEL):
         end = min(start + _PANEL, num)
         panel_IB = matrix_II[start:, start:end]
         if start:
             panel_IB.addmm_(matrix_II[start:, :start], matrix_II[start:end, :start].T, alpha=-1)
         corner_BB, info = torch.linalg.cholesky_ex(panel_IB[: end - start])
-        if int(info) != 0 or not bool(corner_BB.isfinite().all()):
-            return False
+        faults += info
         panel_IB[: end - start] = corner_BB
         if end < num:
             below_IB = panel_IB[end - start :]
             below_IB.copy_(torch.linalg.solve_triangular(corner_BB.T, below_IB, upper=True, left=False))
         matrix_II[start:end, end:] = 0
-    return True
+    return int(faults) == 0 and bool(matrix_II.diagonal().isfinite().all())

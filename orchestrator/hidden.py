@@ -1,4 +1,4 @@
-"""Hidden states between two blocks, on disk: one file for each block that they enter.
+"""Hidden states between two blocks, and inputs of layers within one, on disk.
 
 They are read and written a batch at a time, so memory does not grow with the number of samples. The kernel's page
 cache keeps in memory what fits and writes the rest out when it must; what a killed run has written is still there.
@@ -21,13 +21,19 @@ if TYPE_CHECKING:
 
 
 class HiddenStates:
-    """What enters block `number`: float32 [N, T, D], in batches of `batch` sequences."""
+    """A file of float32 [N, T, D], in batches of `batch` sequences.
 
-    def __init__(self, folder: Path, number: int, shape_NTD: tuple[int, int, int], batch: int) -> None:
+    number: the block that they enter. digested: whether they are to be recognized by a later run.
+    """
+
+    def __init__(
+        self, path: Path, number: int, shape_NTD: tuple[int, int, int], batch: int, *, digested: bool = False
+    ) -> None:
         self.number = number
-        self.path = folder / f"hidden-{number:05d}.f32"
+        self.path = path
         self.shape_NTD = shape_NTD
         self._batch = batch
+        self._digested = digested
         self._digests: dict[int, str] = {}
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
@@ -58,7 +64,8 @@ class HiddenStates:
         _, tokens, width = self.shape_NTD
         stored_BTD = hidden_BTD.float().cpu().contiguous()
         write_from(self._descriptor, stored_BTD, index * self._batch * tokens * width * 4)
-        self._digests[index] = hashlib.sha256(bytes_of(stored_BTD)).hexdigest()
+        if self._digested:
+            self._digests[index] = hashlib.sha256(bytes_of(stored_BTD)).hexdigest()
 
     @property
     def sha256(self) -> str:

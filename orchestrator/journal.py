@@ -52,9 +52,7 @@ class Journal:
 @contextmanager
 def lease(home: Path, name: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the kernel lock called `name`; call `waiting` once if somebody else holds it."""
-    path = home / "locks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _lock_file(home, name)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,3 +63,24 @@ def lease(home: Path, name: str, waiting: Callable[[], None] | None = None) -> I
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def lease_if_free(home: Path, name: str) -> Iterator[bool]:
+    """Hold the kernel lock called `name` if nobody else does; gives whether it is held."""
+    descriptor = _lock_file(home, name)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def _lock_file(home: Path, name: str) -> int:
+    path = home / "locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

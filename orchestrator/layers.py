@@ -18,9 +18,7 @@ _EXPERT_LAYER = re.compile(r"(?P<experts>.+\.experts)\.\d+\..+")
 # These choose experts, or weigh them: tiny, and a wrong choice costs more than all that compressing them could save.
 ROUTERS = ("gate", "router", "shared_expert_gate")
 # Matrices that are looked up, not multiplied with.
-_EMBEDDINGS = frozenset(
-    ["embed_tokens", "embed_positions", "embed_in", "wte", "wpe", "word_embeddings", "tokens_embed", "positions_embed"]
-)
+_EMBEDDING = re.compile(r"(embed_(tokens|positions|in)|(tokens|positions)_embed|word_embeddings|wte|wpe)")
 # Architectures whose linear layers in blocks are stored as [in, out] (`Conv1D` of Transformers).
 _TRANSPOSED = ("gpt2", "openai-gpt")
 
@@ -30,9 +28,14 @@ def is_router(name: str) -> bool:
     return name.rpartition(".")[2] in ROUTERS
 
 
+def is_expert(name: str) -> bool:
+    """Whether a layer belongs to one of the experts among which a router chooses."""
+    return _EXPERT_LAYER.fullmatch(name) is not None
+
+
 def is_embedding(name: str) -> bool:
     """Whether a two-dimensional weight is a table that is looked up."""
-    return name.rpartition(".")[2] in _EMBEDDINGS
+    return _EMBEDDING.fullmatch(name.rpartition(".")[2]) is not None
 
 
 def stores_transposed(config: Mapping[str, Any]) -> bool:
@@ -53,15 +56,35 @@ def unsupported(config: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def unquantizable(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return why quantized layers of this architecture could be loaded by nobody, and what to do; None if they can."""
+def unquantizable(
+    config: Mapping[str, Any], names: Sequence[str], skip: Sequence[str], *, symmetric: bool
+) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Yield what would make a quantized model that nobody can load: where in the step, what, and what to do.
+
+    As found by trying Transformers 5.23 with compressed-tensors 0.20: it decompresses experts while it merges them,
+    all of them and without zero points. vLLM's kernels for experts take no zero points either.
+    """
     if stores_transposed(config):
-        return (
-            f"a {config['model_type']!r} model keeps its layers as Conv1D, which compressed-tensors does not know:"
-            " neither Transformers nor vLLM could load the quantized layers",
-            "prune it, or use a model with Linear layers",
+        yield (
+            (),
+            f"a {config['model_type']!r} model keeps its layers as Conv1D, stored transposed; compressed-tensors knows"
+            " Linear layers only, so neither Transformers nor vLLM could load it quantized",
+            "prune it only, or use a model with Linear layers",
         )
-    return None
+    experts = [name for name in names if is_expert(name)]
+    skipped = [name for name in experts if is_skipped(name, skip)]
+    if experts and not symmetric:
+        yield (
+            ("with",),
+            "the experts of a mixture cannot be loaded with zero points (compressed-tensors in Transformers and vLLM)",
+            "set symmetric: true",
+        )
+    if skipped:
+        yield (
+            ("skip",),
+            f"Transformers cannot load a quantized model that holds some experts unquantized, such as {skipped[0]}",
+            "quantize all experts, or prune without quantizing",
+        )
 
 
 def is_skipped(name: str, skip: Sequence[str]) -> bool:

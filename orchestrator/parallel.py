@@ -8,7 +8,7 @@ another order for each number of threads: Cholesky does; and it waits for the sl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,12 +48,14 @@ class Workers:
             for future in futures:
                 if future.exception() is not None:
                     break
-        except BaseException:  # interrupted while waiting
+        except BaseException:  # interrupted while waiting: what tasks use must not be taken from under them
             on_error()
-            raise
-        finally:
             for future in futures:
                 future.cancel()
+            wait(futures)
+            raise
+        for future in futures:
+            future.cancel()
         errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
         if errors:
             raise next((error for error in errors if not isinstance(error, StoppedError)), errors[0])

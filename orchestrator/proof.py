@@ -87,9 +87,8 @@ def _skeleton_outputs(skeleton: Skeleton, depth: int, tokens_BT: torch.Tensor) -
     outputs = []
     for block, given in zip(skeleton.blocks[:depth], arguments, strict=False):
         skeleton.load(block.name)
-        output = block.module(hidden_BTD, **given)
+        hidden_BTD = block.run(hidden_BTD, given)
         skeleton.release(block.name)
-        hidden_BTD = output[0] if isinstance(output, tuple) else output
         outputs.append(hidden_BTD)
     return outputs
 
@@ -105,7 +104,7 @@ def _stock_outputs(checkpoint: Checkpoint, names: list[str], depth: int, tokens_
     found: dict[str, torch.Tensor] = {}
 
     def keep(name: str, output: Any) -> None:
-        found[name] = output[0] if isinstance(output, tuple) else output
+        found[name] = output[0] if isinstance(output, tuple | list) else output
 
     for name, module in model.named_modules():
         # Stored names may leave out the name of the base model.
@@ -117,8 +116,7 @@ def _stock_outputs(checkpoint: Checkpoint, names: list[str], depth: int, tokens_
 
 
 def _refusal(checkpoint: Checkpoint, what: str) -> PreflightError:
+    from orchestrator.skeleton import REMEDY
+
     kind = checkpoint.config["model_type"]
-    return PreflightError(
-        f"{checkpoint.path} (model_type {kind!r}): {what}",
-        remedy="its architecture cannot be walked block by block; use one that the README lists as supported",
-    )
+    return PreflightError(f"{checkpoint.path} (model_type {kind!r}): {what}", remedy=REMEDY)

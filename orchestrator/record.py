@@ -33,7 +33,7 @@ class RunRecord:
         self._run_id = run_id
         self._engine = engine
         self._tracker = Tracker(settings.tracking_uri, EXPERIMENT)
-        self.registry = ModelRegistry(settings.tracking_uri)
+        self.registry = ModelRegistry(settings.tracking_uri, settings.home)
         self.mlflow_run: str | None = None
         self._waiting: list[Callable[[str], object]] = []  # cached steps before the first computed one
 
@@ -127,16 +127,20 @@ class RunRecord:
         return f"alias {alias} of {name} moved from {before} to version {version}"
 
     def finish(self, outcomes: Mapping[int, StepOutcome], *, failed: bool) -> None:
-        """Close the parent run, if there is one."""
-        if self.mlflow_run is None:
-            return
+        """Close the parent run, if there is one; remember what the next run will want to know of the registry."""
+        if self.mlflow_run is not None:
+            self._close(self.mlflow_run, outcomes, failed=failed)
+        if not failed:
+            self.registry.remember()  # last, because closing the run writes to the same database
+
+    def _close(self, run: str, outcomes: Mapping[int, StepOutcome], *, failed: bool) -> None:
         rows = metric_rows(outcome.as_dict() for _, outcome in sorted(outcomes.items()))
         metrics = {row.name: row.compressed for row in rows} | {
             f"dense_{row.name}": row.dense for row in rows if row.dense is not None
         }
         status: RunStatus = "FAILED" if failed else "FINISHED"
         try:
-            self._tracker.finish_pipeline(self.mlflow_run, status, metrics, as_markdown(rows) if rows else None)
+            self._tracker.finish_pipeline(run, status, metrics, as_markdown(rows) if rows else None)
         except OrchestratorError:
             if not failed:  # otherwise the failure that is on its way up is the one to see
                 raise

@@ -17,11 +17,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.canonical import canonical_json, write_atomically
+from orchestrator.canonical import canonical_json, digest_of, write_atomically
 from orchestrator.factor import HessianFactor, Order
 from orchestrator.reader import bytes_of
 from orchestrator.statistics import FactorMemo, InputMoment, mirror_lower_
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 LIMIT_VARIABLE = "ORCHESTRATOR_STATISTICS_GIB"
 DEFAULT_LIMIT_GIB = 20.0
+_PART_SECONDS = 3600  # no file takes as long to be written
 _STRIP = 128  # rows of a triangle that are stored together, so that no index of single entries is needed
 
 
@@ -43,20 +46,24 @@ class RecordStore:
         self._in_use: set[str] = set()
 
     def index(self, key: str) -> Mapping[str, str] | None:
-        """Return which layer's input stands for each layer of a block, or None if that is not known yet."""
+        """Return which layer's input stands for each layer of a block, in their order; None if it is not known yet."""
         try:
-            return dict(json.loads((self._folder / f"{key}.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            found = json.loads((self._folder / f"{key}.json").read_text(encoding="utf-8"))
+            return dict(found["leader_of"]) if found["sha256"] == digest_of(found["leader_of"]) else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def save_index(self, key: str, leader_of: Mapping[str, str]) -> None:
         """Remember which layers of a block share an input."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._folder / f"{key}.json", canonical_json(dict(leader_of)))
+        pairs = [list(pair) for pair in leader_of.items()]  # canonical JSON would sort a mapping
+        content = {"leader_of": pairs, "sha256": digest_of(pairs)}
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._folder / f"{key}.json", canonical_json(content))
 
     def has(self, key: str, *, with_hessian: bool) -> bool:
         """Whether there is such a record, whole or not."""
-        return any((self._folder / name).is_file() for name in _names(key, with_hessian))
+        return any((self._folder / f"{name}.safetensors").is_file() for name in _names(key, with_hessian))
 
     def load(self, key: str, *, with_hessian: bool) -> InputMoment | None:
         """Return a record, its bytes verified; None if there is none or it is damaged."""
@@ -122,23 +129,31 @@ class RecordStore:
         return tensors
 
     def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Store tensors if there is room for them: on a full disk the walk goes on without."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if not self._make_room(size):
-            return
         path = self._folder / f"{name}.safetensors"
         part = self._folder / f".{name}.{os.getpid()}.part"
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if not self._make_room(size):
+                return
             save_file(dict(tensors), part, {"sha256": _digest(tensors)})
             part.replace(path)
+        except (OSError, SafetensorError):  # safetensors has an error of its own for a full disk
+            return
         finally:
             part.unlink(missing_ok=True)
         self._in_use.add(path.name)
 
     def _make_room(self, size: int) -> bool:
         """Remove what was used longest ago until `size` more bytes keep the limit; False if that is not possible."""
+        for part in self._folder.glob(".*.part"):  # of killed runs
+            with suppress(FileNotFoundError):
+                if time.time() - part.stat().st_mtime > _PART_SECONDS:
+                    part.unlink()
         found = []
         for path in self._folder.glob("*.safetensors"):
             try:

@@ -4,6 +4,8 @@ A version's `source` is the release's address and its tag ``orchestrator.digest`
 can be followed back to bytes that prove themselves. A tracking server refuses a version whose source is a folder of
 some client (``file://…``); such a version gets ``orchestrator-file://HOST/…``, which says whose folder it is, and
 `resolve` gives the plain address back on that machine.
+
+What a run that computes nothing must know is remembered (registry_memory.py), so that it need not import MLflow.
 """
 
 from __future__ import annotations
@@ -12,10 +14,13 @@ import difflib
 import re
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from orchestrator.errors import PublishError, SpecError
+from orchestrator.errors import OrchestratorError, PublishError, SpecError
+from orchestrator.registry_memory import RegistryMemory
 from orchestrator.tracking import connect, is_server, translated
 
 if TYPE_CHECKING:
@@ -43,10 +48,15 @@ class RegisteredVersion:
 
 
 class ModelRegistry:
-    """The model registry at `uri`. Raises `PreflightError` if nothing answers there."""
+    """The model registry at `uri`. Raises `PreflightError` if nothing answers there.
 
-    def __init__(self, uri: str) -> None:
+    home: where answers are remembered for as long as a local database has not changed; None: nowhere.
+    """
+
+    def __init__(self, uri: str, home: Path | None = None) -> None:
         self.uri = uri
+        self._memory = RegistryMemory(uri, home)
+        self._looked_up: set[tuple[str, str, str]] = set()
 
     def register(
         self,
@@ -82,20 +92,40 @@ class ModelRegistry:
             if alias is not None:
                 client.set_registered_model_alias(name, alias, version)
             self._verify(name, version, address, tags[DIGEST_TAG], alias)
+            self._looked_up |= {(name, "/", version)} | ({(name, "@", alias)} if alias else set())
             return version
 
     def version_exists(self, name: str, version: str) -> bool:
         """Whether `name` has that version."""
-        with translated(self.uri, PublishError, f"could not look up {name!r}"):
-            client = connect(self.uri)
-            return _unless_absent(lambda: client.get_model_version(name, version)) is not None
+        return self._look_up(name, "/", version) is not None
 
     def alias_version(self, name: str, alias: str) -> str | None:
         """Return the version that `alias` of `name` points at, or None if there is no such alias or model."""
+        return self._look_up(name, "@", alias)
+
+    def remember(self) -> None:
+        """Remember for the next run what this one looked up or wrote, as it is now. Never fails."""
+        if self._memory.keeps:
+            for name, mark, what in sorted(self._looked_up):
+                with suppress(OrchestratorError):
+                    self._look_up(name, mark, what)
+
+    def _look_up(self, name: str, mark: str, what: str) -> str | None:
+        """Return the number of the version ``name/version`` or ``name@alias``, from memory or from MLflow."""
+        self._looked_up.add((name, mark, what))
+        question = f"{name}{mark}{what}"
+        known = self._memory.recall(question)
+        if known is not None:
+            return known
         with translated(self.uri, PublishError, f"could not look up {name!r}"):
-            client = connect(self.uri)
-            found = _unless_absent(lambda: client.get_model_version_by_alias(name, alias))
-            return None if found is None else str(found.version)
+            client = connect(self.uri)  # before the memory looks at the database: opening it may write there
+            call = client.get_model_version_by_alias if mark == "@" else client.get_model_version
+
+            def ask() -> str | None:
+                found = _unless_absent(lambda: call(name, what))
+                return None if found is None else str(found.version)
+
+            return self._memory.learn(question, ask)
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
         """Point `alias` of `name` at `version`, and read it back. `PublishError` if the registry refuses."""

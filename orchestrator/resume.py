@@ -2,8 +2,8 @@
 
 The folder holds ``progress.jsonl`` (append-only, each line flushed to disk: first who this is, then one line for each
 finished block) and the hidden states that enter the next block. A line is written after everything that it speaks of,
-and is believed only if the bytes that it speaks of have the digests that it names: the kernel may have lost what it
-had not yet written out, if the machine went down with the process.
+and is believed only if it has the digest that it ends with, and the bytes that it speaks of those that it names: the
+kernel may have lost what it had not yet written out, if the machine went down with the process.
 
 Progress belongs to one identity: model, data, parameters, code, libraries, instruction set and threads of an
 operation. The progress of any other is thrown away, never continued.
@@ -11,6 +11,7 @@ operation. The progress of any other is thrown away, never continued.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.canonical import canonical_json
+from orchestrator.canonical import canonical_json, digest_of
 
 _PROGRESS = "progress.jsonl"
 
@@ -30,6 +31,7 @@ class FinishedBlock:
 
     layers: what the method reported of each layer. written: digest of the stored bytes of each layer.
     hidden: number of the block that the hidden states on disk enter, and their digest; None if none were needed.
+    passed: digest of all compressed layers that the tokens have passed; None if they passed none.
     """
 
     number: int
@@ -37,6 +39,7 @@ class FinishedBlock:
     written: Mapping[str, str]
     scale_dtype: str | None
     hidden: tuple[int, str] | None
+    passed: str | None
 
 
 class WalkProgress:
@@ -63,19 +66,21 @@ class WalkProgress:
         if count == len(self.blocks):
             return
         kept = self._path.read_bytes().splitlines(keepends=True)[: 1 + count]
-        self._path.write_bytes(b"".join(kept))
+        os.truncate(self._path, sum(map(len, kept)))
         del self.blocks[count:]
 
     def _append(self, value: Any) -> None:
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            os.write(descriptor, canonical_json(value) + b"\n")
+            line = canonical_json({"sha256": digest_of(value), "value": value}) + b"\n"
+            if os.write(descriptor, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
     def _lines(self) -> list[Any]:
-        """All whole lines; a line torn by a crash ends them."""
+        """All whole lines; one that was torn by a crash or has changed ends them."""
         try:
             text = self._path.read_bytes()
         except OSError:
@@ -83,10 +88,11 @@ class WalkProgress:
         lines = []
         for line in text.splitlines(keepends=True):
             try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("torn")
-                lines.append(json.loads(line))
-            except ValueError:
+                entry = json.loads(line)
+                if not line.endswith(b"\n") or entry["sha256"] != digest_of(entry["value"]):
+                    raise ValueError("torn or changed")
+                lines.append(entry["value"])
+            except (ValueError, KeyError, TypeError, RecursionError):
                 whole = sum(map(len, text.splitlines(keepends=True)[: len(lines)]))
                 os.truncate(self._path, whole)
                 break
@@ -95,6 +101,4 @@ class WalkProgress:
 
 def _block(line: Mapping[str, Any]) -> FinishedBlock:
     hidden = line["hidden"]
-    return FinishedBlock(
-        line["number"], line["layers"], line["written"], line["scale_dtype"], tuple(hidden) if hidden else None
-    )
+    return FinishedBlock(**{**line, "hidden": tuple(hidden) if hidden else None})

@@ -99,6 +99,8 @@ class Execution:
             with lease(self.settings.home, step.fingerprint, lambda: self.observer.note(waiting)):
                 artifact = self._cached(step)
                 cached = artifact is not None
+                if cached:  # a run that was killed between its result and its cleaning up
+                    self.store.unstage(step.fingerprint)
                 if artifact is None:
                     if self.record.mlflow_run is None:
                         self.observer.note(f"recording in MLflow at {self.settings.public_tracking_uri}")
@@ -167,7 +169,8 @@ class Execution:
         keep = False
         self._import_seconds = 0.0
         try:
-            if not isinstance(step.method, Publisher):
+            size = self.estimates[step.index].size
+            if not isinstance(step.method, Publisher) and not (size and size.recorded):
                 fresh = not has_torch()
                 seconds = import_libraries(self._model(step.inputs["model"]))
                 self._import_seconds = seconds if fresh else 0.0
@@ -196,10 +199,7 @@ class Execution:
             keep = resumable  # no fault of the step: run again, it goes on where it was
             raise
         finally:
-            self.store.unstage(f"{step.fingerprint}.scratch")
-            if not keep:
-                self.store.unstage(step.fingerprint)
-                self.store.unstage(f"{step.fingerprint}.state")
+            self.store.unstage(f"{step.fingerprint}.scratch" if keep else step.fingerprint)
 
     def _inputs(self, step: Step, scratch: Path, state: Path) -> StepInputs:
         calibration = step.inputs.get("calibration")
@@ -341,6 +341,7 @@ def start(spec_path: Path, methods: Methods, settings: Settings, observer: Obser
     store = ArtifactStore(settings.home)
     estimates = foresee(plan, settings.home, [store.lookup(step.fingerprint) for step in plan.steps], engine=engine)
     settings.make_home()
+    store.sweep()
     return Execution(plan, settings, observer, engine, estimates)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from orchestrator.checkpoint import Checkpoint
 
-_REMEDY = "use a model like Llama, Mistral, Mixtral, Qwen, Gemma, Phi-3, GPT-2, OPT or Pythia, stored as published"
+REMEDY = "use a model like Llama, Mistral, Mixtral, Qwen, Gemma, Phi-3, GPT-2, OPT or Pythia, stored as published"
 # Tables that Transformers computes anew, which old checkpoints store all the same.
 _IGNORED = (r"rotary_emb\.inv_freq$",)
 
@@ -49,6 +49,11 @@ class Block:
     transposed: frozenset[str] = frozenset()
     experts: frozenset[str] = frozenset()
     same_input: tuple[tuple[str, ...], ...] = ()
+
+    def run(self, hidden_BTD: torch.Tensor, arguments: Mapping[str, Any]) -> Any:
+        """Return the hidden states that the block puts out; some put out a tuple that begins with them."""
+        output = self.module(hidden_BTD, **arguments)
+        return output[0] if isinstance(output, tuple | list) else output
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
@@ -76,7 +81,7 @@ class Skeleton:
         try:
             with quiet(), torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
             raise self._refusal(f"Transformers cannot build it: {error}") from error
         model.eval().requires_grad_(False)
         self.is_known = config.model_type in KNOWN  # if not, `orchestrator.proof` has to vouch for it
@@ -195,7 +200,7 @@ class Skeleton:
 
     def _refusal(self, what: str) -> PreflightError:
         kind = self.checkpoint.config["model_type"]
-        return PreflightError(f"{self.checkpoint.path} (model_type {kind!r}): {what}", remedy=_REMEDY)
+        return PreflightError(f"{self.checkpoint.path} (model_type {kind!r}): {what}", remedy=REMEDY)
 
     def _make_buffers_real(self, model: Any) -> None:
         """Fill the tables that no checkpoint stores, as Transformers does when it loads a model."""

@@ -150,7 +150,7 @@ class InputMomentBuilder:
     def pass_over(self, number: int) -> None:
         """Say that batch `number` holds no token for this input, if it was not added."""
         for part in range(len(self.turns)):
-            if self.turns.next(part) == number:
+            if self.turns.next(part) <= number:
                 with self.turns.take(part, number):
                     pass
 

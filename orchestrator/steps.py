@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,6 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
     from orchestrator.walk import WalkSettings, walk
 
     scheme = method.scheme()
-    writer = ModelWriter(inputs.model, folder, scheme=scheme, skip=step.skip)
     settings = WalkSettings(
         inputs=step.calibrated_on or method.inputs,
         device=step.device,
@@ -100,16 +100,17 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
             "environment": step.identity["environment"],
         },
     )
-    report = walk(
-        inputs.model,
-        method,
-        inputs.calibration,
-        writer,
-        skip=step.skip,
-        progress=inputs.progress,
-        settings=settings,
-    )
-    writer.finish()
+    with closing(ModelWriter(inputs.model, folder, scheme=scheme, skip=step.skip)) as writer:
+        report = walk(
+            inputs.model,
+            method,
+            inputs.calibration,
+            writer,
+            skip=step.skip,
+            progress=inputs.progress,
+            settings=settings,
+        )
+        writer.finish()
     claims: dict[str, Any] = {}
     if Invariant.ZEROS in method.provides:
         claims["zeros"] = {"pattern": method.sparsity_pattern(), "skip": list(step.skip)}

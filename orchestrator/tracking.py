@@ -41,7 +41,7 @@ NOTE_TAG = "mlflow.note.content"
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 8000
 PARAMS_PER_BATCH = 100
-METRICS_PER_BATCH = 1000
+METRICS_PER_BATCH = 900  # beside 100 parameters: a batch holds 1000 things
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 # Defaults of ours; a user's own setting wins. mlflow reads all of them when it is imported or later.
 ENVIRONMENT = {
@@ -153,10 +153,9 @@ class Tracker:
         client = connect(self.uri)
         values: list[Metric] = [Metric(key, float(value), at_ms, 0) for key, value in sorted(metrics.items())]
         texts = [Param(key, _cut(_as_text(value), MAX_PARAM_CHARS)) for key, value in sorted(params.items())]
-        for first in range(0, len(values), METRICS_PER_BATCH):
-            client.log_batch(run_id, metrics=values[first : first + METRICS_PER_BATCH])
-        for first in range(0, len(texts), PARAMS_PER_BATCH):
-            client.log_batch(run_id, params=texts[first : first + PARAMS_PER_BATCH])
+        while values or texts:  # both in one call: most steps then need no second one
+            client.log_batch(run_id, metrics=values[:METRICS_PER_BATCH], params=texts[:PARAMS_PER_BATCH])
+            values, texts = values[METRICS_PER_BATCH:], texts[PARAMS_PER_BATCH:]
 
 
 def connect(uri: str) -> MlflowClient:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,8 +41,10 @@ from orchestrator.parallel import Workers, one_thread
 from orchestrator.reader import bytes_of
 from orchestrator.records import RecordStore
 from orchestrator.resume import FinishedBlock, WalkProgress
+from orchestrator.stages import Cut
 from orchestrator.statistics import InputMoment, alike
 from orchestrator.usage import give_back_memory
+from orchestrator.stored import StoredLayers
 
 if TYPE_CHECKING:
     import torch
@@ -120,83 +122,127 @@ def walk(
             f"{method.name} needs calibration data, and no step before it made any",
             remedy="put a calibrate step before it",
         )
+    tokens_NT = None if method.needs is Needs.WEIGHT or calibration is None else calibration.tokens_NT
+    job = _Job(method, writer, skip, progress, settings, tokens_NT, _facts(checkpoint, settings, tokens_NT))
     with ExitStack() as stack:
+        threads = stack.enter_context(one_thread())
+        stack.enter_context(_exact_matmuls())
+        stack.enter_context(torch.no_grad())
+        workers = Workers(settings.workers or threads)
+        if settings.state is None:
+            state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="walk-", dir=writer.folder.parent)))
+        else:
+            state = settings.state
+        order = _recorded_layers(checkpoint, job)
+        if order is not None:
+            stored = StoredLayers(checkpoint, order)
+            stack.callback(stored.close)
+            stack.callback(workers.close)
+            with suppress(_RecordGone):  # a damaged one: then all is as if it had never been there
+                return _Walk(job, stored, None, workers, state).run()
         skeleton = Skeleton(checkpoint)
         stack.callback(skeleton.close)
         if not skeleton.is_known:
             from orchestrator.proof import prove
 
             prove(checkpoint)
-        threads = stack.enter_context(one_thread())
-        stack.enter_context(_exact_matmuls())
-        stack.enter_context(torch.no_grad())
-        workers = Workers(settings.workers or threads)
-        stack.callback(workers.close)
-        if settings.state is None:
-            state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="walk-", dir=writer.folder.parent)))
-        else:
-            state = settings.state
-        tokens_NT = None if method.needs is Needs.WEIGHT or calibration is None else calibration.tokens_NT
-        run = _Walk(skeleton, method, writer, skip, progress, settings, workers, state, tokens_NT)
-        stack.callback(run.close)
-        run.check_ignored()
-        run.blocks()
-        return run.report()
+        stream = None if tokens_NT is None else Stream(skeleton, tokens_NT, state, workers, settings.device)
+        if stream is not None:
+            stack.callback(stream.close)
+        stack.callback(workers.close)  # before the files that threads may still be at
+        return _Walk(job, skeleton, stream, workers, state).run()
+
+
+class _RecordGone(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a walk without a model that finds a record damaged."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be done. facts: what statistics follow from, whatever the method does with them."""
+
+    method: LayerMethod
+    writer: ModelWriter
+    skip: Sequence[str]
+    progress: Progress
+    settings: WalkSettings
+    tokens_NT: torch.Tensor | None
+    facts: Mapping[str, Any]
+
+    def key(self, block: str, leader: str | None = None, passed: str | None = None) -> str:
+        """The name of a block's record of one input, or of its list of inputs.
+
+        passed: digest of the compressed layers that the tokens have passed; None for dense inputs.
+        """
+        return digest_of({**self.facts, "passed": passed, "block": block, "input": leader})
+
+
+def _facts(checkpoint: Checkpoint, settings: WalkSettings, tokens_NT: torch.Tensor | None) -> dict[str, Any]:
+    return {
+        **settings.identity,
+        "dtype": checkpoint.dtype_name,
+        "tokens": None if tokens_NT is None else _tokens_digest(tokens_NT),
+        "machine": machine_facts(settings.device),
+    }
+
+
+def _recorded_layers(checkpoint: Checkpoint, job: _Job) -> dict[str, Sequence[str]] | None:
+    """Return every block's layers in their order if the records of all of them are there, on dense inputs."""
+    store = job.settings.records
+    if store is None or job.tokens_NT is None or job.settings.inputs != "dense":
+        return None
+    with_hessian = job.method.needs is Needs.INPUT_MOMENT
+    found: dict[str, Sequence[str]] = {}
+    for block, layers in checkpoint.layers_by_block().items():
+        leader_of = store.index(job.key(block))
+        if leader_of is None or sorted(leader_of) != sorted(layers):
+            return None
+        for leader in {leader_of[name] for name in layers if not is_skipped(name, job.skip)}:
+            if not store.has(job.key(block, leader), with_hessian=with_hessian):
+                return None
+        found[block] = list(leader_of)
+    return found
 
 
 class _Walk:
     def __init__(
-        self,
-        skeleton: Skeleton,
-        method: LayerMethod,
-        writer: ModelWriter,
-        skip: Sequence[str],
-        progress: Progress,
-        settings: WalkSettings,
-        workers: Workers,
-        state: Path,
-        tokens_NT: torch.Tensor | None,
+        self, job: _Job, model: Skeleton | StoredLayers, stream: Stream | None, workers: Workers, state: Path
     ) -> None:
-        self.skeleton = skeleton
-        self.method = method
-        self.writer = writer
-        self.progress = progress
-        self.settings = settings
+        self.job = job
+        self.method, self.settings, self.writer = job.method, job.settings, job.writer
+        self.model = model
+        self.stream = stream
         self.workers = workers
-        self.dense = settings.inputs == "dense"
-        self.with_hessian = method.needs is Needs.INPUT_MOMENT
+        self.dense = job.settings.inputs == "dense"
+        self.with_hessian = job.method.needs is Needs.INPUT_MOMENT
         self.targets = {
-            block.name: [name for name in block.linears if not is_skipped(name, skip)] for block in skeleton.blocks
+            block.name: [name for name in block.linears if not is_skipped(name, job.skip)] for block in model.blocks
         }
-        self.last = max((block.index for block in skeleton.blocks if self.targets[block.name]), default=-1)
+        self.last = max((block.index for block in model.blocks if self.targets[block.name]), default=-1)
         self.layers: dict[str, Mapping[str, float]] = {}
-        self.prefix: str | None = None  # digest of the compressed blocks that the tokens have passed
-        # What statistics follow from, whatever the method does with them.
-        self.facts = {
-            **settings.identity,
-            "dtype": skeleton.checkpoint.dtype_name,
-            "tokens": None if tokens_NT is None else hashlib.sha256(bytes_of(tokens_NT.contiguous())).hexdigest(),
-            "machine": machine_facts(settings.device),
-        }
-        who = {**self.facts, "method": method.name, "parameters": method.model_dump(mode="json"), "skip": sorted(skip)}
-        self.finished = WalkProgress(state, {**who, "inputs": settings.inputs})
-        self.stream = None
-        if tokens_NT is not None:
-            self.stream = Stream(skeleton, tokens_NT, state, workers, settings.device)
+        self.prefix: str | None = None  # digest of the compressed layers that the tokens have passed
+        parameters = job.method.model_dump(mode="json")
+        who = {**job.facts, "method": job.method.name, "parameters": parameters, "skip": sorted(job.skip)}
+        self.finished = WalkProgress(state, {**who, "inputs": job.settings.inputs})
+
+    def run(self) -> WalkReport:
+        """Compress everything and say what was found."""
+        self.check_ignored()
+        self.blocks()
+        return self.report()
 
     def check_ignored(self) -> None:
         """Every layer that stays dense in a quantized model must be declared so, or nobody could load it."""
         if self.writer.scheme is not None:
             done = {name for names in self.targets.values() for name in names}
-            for name in self.skeleton.linear_names():
+            for name in self.model.linear_names():
                 if (name in done) == (name in self.writer.ignored):
                     raise StepError(f"{name} would be stored against what quantization_config says of it")
 
     def blocks(self) -> None:
         """Compress block after block, from the first one that no earlier run has finished."""
-        for block in self.skeleton.blocks[self._take_over() : self.last + 1]:
-            written = self._without_tokens(block) if self.stream is None else self._with_tokens(block, self.stream)
-            self._passed(written)
+        for block in self.model.blocks[self._take_over() : self.last + 1]:
+            written = self._without_tokens(block) if self.job.tokens_NT is None else self._with_tokens(block)
             self.finished.finish(
                 FinishedBlock(
                     block.index,
@@ -204,27 +250,23 @@ class _Walk:
                     written,
                     self.writer.scale_dtype,
                     self.stream.position if self.stream else None,
+                    self.prefix,
                 )
             )
             if self.stream is not None:
                 self.stream.discard_passed()
             give_back_memory()
-            self.progress((block.index + 1) / len(self.skeleton.blocks), f"{self.method.name}: {block.name} done")
-
-    def close(self) -> None:
-        """Close the files of hidden states."""
-        if self.stream is not None:
-            self.stream.close()
+            self.job.progress((block.index + 1) / len(self.model.blocks), f"{self.method.name}: {block.name} done")
 
     def report(self) -> WalkReport:
         """Put together what the layers reported, as `WalkReport` says."""
-        layers = {n: self.layers[n] for block in self.skeleton.blocks for n in self.targets[block.name]}
+        layers = {n: self.layers[n] for block in self.model.blocks for n in self.targets[block.name]}
         shapes = self.writer.layers
         sizes = {name: shapes[name].out_features * shapes[name].in_features for name in layers}
         metrics: dict[str, float] = {"layers": len(layers), "weights": sum(sizes.values())}
         if self.with_hessian:
             metrics[RANK_DEFICIENT] = 0
-        if self.stream is not None and any(block.experts for block in self.skeleton.blocks):
+        if self.job.tokens_NT is not None and any(block.experts for block in self.model.blocks):
             metrics |= {STARVED: 0, UNSEEN: 0}
         for name in sorted({name for values in layers.values() for name in values}):
             found = {layer: values[name] for layer, values in layers.items() if name in values}
@@ -255,16 +297,11 @@ class _Walk:
         self.finished.keep_first(count)
         for done in self.finished.blocks:
             self.layers.update(done.layers)
-            self._passed(done.written)
+            self.prefix = done.passed
         if count:
-            block = self.skeleton.blocks[count - 1]
-            self.progress(count / len(self.skeleton.blocks), f"{self.method.name}: going on after {block.name}")
+            block = self.model.blocks[count - 1]
+            self.job.progress(count / len(self.model.blocks), f"{self.method.name}: going on after {block.name}")
         return count
-
-    def _passed(self, written: Mapping[str, str]) -> None:
-        """Note which bytes the tokens have passed."""
-        if not self.dense and written:
-            self.prefix = digest_of([self.prefix, dict(written)])
 
     def _without_tokens(self, block: Block) -> dict[str, str]:
         """Compress a block's layers one by one from their stored weights; return the digests of what was written."""
@@ -273,77 +310,116 @@ class _Walk:
         def task(name: str) -> dict[str, str]:
             self._load(block, name, [name])
             written = self._compress(block, [name], None)
-            self.skeleton.release(name)
+            self.model.release(name)
             return written
 
         return _joined(self.workers.run([partial(task, name) for name in self.targets[block.name]]))
 
-    def _with_tokens(self, block: Block, stream: Stream) -> dict[str, str]:
+    def _with_tokens(self, block: Block) -> dict[str, str]:
         """Compress a block's layers with records of their inputs, and send the tokens on."""
         names = self.targets[block.name]
-        if not names:
-            if not self.dense:
-                stream.go_to(block.index + 1)
-            return {}
-        leader_of, records = self._recorded(block, names)
-        if not records or not self.dense:
-            stream.go_to(block.index)
+        if self.dense:
+            written = self._on_dense_inputs(block, names) if names else {}
+        elif names:
+            written = self._in_stages(block, self._need_stream(), names)
+        else:
+            self._need_stream().go_to(block.index + 1)
+            written = {}
+        self.model.release(block.name)
+        return written
+
+    def _need_stream(self) -> Stream:
+        if self.stream is None:
+            raise _RecordGone
+        return self.stream
+
+    def _on_dense_inputs(self, block: Block, names: Sequence[str]) -> dict[str, str]:
+        """Compress with records of the uncompressed model's inputs; no token is run if they are all there."""
+        store = self.settings.records
+        leader_of = store.index(self.job.key(block.name)) if store else None
+        records = self._recorded(block, [leader_of[name] for name in names]) if leader_of else None
+        if records is None:
+            self._need_stream().go_to(block.index)
         self._load(block, block.name, names)
         self._prefetch_next(block)
-        if not records:
-            leader_of = stream.leaders(block)
-            records = self._measure(block, stream, leader_of, names)
+        if leader_of is None or records is None:
+            stream = self._need_stream()
+            leader_of = stream.layout(block).leader_of
+            if store is not None:
+                store.save_index(self.job.key(block.name), {name: leader_of[name] for name in block.linears})
+            leaders = list(dict.fromkeys(leader_of[name] for name in names))
+            records = self._measure(block, stream, leaders, leaders, keep=block.index < self.last, cut=None)
+        return self._solve(block, names, leader_of, records)
+
+    def _in_stages(self, block: Block, stream: Stream, names: Sequence[str]) -> dict[str, str]:
+        """Compress stage by stage, each on the inputs that the compressed layers before it produce."""
+        stream.go_to(block.index)
+        self._load(block, block.name, names)
+        self._prefetch_next(block)
+        layout = stream.layout(block)
+        wanted = {layout.leader_of[name] for name in names}
+        written: dict[str, str] = {}
+        last = max(number for number, stage in enumerate(layout.stages) if wanted.intersection(stage))
+        for stage in layout.stages[: last + 1]:
+            leaders = [leader for leader in stage if leader in wanted]
+            cut = layout.cuts.get(stage[0]) if len(stage) == 1 else None
+            if not leaders and cut is None:
+                continue
+            records = self._recorded(block, leaders) if cut is None else None
+            if records is None:
+                records = self._measure(block, stream, stage, leaders, keep=False, cut=cut)
+            done = self._solve(block, [n for n in names if layout.leader_of[n] in stage], layout.leader_of, records)
+            self.prefix = digest_of([self.prefix, done])
+            written |= done
+        if block.index < self.last:
+            stream.forward(block)
+        return written
+
+    def _solve(
+        self, block: Block, names: Sequence[str], leader_of: Mapping[str, str], records: dict[str, InputMoment]
+    ) -> dict[str, str]:
+        """Compress layers, those that share an input together."""
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(leader_of[name], []).append(name)
         tasks = [partial(self._compress, block, group, records.pop(leader)) for leader, group in groups.items()]
-        written = _joined(self.workers.run(tasks))
-        if not self.dense and block.index < self.last:
-            stream.forward(block)
-        self.skeleton.release(block.name)
-        return written
+        return _joined(self.workers.run(tasks))
 
-    def _recorded(self, block: Block, names: Sequence[str]) -> tuple[Mapping[str, str], dict[str, InputMoment]]:
-        """Return which layers share an input, and every record of the block; no records unless all are there."""
-        store = self.settings.records
-        leader_of = store.index(self._key(block)) if store else None
-        if store is None or leader_of is None:
-            return {}, {}
+    def _recorded(self, block: Block, leaders: Sequence[str]) -> dict[str, InputMoment] | None:
+        """Return the records of these inputs; None unless all are there."""
         found = {}
-        for leader in dict.fromkeys(leader_of[name] for name in names):
-            record = store.load(self._key(block, leader), with_hessian=self.with_hessian)
+        store = self.settings.records
+        for leader in dict.fromkeys(leaders):
+            record = (
+                store.load(self.job.key(block.name, leader, self.prefix), with_hessian=self.with_hessian)
+                if store
+                else None
+            )
             if record is None:
-                return leader_of, {}
+                return None
             found[leader] = record.to(self.settings.device)
-        return leader_of, found
+        return found
 
     def _measure(
-        self, block: Block, stream: Stream, leader_of: Mapping[str, str], names: Sequence[str]
+        self, block: Block, stream: Stream, stage: Sequence[str], leaders: Sequence[str], *, keep: bool, cut: Cut | None
     ) -> dict[str, InputMoment]:
         """Run the tokens through the block, and keep what was measured."""
-        leaders = list(dict.fromkeys(leader_of[name] for name in names))
-        keep = self.dense and block.index < self.last
-        records = stream.measure(block, leaders, with_hessian=self.with_hessian, keep=keep)
-        store = self.settings.records
-        if store is not None:
-            store.save_index(self._key(block), leader_of)
+        records = stream.measure(block, stage, leaders, with_hessian=self.with_hessian, keep=keep, cut=cut)
+        if self.settings.records is not None:
             for leader, record in records.items():
-                store.save(self._key(block, leader), record)
+                self.settings.records.save(self.job.key(block.name, leader, self.prefix), record)
+        give_back_memory()
         return records
 
-    def _key(self, block: Block, leader: str | None = None) -> str:
-        """The name of a block's record of one input, or of its list of inputs."""
-        return digest_of({**self.facts, "passed": self.prefix, "block": block.name, "input": leader})
-
     def _load(self, block: Block, module: str, names: Sequence[str]) -> None:
-        self.skeleton.load(module, self.settings.device)
+        self.model.load(module, self.settings.device)
         for name in names:
             if not block.linears[name].weight.isfinite().all():
                 raise StepError(f"the weight of {name} is not finite", remedy="check the model")
 
     def _prefetch_next(self, block: Block) -> None:
         if block.index < self.last:
-            self.skeleton.prefetch(self.skeleton.blocks[block.index + 1].name)
+            self.model.prefetch(self.model.blocks[block.index + 1].name)
 
     def _compress(self, block: Block, names: Sequence[str], record: InputMoment | None) -> dict[str, str]:
         """Compress layers that share an input, write them, and leave the results in the modules."""
@@ -361,6 +437,7 @@ class _Walk:
             zero_fraction = int((stored_OI == 0).sum()) / stored_OI.numel()
             self.layers[name] = {**result.metrics, "zero_fraction": zero_fraction, **facts}
             block.linears[name].weight.data = stored_OI.float()
+        give_back_memory()
         return written
 
     def _results(self, block: Block, names: Sequence[str], record: InputMoment | None) -> Iterator[LayerResult]:
@@ -390,12 +467,12 @@ class _Walk:
         if result.weight_OI.shape != weight_OI.shape:
             shapes = f"{tuple(result.weight_OI.shape)} instead of {tuple(weight_OI.shape)}"
             raise StepError(f"{self.method.name} returned shape {shapes} for {name}")
-        dtype = self.skeleton.checkpoint.torch_dtype
+        dtype = self.model.checkpoint.torch_dtype
         stored_OI = result.weight_OI.to(dtype) if result.encoding is None else result.encoding.dequantize(dtype)
         if not stored_OI.isfinite().all():
             raise StepError(f"{self.method.name} made {name} not finite")
         if result.encoding is None:
-            return stored_OI, self.writer.add(f"{name}.weight", self.skeleton.as_stored(name, stored_OI))
+            return stored_OI, self.writer.add(f"{name}.weight", self.model.as_stored(name, stored_OI))
         return stored_OI, self.writer.add_quantized(name, result.encoding)
 
 
@@ -406,6 +483,11 @@ def machine_facts(device: str) -> dict[str, Any]:
     if device == "cpu":
         return {"cpu": torch.backends.cpu.get_cpu_capability(), "threads_of_an_operation": 1}
     return {"accelerator": torch.cuda.get_device_name(device)}
+
+
+def _tokens_digest(tokens_NT: torch.Tensor) -> str:
+    """The same tokens in longer windows are other data: more of them are seen together."""
+    return digest_of([list(tokens_NT.shape), hashlib.sha256(bytes_of(tokens_NT.contiguous())).hexdigest()])
 
 
 def _joined(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:

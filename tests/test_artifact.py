@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -135,3 +136,31 @@ def test_a_lease_is_exclusive_and_ends_with_its_holder(tmp_path: Path) -> None:
     with lease(tmp_path, "step", kill_the_holder):
         assert waited == [True]
     process.join()
+
+
+def test_only_what_was_abandoned_long_ago_is_swept(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    now = time.time()
+    for name, days in (("old", 8), ("old.state", 9), ("at-work", 8), ("young", 8), ("young.state", 1), ("other", 6)):
+        (store.stage(name) / "file").write_bytes(b"x")
+        for path in (tmp_path / "staging" / name / "file", tmp_path / "staging" / name):
+            os.utime(path, (now - days * 86400, now - days * 86400))
+    kept = ["other", "young", "young.state"]
+    with lease(tmp_path, "at-work"):
+        store.sweep()
+    assert sorted(path.name for path in (tmp_path / "staging").iterdir()) == ["at-work", *kept]
+    store.sweep()
+    assert sorted(path.name for path in (tmp_path / "staging").iterdir()) == kept
+
+
+def test_a_home_without_staging_is_swept_too(tmp_path: Path) -> None:
+    ArtifactStore(tmp_path).sweep()
+    assert not list(tmp_path.iterdir())
+
+
+def test_unstaging_a_step_takes_its_folders_and_no_others(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    for name in ("abc", "abc.state", "abcd", "abcd.state"):
+        store.stage(name)
+    store.unstage("abc")
+    assert sorted(path.name for path in (tmp_path / "staging").iterdir()) == ["abcd", "abcd.state"]

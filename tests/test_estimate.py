@@ -345,7 +345,9 @@ def test_work_adds_up_and_memory_is_used_again() -> None:
     assert both.times(2) == Work(memory_bytes=5, disk_bytes=2, operations=4, calls=8)
 
 
-def test_an_estimate_that_fails_refuses_nothing(plan_of: Callable[[str], Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_that_fails_refuses_nothing(
+    plan_of: Callable[[str], Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_of(SPEC)
     monkeypatch.setattr(type(plan.steps[3].method), "estimate", lambda *_: 1 / 0)
     estimates = estimate_steps(plan, [None] * 4, Machine(8 * GIB, 8 * GIB, 1), Experience(), None)

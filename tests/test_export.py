@@ -6,7 +6,10 @@ import filecmp
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from torch import nn
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
 from orchestrator.export import ModelWriter, save_model
+from orchestrator.reader import TensorReader
+from orchestrator.shards import Shards
 from orchestrator.walk import walk
 from tests.layer_methods import KeepLarge, Round, round_weight
 from tests.tiny import ARCHITECTURES, edit_config, make_model, make_tokens
@@ -233,3 +238,25 @@ def test_the_old_name_of_dtype_is_replaced(tmp_path: Path) -> None:
     ModelWriter(checkpoint, tmp_path / "out").finish()
     config = Checkpoint(tmp_path / "out").config
     assert config["dtype"] == "bfloat16" and "torch_dtype" not in config
+
+
+def test_threads_that_begin_at_once_find_the_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are made when the first tensor comes; a second one that comes meanwhile has to wait for them."""
+    checkpoint = Checkpoint(make_model(tmp_path / "model", layers=2))
+    making = threading.Event()
+    real = Shards.create
+
+    def slow(shards: Shards) -> None:
+        making.set()
+        time.sleep(0.2)
+        real(shards)
+
+    monkeypatch.setattr(Shards, "create", slow)
+    writer = ModelWriter(checkpoint, tmp_path / "out")
+    names = [f"{layer.name}.weight" for layer in checkpoint.block_layers()][:2]
+    with TensorReader(checkpoint) as read, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(writer.add, names[0], read(names[0]))
+        assert making.wait(30)
+        second = pool.submit(writer.add, names[1], read(names[1]))
+        assert first.result(30) != second.result(30)
+    writer.close()

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from orchestrator.errors import PreflightError
-from orchestrator.packing import check_scheme, pack, quantization_config, read_scheme, unpack
+from orchestrator.packing import (
+    check_scheme,
+    pack,
+    pack_integers,
+    quantization_config,
+    read_scheme,
+    unpack,
+    unpack_integers,
+)
 from orchestrator.scheme import QuantScheme
 from tests.layer_methods import round_weight
 
@@ -98,3 +106,16 @@ def test_planning_modules_import_no_torch() -> None:
         " sys.exit(bool({'torch', 'transformers', 'compressed_tensors'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("shape", [(3, 64), (5, 100), (128, 37), (1, 1)])
+def test_the_packed_words_are_those_of_compressed_tensors(bits: int, shape: tuple[int, int]) -> None:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    half = 1 << (bits - 1)
+    q_RC = torch.randint(-half, half, shape, generator=torch.Generator().manual_seed(bits)).to(torch.int8)
+    packed_RW = pack_integers(q_RC, bits)
+    assert torch.equal(packed_RW, pack_to_int32(q_RC, bits))
+    assert torch.equal(pack_integers(q_RC.T, bits).T, pack_to_int32(q_RC, bits, packed_dim=0))
+    assert torch.equal(unpack_integers(packed_RW, bits, shape[1]), q_RC)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from orchestrator.errors import StepError
 from orchestrator.export import ModelWriter
 from orchestrator.method import LayerMethod, LayerResult
 from orchestrator.parallel import one_thread
+from orchestrator.records import RecordStore
 from orchestrator.statistics import InputMoment
-from orchestrator.walk import WalkReport, walk
+from orchestrator.walk import WalkReport, WalkSettings, walk
+from orchestrator_quantization.gptq import GPTQ
 from tests.layer_methods import Identity, KeepLarge, Round, ScaleByInput
 from tests.tiny import ARCHITECTURES, make_model, make_tokens
 
@@ -121,29 +124,52 @@ def test_a_method_that_changes_nothing_leaves_every_stored_tensor_as_it_was(tmp_
         assert torch.equal(checkpoint.load()(tokens).logits, result.load()(tokens).logits)
 
 
-def test_each_block_is_calibrated_on_what_the_compressed_blocks_before_it_put_out(tmp_path: Path) -> None:
+_STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+def _compressed_by_hand(checkpoint: Checkpoint, tokens_NT: torch.Tensor, *, dense: bool) -> dict[str, torch.Tensor]:
+    """What `ScaleByInput` makes of every layer, by running all of a loaded model before each stage of each block."""
+    model = checkpoint.load(torch.float32)
+    found = {}
+    untouched = _inputs_of_whole_model(checkpoint, tokens_NT)
+    for index in range(len(model.model.layers)):
+        for stage in _STAGES:
+            inputs: dict[str, torch.Tensor] = {}
+            block = model.get_submodule(f"model.layers.{index}")
+            linears = {n: m for n, m in block.named_modules() if n.rpartition(".")[2] in stage}
+            hooks = [
+                module.register_forward_pre_hook(lambda m, x, n=name, to=inputs: to.update({n: x[0].flatten(0, -2)}))
+                for name, module in linears.items()
+            ]
+            with torch.no_grad():
+                model(tokens_NT)
+            for hook in hooks:
+                hook.remove()
+            for name, module in linears.items():
+                full = f"model.layers.{index}.{name}"
+                x_TI = untouched[full].float() if dense else inputs[name]
+                module.weight.data = (module.weight.data / (1 + x_TI.abs().mean(0))).bfloat16().float()
+                found[full] = module.weight.data
+    return found
+
+
+@pytest.mark.parametrize("inputs", ["propagated", "dense"])
+def test_layers_are_calibrated_on_what_the_compressed_ones_before_put_out_or_on_dense_inputs(
+    tmp_path: Path, inputs: Literal["propagated", "dense"]
+) -> None:
     checkpoint = Checkpoint(make_model(tmp_path / "model", layers=3))
     tokens_NT = make_tokens(4)
-    _, result = _run(checkpoint, ScaleByInput(), tmp_path / "out", tokens_NT)
-    # The same by hand: compress a loaded model block by block, running all of it before each block.
-    model = checkpoint.load(torch.float32)
-    for index, block in enumerate(model.model.layers):
-        inputs: dict[str, torch.Tensor] = {}
-        linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        hooks = [
-            module.register_forward_pre_hook(lambda m, x, n=name, to=inputs: to.update({n: x[0].flatten(0, -2)}))
-            for name, module in linears.items()
-        ]
-        with torch.no_grad():
-            model(tokens_NT)
-        for hook in hooks:
-            hook.remove()
-        for name, module in linears.items():
-            scaled = module.weight.data / (1 + inputs[name].abs().mean(0))
-            module.weight.data = scaled.bfloat16().float()
-            stored = load_file(result.path / "model.safetensors")[f"model.layers.{index}.{name}.weight"]
-            # One rounding step of bfloat16 is 2^-8: sums taken in another order may fall to the other side.
-            assert torch.allclose(stored.float(), module.weight.data, rtol=2**-7, atol=0), (index, name)
+    writer = ModelWriter(checkpoint, tmp_path / "out")
+    walk(checkpoint, ScaleByInput(), CalibrationSet(tokens_NT, {}), writer, settings=WalkSettings(inputs=inputs))
+    writer.finish()
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    expected = _compressed_by_hand(checkpoint, tokens_NT, dense=inputs == "dense")
+    other = _compressed_by_hand(checkpoint, tokens_NT, dense=inputs != "dense")
+    assert len(expected) == 21
+    for name, weight_OI in expected.items():
+        # One rounding step of bfloat16 is 2^-8: sums taken in another order may fall to the other side.
+        assert torch.allclose(stored[f"{name}.weight"].float(), weight_OI, rtol=2**-7, atol=0), name
+    assert not torch.allclose(expected["model.layers.1.mlp.down_proj"], other["model.layers.1.mlp.down_proj"], rtol=0.1)
 
 
 def test_skipped_layers_stay_and_the_rest_changes(tmp_path: Path) -> None:
@@ -330,3 +356,65 @@ def test_memory_does_not_grow_with_the_depth_of_the_model(tmp_path: Path) -> Non
     # Holding the model would take 18 blocks more; holding it as stored, in two bytes, 9.
     assert deep - shallow < 3 * block_bytes, (shallow, deep, block_bytes)
     assert len(list((tmp_path / "24-out").glob("model-*.safetensors"))) > 5
+
+
+_FURTHER_CANDIDATE = """
+import sys
+from pathlib import Path
+from safetensors.torch import load_file
+from orchestrator.calibration import CalibrationSet
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.export import ModelWriter
+from orchestrator.records import RecordStore
+from orchestrator.walk import WalkSettings, walk
+from orchestrator_quantization.gptq import GPTQ
+
+model, tokens, records, out = map(Path, sys.argv[1:])
+method = GPTQ(num_bits=3, group_size=32).for_dtype("bfloat16")
+writer = ModelWriter(Checkpoint(model), out, scheme=method.scheme())
+settings = WalkSettings(inputs="dense", records=RecordStore(records, 2**30))
+walk(writer.checkpoint, method, CalibrationSet(load_file(tokens)["tokens"], {}), writer, settings=settings)
+writer.finish()
+print(sorted({"transformers", "compressed_tensors"} & set(sys.modules)))
+"""
+
+
+def test_a_further_candidate_needs_no_transformers_and_has_the_same_bytes(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(make_model(tmp_path / "model"))
+    tokens_NT = make_tokens(4, 32)
+    save_file({"tokens": tokens_NT}, tmp_path / "tokens")
+    records = RecordStore(tmp_path / "records", 2**30)
+
+    def run(num_bits: int, name: str, store: RecordStore | None) -> Path:
+        method = GPTQ(num_bits=num_bits, group_size=32).for_dtype("bfloat16")
+        writer = ModelWriter(checkpoint, tmp_path / name, scheme=method.scheme())
+        settings = WalkSettings(inputs="dense", records=store)
+        walk(checkpoint, method, CalibrationSet(tokens_NT, {}), writer, settings=settings)
+        writer.finish()
+        return tmp_path / name
+
+    run(4, "first", records)
+    paths = [str(tmp_path / name) for name in ("model", "tokens", "records", "further")]
+    done = subprocess.run(
+        [sys.executable, "-c", _FURTHER_CANDIDATE, *paths], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]"
+    alone = run(3, "alone", None)
+    names = sorted(path.name for path in alone.iterdir())
+    assert filecmp.cmpfiles(alone, tmp_path / "further", names, shallow=False) == (names, [], [])
+
+
+def test_a_damaged_record_is_measured_again(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(make_model(tmp_path / "model"))
+    settings = WalkSettings(inputs="dense", records=RecordStore(tmp_path / "records", 2**30))
+    results = []
+    for name in ("first", "again"):
+        writer = ModelWriter(checkpoint, tmp_path / name)
+        walk(checkpoint, ScaleByInput(), CalibrationSet(make_tokens(4), {}), writer, settings=settings)
+        writer.finish()
+        results.append((tmp_path / name / "model.safetensors").read_bytes())
+        for record in (tmp_path / "records").glob("*.safetensors"):
+            content = bytearray(record.read_bytes())
+            content[-1] ^= 1
+            record.write_bytes(content)
+    assert results[0] == results[1]

@@ -64,7 +64,9 @@ def make_model(
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 num_in = parameter.shape[0] if architecture == "gpt2" else parameter.shape[-1]
-                spread = 1.0 if any(part in name for part in _EMBEDDINGS) else 1.2 / num_in**0.5
+                # A tied table of the larger spread would make logits of some ten, and blocks hardly matter.
+                table = 0.125 if architecture in ALWAYS_TIED else 1.0
+                spread = table if any(part in name for part in _EMBEDDINGS) else 1.2 / num_in**0.5
                 parameter.data = torch.randn(parameter.shape, generator=generator) * spread
             elif name.endswith("bias"):
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2

@@ -1,6 +1,7 @@
 """Keeping pruned weights at zero while a model is trained.
 
-Shape legend: O = out features, I = in features.
+Matrices are taken as parameters, not as layers: Transformers keeps all experts of a block in one 3-D parameter, and
+GPT-2's layers are no `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -12,34 +13,36 @@ if TYPE_CHECKING:
 
 
 class ZeroMask:
-    """The zeros of a model's linear weights, as they are when the mask is made."""
+    """The zeros of a model's matrices but the embeddings, as they are when the mask is made."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         import torch
 
         self._zeros: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                zero_OI = module.weight.detach() == 0
-                if bool(zero_OI.any()):
-                    self._zeros[f"{name}.weight"] = (module.weight, zero_OI)
+            if isinstance(module, torch.nn.Embedding):
+                continue
+            for leaf, weight in module.named_parameters(name, recurse=False):
+                zero = weight.detach() == 0
+                if weight.ndim > 1 and bool(zero.any()):
+                    self._zeros[leaf] = (weight, zero)
 
     @property
     def count(self) -> int:
         """Number of weights that are kept at zero."""
-        return sum(int(zero_OI.sum()) for _, zero_OI in self._zeros.values())
+        return sum(int(zero.sum()) for _, zero in self._zeros.values())
 
     def clear_gradients(self) -> None:
         """Set the gradients of the zeros to zero, so that neither clipping nor the optimizer's moments see them."""
-        for weight, zero_OI in self._zeros.values():
+        for weight, zero in self._zeros.values():
             if weight.grad is not None:
-                weight.grad.masked_fill_(zero_OI, 0.0)
+                weight.grad.masked_fill_(zero, 0.0)
 
     def clear_weights(self) -> None:
         """Set the weights themselves to zero."""
-        for weight, zero_OI in self._zeros.values():
-            weight.detach().masked_fill_(zero_OI, 0.0)
+        for weight, zero in self._zeros.values():
+            weight.detach().masked_fill_(zero, 0.0)
 
     def violations(self) -> list[str]:
         """Names of the weights that have lost a zero."""
-        return [name for name, (weight, zero_OI) in self._zeros.items() if bool(weight.detach()[zero_OI].any())]
+        return [name for name, (weight, zero) in self._zeros.items() if bool(weight.detach()[zero].any())]

@@ -32,7 +32,7 @@ from orchestrator.api import (
 )
 from orchestrator_quantization.column_grids import StaticGrids, UpdatedGrids
 from orchestrator_quantization.error_feedback import quantize_columns
-from orchestrator_quantization.grid import encode, require_finite, require_weight, round_to_nearest
+from orchestrator_quantization.grid import encode, require_finite, require_weight, round_to_nearest, zero_groups
 from orchestrator_quantization.weight_only import WeightOnly
 
 if TYPE_CHECKING:
@@ -95,12 +95,14 @@ class GPTQ(WeightOnly):
         hessian_II, num_tokens = statistic.require_hessian(), statistic.num_tokens
         dead_I = hessian_II.diagonal() == 0
         weight_OI = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
-        target_OI = weight_OI.masked_fill(dead_I, 0.0)
+        target_OI = weight_OI.masked_fill(dead_I, 0.0) if bool(dead_I.any()) else weight_OI
         facts = {"dead_inputs": float(dead_I.sum().item()), "tokens": float(num_tokens)}
-        energy_O = _quadratic(weight_OI, hessian_II) / num_tokens
+        # Of inputs without correlation: tr(W H W^T) would cost as much as the whole solve.
+        energy_O = weight_OI.square() @ hessian_II.diagonal() / num_tokens
         if factor is None:
             encoding = round_to_nearest(target_OI, self.scheme(), self.storage_dtype(), self.clip)
-            error_O = _quadratic(weight_OI - encoding.dequantize(torch.float32), hessian_II) / num_tokens
+            delta_OI = weight_OI - encoding.dequantize(torch.float32)
+            error_O = (delta_OI @ hessian_II).mul_(delta_OI).sum(1) / num_tokens
             facts |= {"fallback_rtn": 1.0, "damping_used": 0.0, "damping_raised": float(MAX_RAISES)}
         else:
             solved = [self._solve(rows_OI, factor) for rows_OI in torch.split(target_OI, _ROWS)]
@@ -108,8 +110,18 @@ class GPTQ(WeightOnly):
             error_O = torch.cat([error_O for _, error_O in solved])
             facts |= {"fallback_rtn": 0.0, "damping_used": factor.damping, "damping_raised": float(factor.num_raised)}
         sizes = [len(weight_OI) for weight_OI in weights]
-        parts = zip(_split(encoding, sizes), torch.split(error_O, sizes), torch.split(energy_O, sizes), strict=True)
-        return [_result(part, facts, float(error_O.sum()), float(energy_O.sum())) for part, error_O, energy_O in parts]
+        parts = zip(
+            weights, _split(encoding, sizes), torch.split(error_O, sizes), torch.split(energy_O, sizes), strict=True
+        )
+        return [
+            _result(
+                part,
+                {**facts, "zero_groups": zero_groups(layer_OI, part.scheme)},
+                float(error_O.sum()),
+                float(energy_O.sum()),
+            )
+            for layer_OI, part, error_O, energy_O in parts
+        ]
 
     def _solve(self, weight_OI: torch.Tensor, factor: HessianFactor) -> tuple[QuantizedWeight, torch.Tensor]:
         """Return the encoding of some rows, and the error that it makes in the output, per row [O]."""
@@ -155,18 +167,14 @@ def _usable(statistic: InputMoment | None) -> InputMoment:
     return statistic
 
 
-def _quadratic(delta_OI: torch.Tensor, hessian_II: torch.Tensor) -> torch.Tensor:
-    """The diagonal [O] of D H D^T."""
-    return (delta_OI @ hessian_II).mul_(delta_OI).sum(1)
-
-
 def _result(encoding: QuantizedWeight, facts: Mapping[str, float], error: float, energy: float) -> LayerResult:
     import torch
 
     quantized_OI = encoding.dequantize(torch.float32)
     metrics = {
         **facts,
-        # Mean squared output error per token, summed over the outputs; absolute, and as a share of the output.
+        # Mean squared output error per token, summed over the outputs; absolute, and as a share of the mean squared
+        # output that inputs without correlation would give.
         "proxy_loss": error,
         "relative_proxy_loss": error / energy if energy > 0 else 0.0,
         "zero_fraction": (quantized_OI == 0).float().mean().item(),

@@ -93,6 +93,13 @@ def encode(q_OI: torch.Tensor, grid_OG: Grid) -> QuantizedWeight:
     return QuantizedWeight(q_OI.to(torch.int8), grid_OG.scale_X.to(grid_OG.dtype), zero_point_OG, grid_OG.scheme)
 
 
+def zero_groups(weight_OI: torch.Tensor, scheme: QuantScheme) -> float:
+    """Number of groups that hold nothing but zeros: their scale says nothing, so it is set to one."""
+    num_out, num_in = weight_OI.shape
+    largest_OG = weight_OI.abs().view(num_out, -1, scheme.group_width(num_in)).amax(-1)
+    return float((largest_OG == 0).sum().item())
+
+
 def require_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise `StepError` if the tensor holds a NaN or an infinity."""
     num_bad = int((~tensor.isfinite()).sum())

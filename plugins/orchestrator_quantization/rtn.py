@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from orchestrator.api import InputMoment, LayerResult, Needs, Stage
-from orchestrator_quantization.grid import require_weight, round_to_nearest
+from orchestrator_quantization.grid import require_weight, round_to_nearest, zero_groups
 from orchestrator_quantization.weight_only import WeightOnly
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class RTN(WeightOnly):
         error = (weight_OI - rounded_OI).square().sum().item()
         metrics = {
             "relative_weight_error": error / energy if energy else 0.0,
+            "zero_groups": zero_groups(weight_OI, self.scheme()),
             "zero_fraction": (rounded_OI == 0).float().mean().item(),
         }
         return LayerResult(rounded_OI, encoding, metrics)
