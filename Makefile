@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint bench clean
+.PHONY: install quickstart test lint bench soak clean
 
 install: $(VENV)/.installed
 
@@ -31,8 +31,19 @@ lint: $(VENV)/.installed-test
 test: lint
 	$(BIN)/python -m pytest
 
+# Side by side with peers, which are installed into environments of their own; an hour or so. Tables and JSON.
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.statistics --save
+	$(BIN)/python -m benchmarks.walk --repeats 3 --save
+	$(BIN)/python -m benchmarks.walk --memory --save
+	$(BIN)/python -m benchmarks.sweep --save
+	$(BIN)/python -m benchmarks.overhead --save
+	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.preflight --save
+
+# Kills runs at 200 moments and more.
+soak: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.soak --points 240 --save
 
 clean:
 	rm -rf $(VENV) .orchestrator build dist

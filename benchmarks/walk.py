@@ -133,7 +133,7 @@ def median(ones: Sequence[Measured]) -> Measured:
 def show(measured: Sequence[Measured], dense: float) -> None:
     """Print the table: each number, and how many times ours it is."""
     print(f"\nperplexity of the dense model: {dense:.3f}. MiB: peak above an interpreter that has imported torch.")
-    print("seconds: ours with imports and loading, the others' without; process: all of it, for everybody.\n")
+    print("seconds: without imports; ours with reading the model, the others' without; process: all, for everybody.\n")
     print(
         f"{'':<12}{'':<16}{'seconds':>9}{'/ ours':>8}{'process':>9}{'/ ours':>8}{'MiB':>8}{'/ ours':>8}"
         f"{'perplexity':>12}{'/ dense':>9}"

@@ -12,6 +12,7 @@ from typing import Any
 class StepOutcome:
     """What a run did for one step. `seconds` and `peak_memory_bytes` are this run's, also for a cached step.
 
+    import_seconds: the part of `seconds` in which libraries were imported.
     disk_bytes: of the artifact. predicted: the same numbers as they were foreseen; None for a cached step.
     """
 
@@ -24,6 +25,7 @@ class StepOutcome:
     digest: str
     path: Path
     metrics: Mapping[str, float]
+    import_seconds: float = 0.0
     disk_bytes: int = 0
     predicted: Mapping[str, Any] | None = None
     peak_device_bytes: int | None = None
@@ -36,6 +38,7 @@ class StepOutcome:
             "fingerprint": self.fingerprint,
             "cached": self.cached,
             "seconds": round(self.seconds, 4),
+            "import_seconds": round(self.import_seconds, 4),
             "peak_memory_bytes": self.peak_memory_bytes,
             "disk_bytes": self.disk_bytes,
             **({} if self.peak_device_bytes is None else {"device_memory_bytes": self.peak_device_bytes}),

@@ -118,6 +118,7 @@ class Execution:
                 digest=artifact.digest,
                 path=artifact.path,
                 metrics=artifact.metrics,
+                import_seconds=0.0 if cached else self._import_seconds,
                 disk_bytes=artifact.bytes,
                 predicted=None if cached else self.estimates[index].as_dict(),
                 peak_device_bytes=usage.peak_device_bytes,

@@ -43,8 +43,8 @@ from orchestrator.records import RecordStore
 from orchestrator.resume import FinishedBlock, WalkProgress
 from orchestrator.stages import Cut
 from orchestrator.statistics import InputMoment, alike
-from orchestrator.usage import give_back_memory
 from orchestrator.stored import StoredLayers
+from orchestrator.usage import give_back_memory
 
 if TYPE_CHECKING:
     import torch

@@ -88,14 +88,16 @@ def plan_of(material: Path, tmp_path: Path) -> Callable[[str], Plan]:
 
 def test_the_memory_of_a_walk_is_what_its_parts_take() -> None:
     tokens = 64
-    size = WalkSize(SMALL, Identity(), (4, tokens))
     weights = 4 * BLOCK.parameters
-    records = sum(4 * num_in**2 + 16 * num_in for num_in in (8, 8, 8, 24))
-    factors = sum(4 * num_in**2 for num_in in (8, 8, 8, 24))
+    records = [4 * num_in**2 + 16 * num_in for num_in in (8, 8, 8, 24)]
     # A batch is as many whole sequences as 1024 tokens hold: here sixteen.
     activations = 4 * 1024 * (3 * 8 + 3 * 24)
     for workers in (1, 2, 3):
-        assert walk_memory(size, workers) == weights + records + factors + workers * activations + 8 * 4 * tokens
+        dense = WalkSize(SMALL, Identity(), (4, tokens), "dense")
+        assert walk_memory(dense, workers) == weights + sum(records) + workers * activations + 8 * 4 * tokens
+        # Stage by stage there is one record at a time.
+        staged = WalkSize(SMALL, Identity(), (4, tokens), "propagated")
+        assert walk_memory(staged, workers) == weights + max(records) + workers * activations + 8 * 4 * tokens
 
 
 def test_a_weight_only_walk_holds_one_layer_for_each_worker() -> None:
@@ -261,7 +263,8 @@ def test_a_full_disk_is_found_before_any_compute(
     estimates = estimate_steps(plan, [None] * 4, Machine(8 * GIB, 0, 1), Experience(), None)
     waiting = list(zip(plan.steps, estimates, strict=True))
     results = sum(estimate.disk_bytes for estimate in estimates)
-    hidden = 2 * 8 * 32 * 64 * 4
+    # Float32 of 8 x 32 tokens: before and behind a block, into and out of the last layers of its two halves.
+    hidden = 8 * 32 * 4 * (2 * 64 + 64 + 64 + 128 + 64)
     assert max(estimate.work.scratch_bytes for estimate in estimates) == hidden
     statistics = sum(estimate.statistics_bytes for estimate in estimates)
     needed = results + hidden + statistics

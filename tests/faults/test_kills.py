@@ -16,10 +16,8 @@ from tests.faults.zygote import Zygote
 
 # How each event is struck, where which half of a run matters: the number is a share of how often it happens.
 MOMENTS = [
-    ("Shards.create", 0.0, "after"),
     ("Shards.write", 0.5, "before"),
     ("os.pwrite", 0.7, "half"),
-    ("HiddenStates.write", 0.5, "after"),
     ("HiddenStates.remove", 0.0, "before"),
     ("RecordStore.save", 0.6, "after"),
     ("save_file", 0.5, "half"),
@@ -30,7 +28,6 @@ MOMENTS = [
     ("Path.write_bytes", 1.0, "half"),
     ("shutil.copyfile", 1.0, "half"),
     ("commit: write_atomically", 0.8, "after"),
-    ("commit: sync_tree", 1.0, "after"),
     ("Path.replace", 1.0, "before"),  # between the step's record and the artifact
     ("Path.replace", 1.0, "after"),
     ("ArtifactStore.unstage", 0.7, "before"),
