@@ -24,7 +24,7 @@ from benchmarks.systems import PEERS, Measured, Work, make_windows, measure
 from benchmarks.targets import Target
 
 CASE = "W4g128"  # the first candidate, and what the peers run
-LAYERS, SEQUENCES, LENGTH = 12, 64, 512
+LAYERS, SEQUENCES, LENGTH = 8, 64, 512
 FURTHER_LIMIT = 0.15  # seconds of each further candidate / of the first
 ALL_LIMIT = 0.75  # seconds of all eight / of one peer's single run
 
