@@ -42,10 +42,13 @@ def _plain_step(case: Case) -> dict[str, Any]:
     return {"prune": "wanda", "with": pattern}
 
 
-def compress(model: Path, calibration: Calibration, step: dict[str, Any], folder: Path, home: Path) -> dict[str, Any]:
+def compress(
+    model: Path, calibration: Calibration, step: dict[str, Any], folder: Path, home: Path, **more: Any
+) -> dict[str, Any]:
     """Calibrate and compress; return what `run --json` says, and `process_seconds`. Raises `RunError`.
 
-    home: where results are kept; what is there from an earlier call is not computed again.
+    home: where results are kept; what is there from an earlier call is not computed again. more: keys of the
+    specification.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sample = {
@@ -54,7 +57,7 @@ def compress(model: Path, calibration: Calibration, step: dict[str, Any], folder
         "length_tokens": calibration.length,
     }
     steps = [{"calibrate": "text", "with": sample}, step]
-    spec = {"version": 1, "name": "benchmark", "model": {"id": str(model)}, "seed": 0, "steps": steps}
+    spec = {"version": 1, "name": "benchmark", "model": {"id": str(model)}, "seed": 0, "steps": steps, **more}
     path = folder / "spec.yaml"
     path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
     variables = environment(ORCHESTRATOR_HOME=str(home))

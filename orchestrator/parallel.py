@@ -26,6 +26,19 @@ def one_thread() -> Iterator[int]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def exact_matmuls() -> Iterator[None]:
+    """Keep accelerators from rounding the factors of float32 products to TF32."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Workers:
     """A pool of threads for torch operations without gradients."""
 

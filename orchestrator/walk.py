@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,15 +34,16 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.canonical import digest_of
 from orchestrator.capture import Stream
-from orchestrator.errors import OrchestratorError, Problem, StepError
+from orchestrator.compression import LayerCompressor, WalkReport
+from orchestrator.errors import StepError
 from orchestrator.layers import is_skipped
-from orchestrator.method import InputMode, LayerMethod, LayerResult, Needs
-from orchestrator.parallel import Workers, one_thread
+from orchestrator.method import InputMode, LayerMethod, Needs
+from orchestrator.parallel import Workers, exact_matmuls, one_thread
 from orchestrator.reader import bytes_of
 from orchestrator.records import RecordStore
 from orchestrator.resume import FinishedBlock, WalkProgress
 from orchestrator.stages import Cut
-from orchestrator.statistics import InputMoment, alike
+from orchestrator.statistics import InputMoment
 from orchestrator.stored import StoredLayers
 from orchestrator.usage import give_back_memory
 
@@ -55,8 +56,6 @@ if TYPE_CHECKING:
     from orchestrator.skeleton import Block, Skeleton
 
 Progress = Callable[[float, str], None]
-# Metrics: layers with fewer tokens than inputs; layers of experts with few tokens, and with none.
-RANK_DEFICIENT, STARVED, UNSEEN = "rank_deficient_layers", "starved_experts", "unseen_experts"
 
 
 @dataclass(frozen=True)
@@ -77,22 +76,6 @@ class WalkSettings:
     state: Path | None = None
     records: RecordStore | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class WalkReport:
-    """What the walk found out.
-
-    layers: what the method reported of each layer, by layer name, and `zero_fraction`.
-    metrics: of the whole model: `layers`, `weights` (compressed ones), `rank_deficient_layers` (fewer calibration
-        tokens than in features, so that H is singular), `starved_experts` (layers of experts among them) and
-        `unseen_experts` (layers of experts that saw no token at all, and were compressed as if all inputs were
-        alike), and the reported numbers: of "damping…" and "max_…" the largest, of "relative_…" and "…fraction…" the
-        mean over weights, of "tokens" the smallest, else the sum.
-    """
-
-    metrics: Mapping[str, float]
-    layers: Mapping[str, Mapping[str, float]]
 
 
 def walk(
@@ -126,7 +109,7 @@ def walk(
     job = _Job(method, writer, skip, progress, settings, tokens_NT, _facts(checkpoint, settings, tokens_NT))
     with ExitStack() as stack:
         threads = stack.enter_context(one_thread())
-        stack.enter_context(_exact_matmuls())
+        stack.enter_context(exact_matmuls())
         stack.enter_context(torch.no_grad())
         workers = Workers(settings.workers or threads)
         if settings.state is None:
@@ -219,7 +202,7 @@ class _Walk:
             block.name: [name for name in block.linears if not is_skipped(name, job.skip)] for block in model.blocks
         }
         self.last = max((block.index for block in model.blocks if self.targets[block.name]), default=-1)
-        self.layers: dict[str, Mapping[str, float]] = {}
+        self.compressor = LayerCompressor(job.method, job.writer, model)
         self.prefix: str | None = None  # digest of the compressed layers that the tokens have passed
         parameters = job.method.model_dump(mode="json")
         who = {**job.facts, "method": job.method.name, "parameters": parameters, "skip": sorted(job.skip)}
@@ -229,7 +212,7 @@ class _Walk:
         """Compress everything and say what was found."""
         self.check_ignored()
         self.blocks()
-        return self.report()
+        return self.compressor.report([name for block in self.model.blocks for name in self.targets[block.name]])
 
     def check_ignored(self) -> None:
         """Every layer that stays dense in a quantized model must be declared so, or nobody could load it."""
@@ -246,7 +229,7 @@ class _Walk:
             self.finished.finish(
                 FinishedBlock(
                     block.index,
-                    {name: self.layers[name] for name in self.targets[block.name]},
+                    {name: self.compressor.layers[name] for name in self.targets[block.name]},
                     written,
                     self.writer.scale_dtype,
                     self.stream.position if self.stream else None,
@@ -257,29 +240,6 @@ class _Walk:
                 self.stream.discard_passed()
             give_back_memory()
             self.job.progress((block.index + 1) / len(self.model.blocks), f"{self.method.name}: {block.name} done")
-
-    def report(self) -> WalkReport:
-        """Put together what the layers reported, as `WalkReport` says."""
-        layers = {n: self.layers[n] for block in self.model.blocks for n in self.targets[block.name]}
-        shapes = self.writer.layers
-        sizes = {name: shapes[name].out_features * shapes[name].in_features for name in layers}
-        metrics: dict[str, float] = {"layers": len(layers), "weights": sum(sizes.values())}
-        if self.with_hessian:
-            metrics[RANK_DEFICIENT] = 0
-        if self.job.tokens_NT is not None and any(block.experts for block in self.model.blocks):
-            metrics |= {STARVED: 0, UNSEEN: 0}
-        for name in sorted({name for values in layers.values() for name in values}):
-            found = {layer: values[name] for layer, values in layers.items() if name in values}
-            if name.startswith(("damping", "max_")):
-                metrics[name] = max(found.values())
-            elif name == "tokens":
-                metrics[name] = min(found.values())
-            elif name.startswith("relative_") or "fraction" in name:
-                weights = sum(sizes[layer] for layer in found)
-                metrics[name] = sum(value * sizes[layer] for layer, value in found.items()) / weights
-            else:
-                metrics[name] = sum(found.values())
-        return WalkReport(metrics, layers)
 
     def _take_over(self) -> int:
         """Return the number of blocks that an earlier, killed run has finished, after checking every byte of them."""
@@ -296,7 +256,7 @@ class _Walk:
                 count = 0
         self.finished.keep_first(count)
         for done in self.finished.blocks:
-            self.layers.update(done.layers)
+            self.compressor.layers.update(done.layers)
             self.prefix = done.passed
         if count:
             block = self.model.blocks[count - 1]
@@ -309,7 +269,7 @@ class _Walk:
 
         def task(name: str) -> dict[str, str]:
             self._load(block, name, [name])
-            written = self._compress(block, [name], None)
+            written = self.compressor.compress(block, [name], None)
             self.model.release(name)
             return written
 
@@ -382,7 +342,9 @@ class _Walk:
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(leader_of[name], []).append(name)
-        tasks = [partial(self._compress, block, group, records.pop(leader)) for leader, group in groups.items()]
+        tasks = [
+            partial(self.compressor.compress, block, group, records.pop(leader)) for leader, group in groups.items()
+        ]
         return _joined(self.workers.run(tasks))
 
     def _recorded(self, block: Block, leaders: Sequence[str]) -> dict[str, InputMoment] | None:
@@ -421,60 +383,6 @@ class _Walk:
         if block.index < self.last:
             self.model.prefetch(self.model.blocks[block.index + 1].name)
 
-    def _compress(self, block: Block, names: Sequence[str], record: InputMoment | None) -> dict[str, str]:
-        """Compress layers that share an input, write them, and leave the results in the modules."""
-        facts: dict[str, float] = {}
-        if record is not None:
-            expert, num_in = names[0] in block.experts, len(record.sum_I)
-            if expert and record.num_tokens == 0:
-                facts, record = {UNSEEN: 1, "tokens": 0}, alike(record)
-            elif record.num_tokens < num_in:
-                facts = {RANK_DEFICIENT: 1} if self.with_hessian else {}
-                facts |= {STARVED: 1} if expert else {}
-        written = {}
-        for name, result in zip(names, self._results(block, names, record), strict=True):
-            stored_OI, written[name] = self._store(name, result, block.linears[name].weight)
-            zero_fraction = int((stored_OI == 0).sum()) / stored_OI.numel()
-            self.layers[name] = {**result.metrics, "zero_fraction": zero_fraction, **facts}
-            block.linears[name].weight.data = stored_OI.float()
-        give_back_memory()
-        return written
-
-    def _results(self, block: Block, names: Sequence[str], record: InputMoment | None) -> Iterator[LayerResult]:
-        """Yield the compressed layers, all at once if the method gains by it, else one by one."""
-        weights = [block.linears[name].weight.data for name in names]
-        together = type(self.method).compress_together is not LayerMethod.compress_together
-        for part in [slice(None)] if together else [slice(i, i + 1) for i in range(len(names))]:
-            try:
-                results = self.method.compress_together(weights[part], record)
-            except OrchestratorError as error:
-                where = f"layer {', '.join(names[part])}"
-                raise type(error)(
-                    [Problem(f"{p.what} ({where})", p.where, p.remedy) for p in error.problems]
-                ) from error
-            except Exception as error:
-                error.add_note(f"while {self.method.name} compressed {', '.join(names[part])}")
-                raise
-            if len(results) != len(weights[part]):
-                raise StepError(f"{self.method.name} returned {len(results)} layers for {len(weights[part])}")
-            yield from results
-
-    def _store(self, name: str, result: LayerResult, weight_OI: torch.Tensor) -> tuple[torch.Tensor, str]:
-        """Write the result; return the weight [O, I] as it will be loaded, in the checkpoint's dtype, and a digest."""
-        expected = self.writer.scheme is not None
-        if (result.encoding is not None) != expected:
-            raise StepError(f"{self.method.name} returned {'no' if expected else 'an'} encoding for {name}")
-        if result.weight_OI.shape != weight_OI.shape:
-            shapes = f"{tuple(result.weight_OI.shape)} instead of {tuple(weight_OI.shape)}"
-            raise StepError(f"{self.method.name} returned shape {shapes} for {name}")
-        dtype = self.model.checkpoint.torch_dtype
-        stored_OI = result.weight_OI.to(dtype) if result.encoding is None else result.encoding.dequantize(dtype)
-        if not stored_OI.isfinite().all():
-            raise StepError(f"{self.method.name} made {name} not finite")
-        if result.encoding is None:
-            return stored_OI, self.writer.add(f"{name}.weight", self.model.as_stored(name, stored_OI))
-        return stored_OI, self.writer.add_quantized(name, result.encoding)
-
 
 def machine_facts(device: str) -> dict[str, Any]:
     """What of the machine decides the bits of a sum: the instruction set or the accelerator, and the threads."""
@@ -492,16 +400,3 @@ def _tokens_digest(tokens_NT: torch.Tensor) -> str:
 
 def _joined(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {name: digest for part in parts for name, digest in part.items()}
-
-
-@contextmanager
-def _exact_matmuls() -> Iterator[None]:
-    """Keep accelerators from rounding the factors of float32 products to TF32."""
-    import torch
-
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,129 @@
+"""What the walk does to layers: compress those that share an input, write them, and keep what was reported.
+
+Shape legend: O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import OrchestratorError, Problem, StepError
+from orchestrator.method import LayerMethod, LayerResult, Needs
+from orchestrator.statistics import InputMoment, alike
+from orchestrator.usage import give_back_memory
+
+if TYPE_CHECKING:
+    import torch
+
+    from orchestrator.export import ModelWriter
+    from orchestrator.skeleton import Block, Skeleton
+    from orchestrator.stored import StoredLayers
+
+# Metrics: layers with fewer tokens than inputs; layers of experts with few tokens, and with none.
+RANK_DEFICIENT, STARVED, UNSEEN = "rank_deficient_layers", "starved_experts", "unseen_experts"
+
+
+@dataclass(frozen=True)
+class WalkReport:
+    """What the walk found out.
+
+    layers: what the method reported of each layer, by layer name, and `zero_fraction`.
+    metrics: of the whole model: `layers`, `weights` (compressed ones), `rank_deficient_layers` (fewer calibration
+        tokens than in features, so that H is singular), `starved_experts` (layers of experts among them) and
+        `unseen_experts` (layers of experts that saw no token at all, and were compressed as if all inputs were
+        alike), and the reported numbers: of "damping…" and "max_…" the largest, of "relative_…" and "…fraction…" the
+        mean over weights, of "tokens" the smallest, else the sum.
+    """
+
+    metrics: Mapping[str, float]
+    layers: Mapping[str, Mapping[str, float]]
+
+
+class LayerCompressor:
+    """Applies a method to layers. `layers`: what it reported of each; may be filled in from an earlier run."""
+
+    def __init__(self, method: LayerMethod, writer: ModelWriter, model: Skeleton | StoredLayers) -> None:
+        self._method = method
+        self._writer = writer
+        self._model = model
+        self._with_hessian = method.needs is Needs.INPUT_MOMENT
+        self.layers: dict[str, Mapping[str, float]] = {}
+
+    def compress(self, block: Block, names: Sequence[str], record: InputMoment | None) -> dict[str, str]:
+        """Compress layers that share an input, write them, and leave the results in the modules."""
+        facts: dict[str, float] = {}
+        if record is not None:
+            expert, num_in = names[0] in block.experts, len(record.sum_I)
+            if expert and record.num_tokens == 0:
+                facts, record = {UNSEEN: 1, "tokens": 0}, alike(record)
+            elif record.num_tokens < num_in:
+                facts = {RANK_DEFICIENT: 1} if self._with_hessian else {}
+                facts |= {STARVED: 1} if expert else {}
+        written = {}
+        for name, result in zip(names, self._results(block, names, record), strict=True):
+            stored_OI, written[name] = self._store(name, result, block.linears[name].weight)
+            zero_fraction = int((stored_OI == 0).sum()) / stored_OI.numel()
+            self.layers[name] = {**result.metrics, "zero_fraction": zero_fraction, **facts}
+            block.linears[name].weight.data = stored_OI.float()
+        give_back_memory()
+        return written
+
+    def _results(self, block: Block, names: Sequence[str], record: InputMoment | None) -> Iterator[LayerResult]:
+        """Yield the compressed layers, all at once if the method gains by it, else one by one."""
+        weights = [block.linears[name].weight.data for name in names]
+        together = type(self._method).compress_together is not LayerMethod.compress_together
+        for part in [slice(None)] if together else [slice(i, i + 1) for i in range(len(names))]:
+            try:
+                results = self._method.compress_together(weights[part], record)
+            except OrchestratorError as error:
+                where = f"layer {', '.join(names[part])}"
+                raise type(error)(
+                    [Problem(f"{p.what} ({where})", p.where, p.remedy) for p in error.problems]
+                ) from error
+            except Exception as error:
+                error.add_note(f"while {self._method.name} compressed {', '.join(names[part])}")
+                raise
+            if len(results) != len(weights[part]):
+                raise StepError(f"{self._method.name} returned {len(results)} layers for {len(weights[part])}")
+            yield from results
+
+    def _store(self, name: str, result: LayerResult, weight_OI: torch.Tensor) -> tuple[torch.Tensor, str]:
+        """Write the result; return the weight [O, I] as it will be loaded, in the checkpoint's dtype, and a digest."""
+        expected = self._writer.scheme is not None
+        if (result.encoding is not None) != expected:
+            raise StepError(f"{self._method.name} returned {'no' if expected else 'an'} encoding for {name}")
+        if result.weight_OI.shape != weight_OI.shape:
+            shapes = f"{tuple(result.weight_OI.shape)} instead of {tuple(weight_OI.shape)}"
+            raise StepError(f"{self._method.name} returned shape {shapes} for {name}")
+        dtype = self._model.checkpoint.torch_dtype
+        stored_OI = result.weight_OI.to(dtype) if result.encoding is None else result.encoding.dequantize(dtype)
+        if not stored_OI.isfinite().all():
+            raise StepError(f"{self._method.name} made {name} not finite")
+        if result.encoding is None:
+            return stored_OI, self._writer.add(f"{name}.weight", self._model.as_stored(name, stored_OI))
+        return stored_OI, self._writer.add_quantized(name, result.encoding)
+
+    def report(self, names: Sequence[str]) -> WalkReport:
+        """Put together what the layers reported, as `WalkReport` says."""
+        layers = {name: self.layers[name] for name in names}
+        shapes = self._writer.layers
+        sizes = {name: shapes[name].out_features * shapes[name].in_features for name in layers}
+        metrics: dict[str, float] = {"layers": len(layers), "weights": sum(sizes.values())}
+        if self._with_hessian:
+            metrics[RANK_DEFICIENT] = 0
+        if self._method.needs is not Needs.WEIGHT and any(block.experts for block in self._model.blocks):
+            metrics |= {STARVED: 0, UNSEEN: 0}
+        for name in sorted({name for values in layers.values() for name in values}):
+            found = {layer: values[name] for layer, values in layers.items() if name in values}
+            if name.startswith(("damping", "max_")):
+                metrics[name] = max(found.values())
+            elif name == "tokens":
+                metrics[name] = min(found.values())
+            elif name.startswith("relative_") or "fraction" in name:
+                weights = sum(sizes[layer] for layer in found)
+                metrics[name] = sum(value * sizes[layer] for layer, value in found.items()) / weights
+            else:
+                metrics[name] = sum(found.values())
+        return WalkReport(metrics, layers)
