@@ -22,7 +22,7 @@ from benchmarks.systems import OURS, baseline_bytes
 from benchmarks.targets import Target
 
 HIDDEN, INTERMEDIATE = 2048, 5632
-SEQUENCES, LENGTH = 4, 512
+SEQUENCES, LENGTH = 2, 512
 GIB = 2**30
 
 

@@ -121,9 +121,14 @@ def _ending_memory(model: ModelFacts) -> int:
     return max(widened + piece // model.item_bytes, max(layers, default=0) * 12)
 
 
+# Of what is allowed, the share that the estimate may fill: what a step really took was up to a tenth more.
+HEADROOM = 0.85
+
+
 def most_workers(size: WalkSize, threads: int, allowed_bytes: int | None) -> int:
     """The largest number of workers, 1 to `threads`, whose memory is allowed; 1 also if not even that is."""
-    fitting = [n for n in range(2, threads + 1) if allowed_bytes is None or walk_memory(size, n) <= allowed_bytes]
+    room = None if allowed_bytes is None else HEADROOM * allowed_bytes
+    fitting = [n for n in range(2, threads + 1) if room is None or walk_memory(size, n) <= room]
     return max(fitting, default=1)
 
 

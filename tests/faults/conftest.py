@@ -17,6 +17,8 @@ WANDA = "  - prune: wanda\n    with: {sparsity: 0.5}\n"
 GPTQ = "  - quantize: gptq\n    with: {num_bits: 4, group_size: 32}\n"
 RTN = "  - quantize: rtn\n    with: {num_bits: 4, group_size: 32}\n"
 DENSE = "    inputs: dense\n"
+DISTILL = "  - distill: logits\n    with: {updates: 2, batch_sequences: 2}\n"
+VALIDATE = "  - validate: perplexity\n    with: {source: text.txt, length_tokens: 32, windows: 4}\n"
 CHAINS = {
     "propagated": HEAD + CALIBRATE + WANDA + GPTQ,
     "dense": HEAD + CALIBRATE + WANDA + DENSE + GPTQ + DENSE,
@@ -24,6 +26,7 @@ CHAINS = {
     "wanda": HEAD + CALIBRATE + WANDA,
     "gptq": HEAD + CALIBRATE + GPTQ,
     "gptq dense": HEAD + CALIBRATE + GPTQ + DENSE,
+    "every kind": HEAD + CALIBRATE + WANDA + DISTILL + GPTQ + VALIDATE,
 }
 BATCHES = ("batch_tokens", 128)  # two batches of the calibration set
 

@@ -66,6 +66,14 @@ def test_bytes_do_not_depend_on_threads_and_workers(
         assert not scene.faults(scene.run(changes=changes, **more)), name
 
 
+def test_every_kind_of_step_gives_the_same_bytes_with_two_threads(
+    scenes: Callable[[str, str], Scene], two_threads: Zygote
+) -> None:
+    scene = scenes("wide", "every kind")
+    scene.start_again()
+    assert not scene.faults(scene.run(zygote=two_threads))
+
+
 def test_the_second_process_does_have_two_threads(two_threads: Zygote, tmp_path: Path) -> None:
     answer = two_threads.trial({"log": str(tmp_path / "log"), "show_threads": True})
     assert answer["exit"] == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import CALIBRATE, GPTQ, HEAD, WANDA
+from tests.faults.conftest import CALIBRATE, DISTILL, GPTQ, HEAD, VALIDATE, WANDA
 from tests.faults.points import Point, short_list
 from tests.faults.scene import Scene
 from tests.faults.zygote import Zygote
@@ -93,13 +93,7 @@ def test_a_kill_at_any_time_does_no_harm(scene_of: Callable[[str], Scene]) -> No
 def released(zygote: Zygote, material: Path) -> Scene:
     """A pipeline with a step of every kind, recorded in MLflow, and homes in which only the last steps are to do."""
     text = (
-        HEAD
-        + CALIBRATE
-        + WANDA
-        + "  - distill: logits\n    with: {updates: 2, batch_sequences: 2}\n"
-        + GPTQ
-        + "  - validate: perplexity\n    with: {source: text.txt, length_tokens: 32, windows: 4}\n"
-        + "  - register: release\n    with: {alias: candidate}\n"
+        HEAD + CALIBRATE + WANDA + DISTILL + GPTQ + VALIDATE + "  - register: release\n    with: {alias: candidate}\n"
     )
     lines = text.splitlines(keepends=True)
     scene = None
