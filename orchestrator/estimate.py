@@ -121,8 +121,8 @@ def _ending_memory(model: ModelFacts) -> int:
     return max(widened + piece // model.item_bytes, max(layers, default=0) * 12)
 
 
-# Of what is allowed, the share that the estimate may fill: what a step really took was up to a tenth more.
-HEADROOM = 0.85
+# Of what is allowed, the share that the estimate may fill: two workers took up to a fifth more (`benchmarks.bounded`).
+HEADROOM = 0.75
 
 
 def most_workers(size: WalkSize, threads: int, allowed_bytes: int | None) -> int:

@@ -154,10 +154,10 @@ def _disk_full(owner_name: str, number: int) -> None:
 
 def _method_fails(number: int) -> None:
     """The method raises at the `number`-th group of layers."""
+    from orchestrator.compression import LayerCompressor
     from orchestrator.errors import StepError
-    from orchestrator.walk import _Walk
 
-    real, calls = _Walk._compress, [0]
+    real, calls = LayerCompressor.compress, [0]
 
     def call(self: Any, *args: Any) -> Any:
         calls[0] += 1
@@ -165,7 +165,7 @@ def _method_fails(number: int) -> None:
             raise StepError("as the test wants")
         return real(self, *args)
 
-    _Walk._compress = call  # type: ignore[method-assign]
+    LayerCompressor.compress = call  # type: ignore[method-assign]
 
 
 CHANGES: dict[str, Callable[..., None]] = {
