@@ -81,7 +81,8 @@ def foresee(
     known: the artifacts of the steps that have one. engine: what runs them; None: what ran last.
     """
     machine, experience = Machine.here(home), Experience.read(home)
-    limit = plan.max_memory_bytes or memory_limit(os.environ)
+    limit = memory_limit(os.environ) if plan.max_memory_bytes is None else plan.max_memory_bytes
+    limit_from(os.environ)  # refuses what is no number, also where all is cached
     estimates = estimate_steps(plan, known, machine, experience, limit, engine)
     waiting = [(step, estimates[step.index]) for step in plan.steps if known[step.index] is None]
     problems = [
@@ -113,7 +114,7 @@ def estimate_steps(
         base = experience.base(step.label, engine)
         if isinstance(method, LayerMethod):
             allowed = max(0, machine.memory_bytes - max(0, base - resident_bytes()))
-            allowed = min(allowed, limit) if limit else allowed
+            allowed = allowed if limit is None else min(allowed, limit)
             estimate = _walk(plan, step, method, calibration, machine, experience, allowed)
             scheme = method.scheme()
             if scheme is not None:

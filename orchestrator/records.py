@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.canonical import canonical_json, digest_of, write_atomically
+from orchestrator.errors import PreflightError
 from orchestrator.factor import HessianFactor, Order
 from orchestrator.reader import bytes_of
 from orchestrator.statistics import FactorMemo, InputMoment, mirror_lower_
@@ -123,7 +124,8 @@ class RecordStore:
                 raise SafetensorError("the content has changed")
             os.utime(path)
         except (OSError, SafetensorError, ValueError):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # it may be a folder, or its folder no folder: then it is measured all the same
+                path.unlink(missing_ok=True)
             return None
         self._in_use.add(path.name)
         return tensors
@@ -145,7 +147,8 @@ class RecordStore:
         except (OSError, SafetensorError):  # safetensors has an error of its own for a full disk
             return
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
         self._in_use.add(path.name)
 
     def _make_room(self, size: int) -> bool:
@@ -172,8 +175,15 @@ class RecordStore:
 
 
 def limit_from(environment: Mapping[str, str]) -> int:
-    """Bytes that records may take, from `ORCHESTRATOR_STATISTICS_GIB`. Raises `ValueError` for no number."""
-    return int(float(environment.get(LIMIT_VARIABLE) or DEFAULT_LIMIT_GIB) * 2**30)
+    """Bytes that records may take, from `ORCHESTRATOR_STATISTICS_GIB`. Raises `PreflightError` for no such number."""
+    text = environment.get(LIMIT_VARIABLE) or str(DEFAULT_LIMIT_GIB)
+    try:
+        gib = float(text)
+        if not 0 <= gib <= 1_000_000:
+            raise ValueError(text)
+    except ValueError:
+        raise PreflightError(f"{LIMIT_VARIABLE} is {text!r}, not a number of GiB", remedy="write 20, or 0.5") from None
+    return int(gib * 2**30)
 
 
 def _names(key: str, with_hessian: bool) -> list[str]:

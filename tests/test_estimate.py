@@ -24,6 +24,7 @@ from orchestrator.machine import Experience, Machine, fit_line, memory_limit, nu
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plugins import discover
 from orchestrator.preflight import disk_problems, estimate_steps, foresee, memory_problems
+from orchestrator.records import limit_from
 from orchestrator.run import run_locally
 from orchestrator.walk import WalkSettings, walk
 from orchestrator.work import BlockFacts, InputGroup, ModelFacts, Work
@@ -323,6 +324,10 @@ def test_limits_come_from_the_environment() -> None:
     for text in ("nan", "-1", "much", "0"):
         with pytest.raises(PreflightError, match="ORCHESTRATOR_MAX_MEMORY_GIB"):
             memory_limit({"ORCHESTRATOR_MAX_MEMORY_GIB": text})
+    assert limit_from({}) == 20 * GIB and limit_from({"ORCHESTRATOR_STATISTICS_GIB": "0.5"}) == GIB // 2
+    for text in ("nan", "inf", "-1", "much"):
+        with pytest.raises(PreflightError, match="ORCHESTRATOR_STATISTICS_GIB"):
+            limit_from({"ORCHESTRATOR_STATISTICS_GIB": text})
     assert num_threads({"OMP_NUM_THREADS": "3"}) == 3
     assert 1 <= num_threads({}) <= 4096
 
