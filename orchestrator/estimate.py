@@ -26,6 +26,7 @@ from orchestrator.work import FLOAT32, BlockFacts, InputGroup, ModelFacts, Work
 
 _LAYER_REPORT_BYTES = 330  # of layers.json, for each layer
 _CHUNK_BYTES = 1 << 26  # `TensorReader.chunks`: what is copied or checked at a time
+_KEPT_PIECE_BYTES = 32 << 20  # glibc's largest M_MMAP_THRESHOLD
 _FACTOR_BYTES = 4  # for each of the I x I entries of a factor, kept as long as its record
 
 
@@ -84,7 +85,8 @@ def _block_memory(size: WalkSize, block: BlockFacts, workers: int) -> int:
         )
         return sum(layers[:workers]) * (FLOAT32 + size.model.item_bytes) + sum(working[:workers])
     weights = block.parameters * FLOAT32
-    passing = workers * size.model.activation_bytes(size.batch_tokens, size.calibration[1])
+    batch = size.model.activation_bytes(size.batch_tokens, size.calibration[1])
+    passing = workers * batch + _slack_bytes(size, batch)
     loading = weights + block.largest * size.model.item_bytes
     solving = sorted((_solving_bytes(size, group) for group in groups), reverse=True)
     records = [_record_bytes(group, with_hessian=size.with_hessian) for group in groups]
@@ -96,6 +98,16 @@ def _block_memory(size: WalkSize, block: BlockFacts, workers: int) -> int:
     waiting = sum(kept[workers:]) if size.with_hessian else 0
     compressing = weights + sum(records) + waiting + sum(solving[:workers])
     return max(loading, weights + sum(records) + passing, compressing)
+
+
+def _slack_bytes(size: WalkSize, batch_bytes: int) -> int:
+    """What the allocator keeps of freed activations: measured, about two batches, whatever the number of workers.
+
+    glibc gives pieces of more than 32 MiB back at once; then only those as wide as the model are kept.
+    """
+    pieces = (size.model.intermediate, size.model.hidden)
+    wide, narrow = (size.batch_tokens * width * FLOAT32 <= _KEPT_PIECE_BYTES for width in pieces)
+    return 2 * (batch_bytes if wide else 3 * FLOAT32 * size.batch_tokens * size.model.hidden if narrow else 0)
 
 
 def _in_stages(size: WalkSize, block: BlockFacts) -> bool:

@@ -181,9 +181,9 @@ class Calibrator(Method):
         return None
 
     def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
-        """Tokenizing some times the text that is drawn, a piece at a time."""
+        """Tokenizing some times the text that is drawn, a piece at a time: some hundred bytes a token of the piece."""
         tokens = calibration[0] * calibration[1]
-        return Work(memory_bytes=24 * tokens, disk_bytes=8 * tokens + 500, moved_bytes=2000.0 * tokens)
+        return Work(memory_bytes=(40 << 20) + 24 * tokens, disk_bytes=8 * tokens + 500, moved_bytes=2000.0 * tokens)
 
     @abstractmethod
     def sample(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> CalibrationSet:
