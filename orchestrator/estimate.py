@@ -22,11 +22,10 @@ from orchestrator.method import Evaluator, InputMode, LayerMethod, Needs
 from orchestrator.packing import quantization_config
 from orchestrator.scheme import QuantScheme
 from orchestrator.shards import Shards
-from orchestrator.work import FLOAT32, BlockFacts, InputGroup, ModelFacts, Work
+from orchestrator.work import FLOAT32, KEPT_PIECE_BYTES, BlockFacts, InputGroup, ModelFacts, Work
 
 _LAYER_REPORT_BYTES = 330  # of layers.json, for each layer
 _CHUNK_BYTES = 1 << 26  # `TensorReader.chunks`: what is copied or checked at a time
-_KEPT_PIECE_BYTES = 32 << 20  # glibc's largest M_MMAP_THRESHOLD
 _FACTOR_BYTES = 4  # for each of the I x I entries of a factor, kept as long as its record
 
 
@@ -106,7 +105,7 @@ def _slack_bytes(size: WalkSize, batch_bytes: int) -> int:
     glibc gives pieces of more than 32 MiB back at once; then only those as wide as the model are kept.
     """
     pieces = (size.model.intermediate, size.model.hidden)
-    wide, narrow = (size.batch_tokens * width * FLOAT32 <= _KEPT_PIECE_BYTES for width in pieces)
+    wide, narrow = (size.batch_tokens * width * FLOAT32 <= KEPT_PIECE_BYTES for width in pieces)
     return 2 * (batch_bytes if wide else 3 * FLOAT32 * size.batch_tokens * size.model.hidden if narrow else 0)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 FLOAT32 = 4
+KEPT_PIECE_BYTES = 32 << 20  # glibc's largest M_MMAP_THRESHOLD: freed pieces up to it stay with the process
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,18 @@ class ModelFacts:
         """Bytes of all parameters in float32."""
         return self.parameters * FLOAT32
 
+    @property
+    def widened_bytes(self) -> int:
+        """What a model that was loaded and then widened to float32 takes.
+
+        The allocator keeps what it was loaded into, unless the pieces are so large that glibc gives them back.
+        """
+        if self.item_bytes >= FLOAT32:
+            return self.float32_bytes
+        largest = self.largest * self.item_bytes
+        kept = self.parameters * self.item_bytes if largest <= KEPT_PIECE_BYTES else largest
+        return self.float32_bytes + kept
+
     def load_bytes(self, *, as_float32: bool) -> int:
         """Most memory while the whole model is loaded, and widened if `as_float32`.
 
@@ -125,8 +138,7 @@ class ModelFacts:
         loaded = self.parameters * self.item_bytes + self.stored_bytes
         if self.quantized:  # a layer is unpacked to integers of 32 bits, and to numbers
             loaded += max((max(group.rows) * group.in_features for group in self._groups), default=0) * 12
-        widened = self.float32_bytes + (self.largest * self.item_bytes if self.item_bytes < FLOAT32 else 0)
-        return max(loaded, widened if as_float32 else 0)
+        return max(loaded, self.widened_bytes if as_float32 else 0)
 
     def activation_bytes(self, tokens: int, length: int) -> int:
         """Most memory while `tokens` tokens, in sequences of `length`, pass one block in float32."""

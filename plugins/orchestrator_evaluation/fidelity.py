@@ -34,7 +34,7 @@ class Fidelity(WindowEvaluator):
     def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
         """Both models in float32, with the logits of one batch of each."""
         passing = self.passing(dense)
-        held = dense.float32_bytes + model.float32_bytes + 2 * passing.memory_bytes + 4 * self.chunk_bytes(dense)
+        held = dense.widened_bytes + model.float32_bytes + 2 * passing.memory_bytes + 4 * self.chunk_bytes(dense)
         memory = max(held, dense.float32_bytes + model.load_bytes(as_float32=True))
         twice = passing.then(self.passing(model))
         return replace(twice, memory_bytes=memory, moved_bytes=twice.moved_bytes + 3 * held)

@@ -39,7 +39,7 @@ class Perplexity(WindowEvaluator):
         whole = Work()
         for facts in (dense, model):
             passing = self.passing(facts)
-            held = facts.float32_bytes + passing.memory_bytes + 2 * self.chunk_bytes(facts)
+            held = facts.widened_bytes + passing.memory_bytes + 2 * self.chunk_bytes(facts)
             memory = max(facts.load_bytes(as_float32=True), held)
             whole = whole.then(replace(passing, memory_bytes=memory, moved_bytes=passing.moved_bytes + 3 * held))
         return whole
