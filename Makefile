@@ -37,6 +37,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.walk --repeats 3 --save
 	$(BIN)/python -m benchmarks.walk --memory --save
 	$(BIN)/python -m benchmarks.sweep --save
+	$(BIN)/python -m benchmarks.bounded --save
 	$(BIN)/python -m benchmarks.overhead --save
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.preflight --save

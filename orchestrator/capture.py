@@ -128,7 +128,10 @@ class Stream:
         records = {name: builder.finish() for name, builder in builders.items()}
         for name, record in records.items():
             if not record.sum_squares_I.isfinite().all():
-                raise StepError(f"the inputs of {name} are not finite or too large for float32")
+                raise StepError(
+                    f"the inputs of {name} are not finite or too large for float32",
+                    remedy="check the model, its embedding and norms too: does it give finite logits on this text?",
+                )
         return records
 
     def close(self) -> None:

@@ -41,6 +41,7 @@ COUNTS = (
     "intermediate_size",
     "max_position_embeddings",
 )
+PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # of weights that can be compressed
 _DONE = {Stage.QUANTIZE: "quantized", Stage.PRUNE: "pruned", Stage.DISTILL: "distilled"}
 _BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
 Note = Callable[[OrchestratorError, Location], None]
@@ -215,6 +216,17 @@ def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: N
             ("model", "id"),
         )
         return
+    for layer in layers:
+        stored = source.tensors[f"{layer.name}.weight"].dtype
+        if stored not in PLAIN_DTYPES:
+            note(
+                PreflightError(
+                    f"{layer.name} is stored as {stored}, not in {', '.join(PLAIN_DTYPES)}",
+                    remedy="start from the model as it was before it was quantized",
+                ),
+                ("model", "id"),
+            )
+            return
     names = [layer.name for layer in layers]
     for index, pattern in enumerate(draft.spec.skip):
         if pattern != OUTPUT_HEAD and not any(is_skipped(name, (pattern,)) for name in names):

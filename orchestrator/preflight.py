@@ -6,16 +6,19 @@ A layer method's step is given as many workers as its memory allows; their numbe
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.artifact import Artifact
 from orchestrator.canonical import digest_of
-from orchestrator.errors import PreflightError, Problem
+from orchestrator.errors import OrchestratorError, PreflightError, Problem
 from orchestrator.estimate import (
     WalkSize,
     model_bytes,
@@ -88,6 +91,7 @@ def foresee(
     problems = [
         problem for step, estimate in waiting for problem in memory_problems(plan, step, estimate, machine, limit)
     ]
+    problems += [problem for step, _ in waiting for problem in device_problems(step)]
     problems += disk_problems(plan, waiting, machine, home)
     if problems:
         raise PreflightError(problems)
@@ -109,24 +113,52 @@ def estimate_steps(
     estimates: list[Estimate] = []
     for step in plan.steps:
         method, artifact = step.method, known[step.index]
-        if isinstance(method, Calibrator):
-            calibration = _calibration(method, artifact)
         base = experience.base(step.label, engine)
-        if isinstance(method, LayerMethod):
-            allowed = max(0, machine.memory_bytes - max(0, base - resident_bytes()))
-            allowed = allowed if limit is None else min(allowed, limit)
-            estimate = _walk(plan, step, method, calibration, machine, experience, allowed)
-            scheme = method.scheme()
-            if scheme is not None:
-                stored = packed_weight_bytes(plan.source, scheme, step.skip)
-                model = replace(model, quantized=True, stored_bytes=stored)
-        else:
-            estimate = _other(plan, step, model, dense, calibration, machine, experience)
+        with _asking(step):
+            if isinstance(method, Calibrator):
+                calibration = _calibration(method, artifact)
+            if isinstance(method, LayerMethod):
+                allowed = max(0, machine.memory_bytes - max(0, base - resident_bytes()))
+                allowed = allowed if limit is None else min(allowed, limit)
+                estimate = _walk(plan, step, method, calibration, machine, experience, allowed)
+                scheme = method.scheme()
+                if scheme is not None:
+                    stored = packed_weight_bytes(plan.source, scheme, step.skip)
+                    model = replace(model, quantized=True, stored_bytes=stored)
+            else:
+                estimate = _other(plan, step, model, dense, calibration, machine, experience)
         seconds = estimate.seconds
         if artifact is None and not imported and not isinstance(method, Publisher):
             seconds, imported = seconds + experience.import_seconds, True
         estimates.append(replace(estimate, seconds=seconds, peak_memory_bytes=base + estimate.work.memory_bytes))
     return tuple(estimates)
+
+
+@contextmanager
+def _asking(step: Step) -> Iterator[None]:
+    """Turn what a method raises when it is asked what it will take into an error that names the method."""
+    try:
+        yield
+    except OrchestratorError:
+        raise
+    except Exception as error:  # a plugin may fail in any way
+        raise PreflightError(
+            f"{type(step.method).__name__} cannot say what it will take: {type(error).__name__}: {error}",
+            where=step.place,
+            remedy="tell the plugin's authors, or use another method",
+        ) from error
+
+
+def device_problems(step: Step) -> list[Problem]:
+    """Say why a layer method's device is not to be had, as far as can be seen without importing torch."""
+    if step.device == "cpu" or not isinstance(step.method, LayerMethod):
+        return []
+    remedy = "set device: cpu, or run where there is one"
+    if importlib.metadata.version("torch").endswith("+cpu"):
+        return [Problem(f"device is {step.device}, but the installed torch is a CPU build", step.place, remedy)]
+    if sys.platform == "linux" and not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg")):
+        return [Problem(f"device is {step.device}, but this machine has no NVIDIA device", step.place, remedy)]
+    return []
 
 
 def _walk(
@@ -179,10 +211,7 @@ def _other(
     experience: Experience,
 ) -> Estimate:
     method = step.method
-    try:
-        work = method.estimate(model, dense, calibration)
-    except Exception:  # a plugin may fail in any way, and an estimate is no reason to refuse a plan
-        work = Work()
+    work = method.estimate(model, dense, calibration)
     if isinstance(method, ModelMethod):
         work = replace(
             work, disk_bytes=model_bytes(plan.source), moved_bytes=work.moved_bytes + 20 * dense.stored_bytes
@@ -250,10 +279,7 @@ def _smaller(plan: Plan, step: Step, room: int) -> list[str]:
         while isinstance(value, int) and value > 1:
             value //= 2
             smaller = step.method.model_copy(update={name: value})
-            try:
-                work = smaller.estimate(facts, facts, DEFAULT_CALIBRATION)
-            except Exception:  # as in `_other`
-                break
+            work = smaller.estimate(facts, facts, DEFAULT_CALIBRATION)
             if work.memory_bytes + work.child_memory_bytes <= room and (name != "length_tokens" or value >= _SHORTEST):
                 return [f"set {name} to at most {value}"]
     return []

@@ -354,13 +354,25 @@ def test_work_adds_up_and_memory_is_used_again() -> None:
     assert both.times(2) == Work(memory_bytes=5, disk_bytes=2, operations=4, calls=8)
 
 
-def test_an_estimate_that_fails_refuses_nothing(
-    plan_of: Callable[[str], Plan], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("step", "question"), [(2, "working_bytes"), (3, "estimate")])
+def test_a_method_that_cannot_say_what_it_takes_is_named(
+    plan_of: Callable[[str], Plan], monkeypatch: pytest.MonkeyPatch, step: int, question: str
 ) -> None:
     plan = plan_of(SPEC)
-    monkeypatch.setattr(type(plan.steps[3].method), "estimate", lambda *_: 1 / 0)
-    estimates = estimate_steps(plan, [None] * 4, Machine(8 * GIB, 8 * GIB, 1), Experience(), None)
-    assert estimates[3].peak_memory_bytes > 0
+    monkeypatch.setattr(type(plan.steps[step].method), question, lambda *_: 1 / 0)
+    name = type(plan.steps[step].method).__name__
+    with pytest.raises(PreflightError, match=rf"{name} cannot say what it will take: ZeroDivisionError"):
+        estimate_steps(plan, [None] * 4, Machine(8 * GIB, 8 * GIB, 1), Experience(), None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_is_refused_before_any_compute(
+    plan_of: Callable[[str], Plan], tmp_path: Path
+) -> None:
+    plan = plan_of(SPEC + "device: cuda\n")
+    with pytest.raises(PreflightError, match=r"device is cuda, but .*set device: cpu") as caught:
+        foresee(plan, tmp_path / "nowhere", [None] * 4)
+    assert len(caught.value.problems) == 2, "of the two steps that would use it"
 
 
 def test_gptq_says_what_solving_takes() -> None:

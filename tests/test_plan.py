@@ -520,3 +520,17 @@ def test_help_methods_and_plan_import_no_torch(planner: Callable[[str], Plan], t
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_weights_that_are_no_plain_numbers_are_refused_by_layer(tmp_path: Path, planner: Callable[[str], Plan]) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path, name = tmp_path / "model" / "model.safetensors", "model.layers.1.mlp.gate_proj"
+    tensors = load_file(path)
+    tensors[f"{name}.weight"] = torch.zeros_like(tensors[f"{name}.weight"], dtype=torch.int8)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(
+        PreflightError, match=rf"{re.escape(name)} is stored as I8, not in F64.*before it was quantized"
+    ):
+        planner(CHAIN)
