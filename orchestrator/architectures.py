@@ -15,7 +15,7 @@ Shape legend: T = tokens, D = model width, K = experts per token, O = out featur
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +53,14 @@ class UnfitError(Exception):
 class Adapted:
     """A model in stored form.
 
-    root: the module whose parameters have the stored names. tied: names of parameters that need not be stored.
+    root: the module whose parameters have the stored names.
+    tied: parameters that need not be stored, and the one that each is the same as.
     transposed: layers whose stored weight is [I, O]. same_input: for all layers of experts, which of them read the
     very same tensor (gate and up of one expert; down alone).
     """
 
     root: nn.Module
-    tied: frozenset[str]
+    tied: Mapping[str, str]
     transposed: frozenset[str]
     same_input: tuple[tuple[str, ...], ...]
 
@@ -137,18 +138,18 @@ def decoder_blocks(root: nn.Module, count: int) -> list[str]:
     return [f"{found[0]}.{index}" for index in range(count)]
 
 
-def _without_missing_prefix(model: Any, stored: Collection[str]) -> tuple[nn.Module, frozenset[str]]:
+def _without_missing_prefix(model: Any, stored: Collection[str]) -> tuple[nn.Module, dict[str, str]]:
     """Return the module whose names are the stored ones: the base model, where its name is left out.
 
     What the model has beside the base model (the output head) is then hung into the base model.
     """
-    tied, prefix, base = set(model.all_tied_weights_keys), f"{model.base_model_prefix}.", model.base_model
+    tied, prefix, base = dict(model.all_tied_weights_keys), f"{model.base_model_prefix}.", model.base_model
     if base is model or any(name.startswith(prefix) for name in stored):
-        return model, frozenset(tied)
+        return model, tied
     for name, child in model.named_children():
         if child is not base:
             base.add_module(name, child)
-    return base, frozenset(name.removeprefix(prefix) for name in tied)
+    return base, {name.removeprefix(prefix): other.removeprefix(prefix) for name, other in tied.items()}
 
 
 def _rename(root: nn.Module, old: str, new: str) -> None:

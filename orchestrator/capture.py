@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import StepError
-from orchestrator.hidden import HiddenStates
+from orchestrator.hidden import HiddenStates, SpareFiles
 from orchestrator.stages import Cut, Layout, layout_of
 from orchestrator.statistics import InputMoment, InputMomentBuilder
 
@@ -55,6 +55,8 @@ class Stream:
         self._hidden: HiddenStates | None = None
         self._passed: list[HiddenStates] = []
         self._cuts: list[FinishedChild] = []  # of the block that the tokens have come to
+        self._spares = SpareFiles(folder)
+        self._spares.clear()
         self._current = threading.local()  # which batch a thread is at; hooks are the module's, not the thread's
 
     @property
@@ -135,11 +137,12 @@ class Stream:
         return records
 
     def close(self) -> None:
-        """Close the files; what they hold stays for a run that goes on from it."""
+        """Close the files; what the hidden states hold stays for a run that goes on from it."""
         self._forget_cuts()
         for states in (self._hidden, *self._passed):
             if states is not None:
                 states.close()
+        self._spares.clear()
 
     def _pass(
         self,
@@ -231,7 +234,7 @@ class Stream:
 
     def _file(self, name: str, number: int, width: int, *, digested: bool = False) -> HiddenStates:
         shape_NTD = (*self._tokens_NT.shape, width)
-        return HiddenStates(self._folder / name, number, shape_NTD, self._batch, digested=digested)
+        return HiddenStates(self._folder / name, number, shape_NTD, self._batch, self._spares, digested=digested)
 
     def _output(self, block: Block, hidden_BTD: torch.Tensor) -> torch.Tensor:
         import torch

@@ -165,6 +165,15 @@ class Checkpoint:
         return [name for name in names if name not in compressed and not is_embedding(name)]
 
     @property
+    def positions(self) -> int | None:
+        """How many positions the model was made for, if its configuration says so plainly."""
+        positions = self.config.get("max_position_embeddings", self.config.get("n_positions"))
+        scaling = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        # These reach farther than max_position_embeddings, by a factor that not all of them apply at every length.
+        stretched = scaling.get("rope_type", scaling.get("type")) in ("linear", "dynamic", "yarn")
+        return positions if isinstance(positions, int) and not stretched else None
+
+    @property
     def stores_transposed(self) -> bool:
         """Whether the layers of `block_layers` are stored as [in features, out features]."""
         return stores_transposed(self.config)

@@ -126,6 +126,7 @@ def run(spec: SpecArgument, local: LocalOption = False, as_json: JsonOption = Fa
 def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
     """Check a specification; show its steps, and which are cached or why not."""
     from orchestrator.artifact import ArtifactStore
+    from orchestrator.fit import check_fit, remember_fit
     from orchestrator.home import Settings
     from orchestrator.plan import make_plan
     from orchestrator.plugins import discover
@@ -136,7 +137,9 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
     settings = Settings.from_environment()
     made = make_plan(spec, discover(), settings.home, tracking_uri=settings.public_tracking_uri)
     found = statuses(made, ArtifactStore(settings.home))
-    estimates = foresee(made, settings.home, [status.artifact for status in found])
+    known = [status.artifact for status in found]
+    estimates = foresee(made, settings.home, known)
+    remember_fit(settings.home, check_fit(made, known, settings.home, apart=True))
     if as_json:
         _print_json(
             {

@@ -2,12 +2,14 @@
 
 They are read and written a batch at a time, so memory does not grow with the number of samples. The kernel's page
 cache keeps in memory what fits and writes the rest out when it must; what a killed run has written is still there.
+Files that nobody needs any more are written over: giving a new file its pages takes longer than filling them.
 
 Shape legend: B = sequences of a batch, N = sequences, T = tokens of a sequence, D = model width.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -23,18 +25,29 @@ if TYPE_CHECKING:
 class HiddenStates:
     """A file of float32 [N, T, D], in batches of `batch` sequences.
 
-    number: the block that they enter. digested: whether they are to be recognized by a later run.
+    number: the block that they enter. digested: whether they are to be recognized by a later run. spares: where
+    `remove` leaves the file, and where one of the same size may be found; what it holds is then meaningless.
     """
 
     def __init__(
-        self, path: Path, number: int, shape_NTD: tuple[int, int, int], batch: int, *, digested: bool = False
+        self,
+        path: Path,
+        number: int,
+        shape_NTD: tuple[int, int, int],
+        batch: int,
+        spares: SpareFiles,
+        *,
+        digested: bool = False,
     ) -> None:
         self.number = number
+        self._spares = spares
         self.path = path
         self.shape_NTD = shape_NTD
         self._batch = batch
         self._digested = digested
         self._digests: dict[int, str] = {}
+        if not path.exists():
+            spares.give(path, self.num_bytes)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     @property
@@ -86,6 +99,37 @@ class HiddenStates:
         os.close(self._descriptor)
 
     def remove(self) -> None:
-        """Close and delete the file."""
+        """Close the file, and leave it to others."""
         self.close()
-        self.path.unlink(missing_ok=True)
+        self._spares.take(self.path)
+
+
+class SpareFiles:
+    """Files of a folder that may be written over. A run that goes on there deletes them: see `clear`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._free: list[Path] = []
+        self._taken = 0
+
+    def clear(self) -> None:
+        """Delete them, and those that an earlier, killed run left."""
+        self._free.clear()
+        for path in self._folder.glob("spare-*.f32"):
+            path.unlink(missing_ok=True)
+
+    def take(self, path: Path) -> None:
+        """Keep a file, if it is there, for whoever needs one of its size."""
+        spare = self._folder / f"spare-{self._taken}.f32"
+        self._taken += 1
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(spare)
+            self._free.append(spare)
+
+    def give(self, path: Path, num_bytes: int) -> None:
+        """Put one of this size in the place of `path`, if there is one."""
+        for spare in self._free:
+            if spare.stat().st_size == num_bytes:
+                self._free.remove(spare)
+                spare.rename(path)
+                return

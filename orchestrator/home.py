@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +39,23 @@ class Settings:
 
     def make_home(self) -> None:
         """Create the home folder. Raises `PreflightError` if that cannot be done."""
+        check_home(self.home)
         try:
             self.home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PreflightError(
-                f"the home folder {self.home} cannot be made: {error.strerror}", remedy=f"set {HOME_VARIABLE}"
-            ) from None
-        if not os.access(self.home, os.W_OK):
-            raise PreflightError(f"the home folder {self.home} is not writable", remedy=f"set {HOME_VARIABLE}")
+            raise _unusable(self.home, f"cannot be made: {error.strerror}") from None
+
+
+def check_home(home: Path) -> None:
+    """Raise `PreflightError` if nothing can be written to the home folder, or to where it would be made."""
+    place = home.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise _unusable(home, f"cannot be made: {place} is a file")
+    if not os.access(place, os.W_OK) or shutil.disk_usage(place).total == 0:  # /proc and its like hold no files
+        raise _unusable(home, "is not writable" if place == home else f"cannot be made: {place} is not writable")
+
+
+def _unusable(home: Path, why: str) -> PreflightError:
+    return PreflightError(f"the home folder {home} {why}", remedy=f"set {HOME_VARIABLE} to a folder of your own")

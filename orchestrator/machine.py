@@ -29,7 +29,7 @@ DEFAULT_OVERHEAD_SECONDS = 0.5
 DEFAULT_IMPORT_SECONDS = 4.0
 DEFAULT_BASE_BYTES = 650 << 20
 _KEPT = 12  # measurements of each kind of step
-_KEPT_RECORDS = 256
+_KEPT_KEYS = 256
 _DOUBT = 0.03  # weight of what is assumed beside what was measured
 _SPREAD_SECONDS = 5.0  # how far the overhead may well be from what is assumed: a plugin imports libraries of its own
 _FILE = "machine.json"
@@ -62,6 +62,7 @@ class Experience:
 
     base_bytes: by engine and step, what the process took after the step, its model gone. seconds: by step, pairs of
     (seconds by the default rates, seconds measured). recorded: calibrations whose dense records were kept.
+    fitting: models that the walk can take apart (`orchestrator.fit`).
     """
 
     base_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -69,6 +70,7 @@ class Experience:
     import_seconds: float = DEFAULT_IMPORT_SECONDS
     seconds: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     recorded: list[str] = field(default_factory=list)
+    fitting: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, home: Path) -> Experience:
@@ -81,6 +83,7 @@ class Experience:
                 float(data["import_seconds"]),
                 {str(k): [(float(a), float(b)) for a, b in pairs] for k, pairs in data["seconds"].items()},
                 [str(key) for key in data["recorded"]],
+                [str(key) for key in data["fitting"]],
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
@@ -108,7 +111,11 @@ class Experience:
 
     def learn_record(self, key: str) -> None:
         """Remember that the records of this calibration were kept."""
-        self.recorded = [*(other for other in self.recorded if other != key), key][-_KEPT_RECORDS:]
+        self.recorded = _latest(self.recorded, key)
+
+    def learn_fit(self, key: str) -> None:
+        """Remember that the walk can take this model apart."""
+        self.fitting = _latest(self.fitting, key)
 
     def _fit(self, step: str) -> tuple[float, float]:
         """Overhead and ratio with the least relative error over the measurements, drawn a little to what is assumed."""
@@ -117,6 +124,10 @@ class Experience:
         usual = slow / max(sum(nominal for nominal, took in others if took > 1), 1e-9) if slow else 1.0
         usual = min(max(usual, 0.1), 10.0)
         return fit_line(self.seconds.get(step, ()), (DEFAULT_OVERHEAD_SECONDS, usual))
+
+
+def _latest(keys: Sequence[str], key: str) -> list[str]:
+    return [*(other for other in keys if other != key), key][-_KEPT_KEYS:]
 
 
 def fit_line(pairs: Sequence[tuple[float, float]], assumed: tuple[float, float]) -> tuple[float, float]:

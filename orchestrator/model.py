@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import PreflightError
 from orchestrator.packing import scheme_or_none
+from orchestrator.usage import reuse_memory
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from orchestrator.checkpoint import Checkpoint
+
+COPY_AGAIN = "copy the model again, config.json and weights together"
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None) -> PreTrainedModel:
@@ -63,7 +66,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None) -
             raise PreflightError(
                 f"{checkpoint.path} does not fit its config.json: {fault.replace('_', ' ')}"
                 f" {', '.join(names[:3])}{' …' if len(names) > 3 else ''}",
-                remedy="copy the model again, config.json and weights together",
+                remedy=COPY_AGAIN,
             )
     model.eval()
     return model
@@ -98,6 +101,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
 def import_libraries(checkpoint: Checkpoint) -> float:
     """Import torch and the model's class, so that memory and time of what follows are its own; return the seconds."""
     started = time.perf_counter()
+    reuse_memory()
     from transformers import AutoModelForCausalLM
 
     with suppress(PreflightError, KeyError, ImportError):  # who loads the model says what is wrong with it

@@ -31,10 +31,12 @@ from orchestrator.estimate import (
     walk_work,
 )
 from orchestrator.facts import facts_of
+from orchestrator.home import HOME_VARIABLE, check_home
 from orchestrator.machine import MEMORY_VARIABLE, Experience, Machine, memory_limit, nominal_seconds
 from orchestrator.method import Calibrator, Evaluator, LayerMethod, ModelMethod, Needs, Publisher
 from orchestrator.plan import Plan, Step
 from orchestrator.records import LIMIT_VARIABLE, limit_from
+from orchestrator.report import size_text
 from orchestrator.usage import has_torch, resident_bytes
 from orchestrator.work import ModelFacts, Work
 
@@ -88,10 +90,13 @@ def foresee(
     limit_from(os.environ)  # refuses what is no number, also where all is cached
     estimates = estimate_steps(plan, known, machine, experience, limit, engine)
     waiting = [(step, estimates[step.index]) for step in plan.steps if known[step.index] is None]
+    if waiting:
+        check_home(home)
     problems = [
         problem for step, estimate in waiting for problem in memory_problems(plan, step, estimate, machine, limit)
     ]
     problems += [problem for step, _ in waiting for problem in device_problems(step)]
+    problems += [problem for step, _ in waiting for problem in window_problems(plan, step)]
     problems += disk_problems(plan, waiting, machine, home)
     if problems:
         raise PreflightError(problems)
@@ -159,6 +164,16 @@ def device_problems(step: Step) -> list[Problem]:
     if sys.platform == "linux" and not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg")):
         return [Problem(f"device is {step.device}, but this machine has no NVIDIA device", step.place, remedy)]
     return []
+
+
+def window_problems(plan: Plan, step: Step) -> list[Problem]:
+    """Say which windows of a text of its own a method would cut longer than the model can take."""
+    positions, length = plan.source.positions, getattr(step.method, "length_tokens", None)
+    has_text = getattr(step.method, "source", None) is not None
+    if not has_text or positions is None or not isinstance(length, int) or length <= positions:
+        return []
+    what = f"windows of {length} tokens are longer than the {positions} positions of the model"
+    return [Problem(what, step.place, f"set length_tokens to at most {positions}")]
 
 
 def _walk(
@@ -239,8 +254,8 @@ def memory_problems(plan: Plan, step: Step, estimate: Estimate, machine: Machine
         remedies += _shorter_windows(estimate.size, limit)
         found.append(
             Problem(
-                f"{step.label} needs {_gib(needed)} GiB beside the interpreter and its libraries, working on one thing"
-                f" at a time; max_memory_gib allows {limit / 2**30:.2f}",
+                f"{step.label} needs {size_text(needed)} beside the interpreter and its libraries, working on one thing"
+                f" at a time; max_memory_gib allows {size_text(limit)}",
                 step.place,
                 ", or ".join(remedies),
             )
@@ -248,13 +263,13 @@ def memory_problems(plan: Plan, step: Step, estimate: Estimate, machine: Machine
     whole = estimate.peak_memory_bytes + estimate.work.child_memory_bytes
     free = machine.memory_bytes + resident_bytes()
     if whole > free and not found:
-        remedies = [f"free memory, or use a machine with {_gib(whole)} GiB free"]
+        remedies = [f"free memory, or use a machine with {size_text(whole)} free"]
         room = free - (whole - needed)
         if estimate.size is not None:
             remedies += _shorter_windows(estimate.size, room)
         else:
             remedies += _smaller(plan, step, room)
-        what = f"{step.label} needs {_gib(whole)} GiB of memory, and {free / 2**30:.2f} are to be had on this machine"
+        what = f"{step.label} needs {size_text(whole)} of memory, and {size_text(free)} are to be had on this machine"
         found.append(Problem(what, step.place, ", or ".join(remedies)))
     return found
 
@@ -299,12 +314,12 @@ def disk_problems(plan: Plan, waiting: Sequence[tuple[Step, Estimate]], machine:
     if needed <= machine.disk_bytes:
         return []
     what = (
-        f"the steps need {_gib(needed)} GiB on the disk that holds {home}, and {machine.disk_bytes / 2**30:.2f} are"
-        f" free: {_gib(results)} for results, {_gib(passing)} for hidden states, {_gib(statistics)} for statistics"
+        f"the steps need {size_text(needed)} on the disk that holds {home}, and {size_text(machine.disk_bytes)} are"
+        f" free: {size_text(results)} for results, {size_text(passing)} for hidden states, {size_text(statistics)} for"
+        " statistics"
     )
-    remedy = (
-        f"free {_gib(needed - machine.disk_bytes)} GiB there, or set ORCHESTRATOR_HOME to a folder on a larger disk"
-    )
+    more = size_text(needed - machine.disk_bytes)
+    remedy = f"free {more} there, or set {HOME_VARIABLE} to a folder on a larger disk"
     room = machine.disk_bytes - results - passing
     if room > 0 and statistics:
         remedy += f", or set {LIMIT_VARIABLE} to {math.floor(room / 2**30 * 100) / 100}"
@@ -330,5 +345,5 @@ def learn(
 
 
 def _gib(count: int) -> str:
-    """GiB, rounded up."""
+    """GiB as a setting takes it, rounded up."""
     return f"{math.ceil(count / 2**30 * 100) / 100:.2f}"

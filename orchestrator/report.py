@@ -49,19 +49,25 @@ def shown(name: str, value: float | None) -> str:
     if value is None:
         return ""
     if "bytes" in name:
-        size = float(value)
-        for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-            if size < 1024 or unit == "TiB":
-                return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.2f} {unit}"
-            size /= 1024
+        return size_text(value)
     if isinstance(value, int) or float(value).is_integer():
         return f"{int(value):,}"
     return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def size_text(num_bytes: float) -> str:
+    """A number of bytes in the unit that people would use."""
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:,.0f} B" if unit == "B" else f"{size:,.2f} {unit}"
+        size /= 1024
+    return f"{size:,.2f} TiB"
+
+
 def foreseen(predicted: Mapping[str, Any]) -> str:
     """What a step is expected to take, as people read it."""
-    memory, disk = shown("bytes", predicted["peak_memory_bytes"]), shown("bytes", predicted["disk_bytes"])
+    memory, disk = size_text(predicted["peak_memory_bytes"]), size_text(predicted["disk_bytes"])
     seconds = predicted["seconds"]
     if seconds < 100:
         time = f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"

@@ -22,6 +22,7 @@ from orchestrator.artifact import Artifact, ArtifactStore, model_digest
 from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import GateError, OrchestratorError, Problem, StepError
+from orchestrator.fit import check_fit, remember_fit
 from orchestrator.home import Settings
 from orchestrator.journal import Journal, lease
 from orchestrator.method import LayerMethod, Publisher
@@ -196,8 +197,8 @@ class Execution:
                 peak_memory_bytes=usage.peak_memory_bytes,
                 predicted=self.estimates[step.index].as_dict(),
             )
-        except (KeyboardInterrupt, OSError, MemoryError):
-            keep = resumable  # no fault of the step: run again, it goes on where it was
+        except (KeyboardInterrupt, Exception) as error:
+            keep = resumable and _no_fault_of_the_step(error)  # run again, it goes on where it was
             raise
         finally:
             self.store.unstage(f"{step.fingerprint}.scratch" if keep else step.fingerprint)
@@ -284,6 +285,8 @@ class Execution:
             remedy = f"the details are in {path}"
             if shutil.disk_usage(self.settings.home).free < _DISK_FULL_BYTES:
                 remedy = f"the disk that holds {self.settings.home} is full: free space and run again"
+            elif _out_of_memory(error):
+                remedy = f"free memory and run again, or set max_memory_gib; the details are in {path}"
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 path.write_text(traceback.format_exc(), encoding="utf-8")
                 self._failed(step, message, started_ms)
@@ -313,6 +316,16 @@ class Execution:
         }
 
 
+def _no_fault_of_the_step(error: BaseException) -> bool:
+    return isinstance(error, KeyboardInterrupt | OSError) or _out_of_memory(error)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch says so by a RuntimeError, with a class of its own for accelerators alone."""
+    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or allocator or type(error).__name__ == "OutOfMemoryError"
+
+
 def _notes(error: BaseException) -> list[str]:
     """What was added on the way up, e.g. the layer at which it happened."""
     return [f"({note})" for note in getattr(error, "__notes__", ())]
@@ -340,8 +353,11 @@ def start(spec_path: Path, methods: Methods, settings: Settings, observer: Obser
         spec_path, methods, settings.home, tracking_uri=settings.public_tracking_uri, trust_file_times=False
     )
     store = ArtifactStore(settings.home)
-    estimates = foresee(plan, settings.home, [store.lookup(step.fingerprint) for step in plan.steps], engine=engine)
+    known = [store.lookup(step.fingerprint) for step in plan.steps]
+    fit = check_fit(plan, known, settings.home)
+    estimates = foresee(plan, settings.home, known, engine=engine)
     settings.make_home()
+    remember_fit(settings.home, fit)
     store.sweep()
     return Execution(plan, settings, observer, engine, estimates)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import PreflightError
 from orchestrator.layers import is_router, unsupported
-from orchestrator.model import load_config, quiet
+from orchestrator.model import COPY_AGAIN, load_config, quiet
 from orchestrator.reader import TensorReader
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ class Skeleton:
             adapted = adapt(model, checkpoint.tensors.keys())
             self.model: Any = adapted.root
             self._transposed = adapted.transposed
-            self._check_names(adapted.tied)
+            self._tied = adapted.tied
+            self._check_names()
             self.blocks = self._find_blocks(config.num_hidden_layers, adapted.same_input)
         except UnfitError as error:
             raise self._refusal(str(error)) from error
@@ -107,6 +108,11 @@ class Skeleton:
         from torch import nn
 
         return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+
+    def stored_ties(self) -> list[tuple[str, str]]:
+        """Pairs of stored tensors that config.json says are one and the same."""
+        stored = self.checkpoint.tensors
+        return [(name, other) for name, other in self._tied.items() if name in stored and other in stored]
 
     @property
     def width(self) -> int:
@@ -198,9 +204,9 @@ class Skeleton:
             tensor = tensor.T
         _put(owner, leaf, tensor.contiguous().to(device))
 
-    def _refusal(self, what: str) -> PreflightError:
+    def _refusal(self, what: str, remedy: str = REMEDY) -> PreflightError:
         kind = self.checkpoint.config["model_type"]
-        return PreflightError(f"{self.checkpoint.path} (model_type {kind!r}): {what}", remedy=REMEDY)
+        return PreflightError(f"{self.checkpoint.path} (model_type {kind!r}): {what}", remedy=remedy)
 
     def _make_buffers_real(self, model: Any) -> None:
         """Fill the tables that no checkpoint stores, as Transformers does when it loads a model."""
@@ -217,20 +223,20 @@ class Skeleton:
             if not all(module._buffers[key].isfinite().all() for key in tables):
                 raise self._refusal(f"{name} ({type(module).__name__}) holds tables that cannot be rebuilt")
 
-    def _check_names(self, tied: frozenset[str]) -> None:
+    def _check_names(self) -> None:
         """Refuse a checkpoint whose tensors are not, name by name and shape by shape, those of the modules."""
         stored = {name: info.shape for name, info in self.checkpoint.tensors.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         for layer in self._transposed:
             wanted[f"{layer}.weight"] = wanted[f"{layer}.weight"][::-1]
-        missing = sorted(name for name in wanted if name not in stored and name not in tied)
+        missing = sorted(name for name in wanted if name not in stored and name not in self._tied)
         extra = sorted(name for name in stored if name not in wanted and not self._is_ignored(name))
         wrong = sorted(name for name in wanted if name in stored and stored[name] != wanted[name])
         if wrong:
             name = wrong[0]
-            raise self._refusal(f"{name} has shape {stored[name]}, but config.json means {wanted[name]}")
+            raise self._refusal(f"{name} has shape {stored[name]}, but config.json means {wanted[name]}", COPY_AGAIN)
         if missing:
-            raise self._refusal(f"tensor {missing[0]} is missing ({len(missing)} in all)")
+            raise self._refusal(f"tensor {missing[0]} is missing ({len(missing)} in all)", COPY_AGAIN)
         if extra:
             raise self._refusal(f"no module takes the stored tensor {extra[0]} ({len(extra)} in all)")
 

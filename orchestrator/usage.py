@@ -12,6 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from orchestrator.work import KEPT_PIECE_BYTES
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -69,6 +72,18 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def reuse_memory() -> None:
+    """Let glibc keep what is freed until `give_back_memory`, up to a limit, for the rest of the process.
+
+    Left alone it gives activations back after every operation and asks for them again: the kernel clears every page
+    anew, which takes a tenth of a walk's time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            mallopt(option, KEPT_PIECE_BYTES)
 
 
 def has_torch() -> bool:

@@ -45,7 +45,7 @@ from orchestrator.resume import FinishedBlock, WalkProgress
 from orchestrator.stages import Cut
 from orchestrator.statistics import InputMoment
 from orchestrator.stored import StoredLayers
-from orchestrator.usage import give_back_memory
+from orchestrator.usage import give_back_memory, reuse_memory
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +98,7 @@ def walk(
     from orchestrator.skeleton import Skeleton
 
     settings = settings or WalkSettings()
+    reuse_memory()
     if checkpoint.is_quantized:
         raise StepError(f"{checkpoint.path} is quantized already", remedy="prune before quantizing, quantize once")
     if method.needs is not Needs.WEIGHT and calibration is None:

@@ -213,7 +213,7 @@ def test_a_cap_that_is_too_small_is_refused_with_what_would_do(plan_of: Callable
     with pytest.raises(PreflightError) as caught:
         foresee(plan, tmp_path / "home", [None] * 4)
     wanda, gptq = caught.value.problems
-    assert "prune wanda needs" in wanda.what and "max_memory_gib allows 0.00" in wanda.what
+    assert "prune wanda needs" in wanda.what and "max_memory_gib allows 104.86 KiB" in wanda.what
     assert wanda.where and ":7" in wanda.where
     assert "set max_memory_gib (or ORCHESTRATOR_MAX_MEMORY_GIB) to 0.01 or more" in str(wanda.remedy)
     assert "quantize gptq" in gptq.what

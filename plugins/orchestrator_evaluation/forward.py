@@ -52,7 +52,7 @@ class WindowEvaluator(Evaluator):
 
     def tokens_NT(self, baseline: Checkpoint) -> torch.Tensor:
         """The windows, in tokens of the dense model. Raises `StepError` for too little text or too long windows."""
-        positions = _positions(baseline)
+        positions = baseline.positions
         if positions is not None and self.length_tokens > positions:
             raise StepError(
                 f"windows of {self.length_tokens} tokens are longer than the {positions} positions of the model",
@@ -74,15 +74,6 @@ def _windows_of(source: str, length: int) -> int:
     path = Path(source)
     size = path.stat().st_size if path.is_file() else 1 << 20
     return max(1, size // 4 // length)
-
-
-def _positions(checkpoint: Checkpoint) -> int | None:
-    """How many positions the model was made for, if its configuration says so plainly."""
-    positions = checkpoint.config.get("max_position_embeddings")
-    scaling = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
-    # These reach farther than max_position_embeddings, by a factor that not all of them apply at every length.
-    stretched = scaling.get("rope_type", scaling.get("type")) in ("linear", "dynamic", "yarn")
-    return positions if isinstance(positions, int) and not stretched else None
 
 
 def load_float32(checkpoint: Checkpoint) -> PreTrainedModel:

@@ -45,6 +45,7 @@ EVENTS: dict[str, tuple[Any, str]] = {
     "os.link": (os, "link"),
     "os.posix_fallocate": (os, "posix_fallocate"),
     "Path.replace": (Path, "replace"),
+    "Path.rename": (Path, "rename"),
     "Path.unlink": (Path, "unlink"),
     "Path.mkdir": (Path, "mkdir"),
     "shutil.rmtree": (shutil, "rmtree"),

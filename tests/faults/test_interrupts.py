@@ -1,4 +1,4 @@
-"""Ctrl-C and a full disk keep the progress of a walk; a fault of the method takes it away."""
+"""Ctrl-C, a full disk and full memory keep the progress of a walk; a fault of the method takes it away."""
 
 from __future__ import annotations
 
@@ -57,6 +57,16 @@ def test_a_fault_of_the_method_leaves_nothing(scene_of: Callable[[str], Scene], 
     assert answer["exit"] == 1 and "as the test wants" in answer["errors"]
     assert _staged(scene) == []
     assert not scene.faults(scene.run())
+
+
+def test_memory_that_runs_out_keeps_the_progress(scene_of: Callable[[str], Scene]) -> None:
+    scene = scene_of("gptq")
+    scene.start_again()
+    answer = scene.run(changes=[["method_fails", 6, "memory"]])
+    assert answer["exit"] == 1 and "DefaultCPUAllocator" in answer["errors"] and "free memory" in answer["errors"]
+    assert _staged(scene) == ["", "state"]
+    assert not scene.faults(scene.run())
+    assert (scene.worked().blocks - scene.work.blocks).total() == 1
 
 
 def test_a_run_sweeps_what_others_abandoned(scene_of: Callable[[str], Scene]) -> None:

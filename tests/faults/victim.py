@@ -152,8 +152,10 @@ def _disk_full(owner_name: str, number: int) -> None:
     setattr(owner, name, call)
 
 
-def _method_fails(number: int) -> None:
-    """The method raises at the `number`-th group of layers."""
+def _method_fails(number: int, how: str = "by itself") -> None:
+    """The method raises at the `number`-th group of layers; how: or torch finds no "memory"."""
+    import torch
+
     from orchestrator.compression import LayerCompressor
     from orchestrator.errors import StepError
 
@@ -162,6 +164,8 @@ def _method_fails(number: int) -> None:
     def call(self: Any, *args: Any) -> Any:
         calls[0] += 1
         if calls[0] == number:
+            if how == "memory":
+                torch.empty(1 << 50)
             raise StepError("as the test wants")
         return real(self, *args)
 
