@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import StepError
+from orchestrator.folding import PROBE_TOKENS, Fold, folds_of
 from orchestrator.hidden import HiddenStates, SpareFiles
 from orchestrator.stages import Cut, Layout, layout_of
 from orchestrator.statistics import InputMoment, InputMomentBuilder
@@ -99,6 +100,14 @@ class Stream:
         """Delete the hidden states that entered earlier blocks; until then a killed run can go on from them."""
         while self._passed:
             self._passed.pop().remove()
+
+    def folds(self, block: Block, leader_of: Mapping[str, str]) -> dict[str, Fold]:
+        """Find out where scales of the loaded block's inputs can go (see `orchestrator.folding`)."""
+        tokens_BT = self._tokens_NT[:1, :PROBE_TOKENS]
+        _, arguments = self.skeleton.capture(tokens_BT, self._embed)
+        given = _to(arguments[block.index], self._device)
+        shape_TD = (tokens_BT.shape[1], self.skeleton.width)
+        return folds_of(block, leader_of, lambda hidden_BTD: block.run(hidden_BTD, given), shape_TD)
 
     def layout(self, block: Block) -> Layout:
         """Find out by one sequence how the block's layers share inputs, and where its forward pass can be cut."""

@@ -50,6 +50,7 @@ class LayerCompressor:
         self._model = model
         self._with_hessian = method.needs is Needs.INPUT_MOMENT
         self.layers: dict[str, Mapping[str, float]] = {}
+        self.facts: dict[str, Mapping[str, float]] = {}  # what else is to be reported of a layer
 
     def compress(self, block: Block, names: Sequence[str], record: InputMoment | None) -> dict[str, str]:
         """Compress layers that share an input, write them, and leave the results in the modules."""
@@ -65,7 +66,7 @@ class LayerCompressor:
         for name, result in zip(names, self._results(block, names, record), strict=True):
             stored_OI, written[name] = self._store(name, result, block.linears[name].weight)
             zero_fraction = int((stored_OI == 0).sum()) / stored_OI.numel()
-            self.layers[name] = {**result.metrics, "zero_fraction": zero_fraction, **facts}
+            self.layers[name] = {**result.metrics, "zero_fraction": zero_fraction, **facts, **self.facts.pop(name, {})}
             block.linears[name].weight.data = stored_OI.float()
         give_back_memory()
         return written

@@ -18,7 +18,7 @@ from orchestrator.capture import BATCH_TOKENS, KEPT_BYTES
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.export import config_text, result_specs
 from orchestrator.layers import ignored_layers
-from orchestrator.method import Evaluator, InputMode, LayerMethod, Needs
+from orchestrator.method import Evaluator, InputMode, LayerMethod, Needs, ScalingMethod
 from orchestrator.packing import quantization_config
 from orchestrator.scheme import QuantScheme
 from orchestrator.shards import Shards
@@ -111,7 +111,8 @@ def _slack_bytes(size: WalkSize, batch_bytes: int) -> int:
 
 def _in_stages(size: WalkSize, block: BlockFacts) -> bool:
     """Whether the layers of a block are measured and compressed one input after the other."""
-    return size.inputs == "propagated" and all(group.share == 1.0 for group in block.groups)
+    at_once = size.inputs == "dense" or isinstance(size.method, ScalingMethod)
+    return not at_once and all(group.share == 1.0 for group in block.groups)
 
 
 def _record_bytes(group: InputGroup, *, with_hessian: bool) -> int:

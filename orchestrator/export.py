@@ -84,16 +84,20 @@ class ModelWriter:
         self._replaced.add(f"{layer}.weight")
         return _digest(tensors)
 
-    def resume(self, layer: str, digest: str, scale_dtype: str | None) -> bool:
-        """Take a layer for written that an earlier, killed run put into the folder; False if its bytes are others."""
+    def resume(self, written: str, digest: str, scale_dtype: str | None) -> bool:
+        """Take what an earlier, killed run put into the folder for written; False if its bytes are others.
+
+        written: a layer, or the full name of another tensor.
+        """
         shards = self._open(scale_dtype)
-        names = [f"{layer}.weight"]
-        if self.scheme is not None:
-            parts = packed_specs(self.layers[layer].out_features, self.layers[layer].in_features, self.scheme)
-            names = [f"{layer}.{part}" for part in parts]
+        layer = self.layers.get(written)
+        names = [written] if layer is None else [f"{written}.weight"]
+        if layer is not None and self.scheme is not None:
+            parts = packed_specs(layer.out_features, layer.in_features, self.scheme)
+            names = [f"{written}.{part}" for part in parts]
         if _digest({name: shards.read(name) for name in names}) != digest:
             return False
-        self._replaced.add(f"{layer}.weight")
+        self._replaced.add(written if layer is None else f"{written}.weight")
         return True
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import OrchestratorError, PreflightError, Problem
 from orchestrator.machine import Experience
 from orchestrator.method import LayerMethod
+from orchestrator.model import import_libraries
 from orchestrator.plan import Plan
 
 _CHUNK_BYTES = 1 << 24
@@ -65,6 +66,7 @@ def examine(checkpoint: Checkpoint) -> None:
     from orchestrator.proof import prove
     from orchestrator.skeleton import Skeleton
 
+    import_libraries(checkpoint)
     with closing(Skeleton(checkpoint)) as skeleton:
         is_known = skeleton.is_known
         for tied, source in skeleton.stored_ties():

@@ -4,6 +4,7 @@
 |-----------------|-----------------|----------------------------------------------------------|
 | `Calibrator`    | calibrate       | `sample(tokenizer, seed) -> CalibrationSet`              |
 | `LayerMethod`   | prune, quantize | `compress(weight_OI, statistic) -> LayerResult` (pure)   |
+| `ScalingMethod` | prune, quantize | the same, and `input_scale(weights, statistic) -> s [I]` |
 | `ModelMethod`   | prune, distill, quantize | `apply(model, context) -> ModelResult`          |
 | `Evaluator`     | validate        | `measure(candidate, baseline, context) -> {name: number}`|
 | `Publisher`     | register        | `publish(bundle, manifest, name) -> Release`             |
@@ -238,6 +239,22 @@ class LayerMethod(Method):
         """Return the compressed layer; pure: neither argument is changed, no global state is used.
 
         weight_OI: float32, contiguous. statistic: None if `needs` is `Needs.WEIGHT`.
+        """
+
+
+class ScalingMethod(LayerMethod):
+    """A `LayerMethod` that first moves scale from the inputs of layers into their weights.
+
+    The walk finds what produces an input and can be divided (`orchestrator.folding`). It calibrates all layers of a
+    block at once, divides by what `input_scale` returns, and only then calls `compress`, with the scaled weight and
+    the statistic of the divided input.
+    """
+
+    @abstractmethod
+    def input_scale(self, weights: Sequence[torch.Tensor], statistic: InputMoment) -> torch.Tensor:
+        """Return s [I], finite and positive, by which the input is divided and every weight's columns multiplied.
+
+        weights: float32 [O, I] each, of all layers that read the input. Pure, as `compress`.
         """
 
 

@@ -5,6 +5,8 @@ For access block by block see `orchestrator.skeleton`.
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -102,11 +104,29 @@ def import_libraries(checkpoint: Checkpoint) -> float:
     """Import torch and the model's class, so that memory and time of what follows are its own; return the seconds."""
     started = time.perf_counter()
     reuse_memory()
-    from transformers import AutoModelForCausalLM
+    with interrupts_later():
+        from transformers import AutoModelForCausalLM
 
-    with suppress(PreflightError, KeyError, ImportError):  # who loads the model says what is wrong with it
-        _ = AutoModelForCausalLM._model_mapping[type(load_config(checkpoint))]
+        with suppress(PreflightError, KeyError, ImportError):  # who loads the model says what is wrong with it
+            _ = AutoModelForCausalLM._model_mapping[type(load_config(checkpoint))]
     return time.perf_counter() - started
+
+
+@contextmanager
+def interrupts_later() -> Iterator[None]:
+    """Hold Ctrl-C back until the end of the block: libraries that are being imported swallow it now and then."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 @contextmanager

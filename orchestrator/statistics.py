@@ -70,6 +70,18 @@ class InputMoment:
         factor = memo(damping, order, lambda: factorize(hessian_II, self.num_tokens, damping, order))
         return factor and factor.to(hessian_II.device)
 
+    def divided(self, scale_I: torch.Tensor) -> InputMoment:
+        """Return the record of x / s for s > 0."""
+        hessian_II = self.hessian_II
+        return InputMoment(
+            self.num_tokens,
+            self.sum_squares_I / scale_I.square(),
+            self.sum_I / scale_I,
+            self.sum_abs_I / scale_I,
+            self.max_abs_I / scale_I,
+            None if hessian_II is None else (hessian_II / scale_I).div_(scale_I[:, None]),
+        )
+
     def to(self, device: torch.device | str) -> InputMoment:
         """Return the record on a device, with the same memory of factors."""
         import torch

@@ -23,11 +23,9 @@ Shape legend: N = sequences, T = tokens of a sequence, O = out features, I = in 
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,11 +34,11 @@ from orchestrator.canonical import digest_of
 from orchestrator.capture import Stream
 from orchestrator.compression import LayerCompressor, WalkReport
 from orchestrator.errors import StepError
+from orchestrator.folding import fold
+from orchestrator.job import Job, Progress, WalkSettings, facts_of_walk
 from orchestrator.layers import is_skipped
-from orchestrator.method import InputMode, LayerMethod, Needs
+from orchestrator.method import LayerMethod, Needs, ScalingMethod
 from orchestrator.parallel import Workers, exact_matmuls, one_thread
-from orchestrator.reader import bytes_of
-from orchestrator.records import RecordStore
 from orchestrator.resume import FinishedBlock, WalkProgress
 from orchestrator.stages import Cut
 from orchestrator.statistics import InputMoment
@@ -54,28 +52,6 @@ if TYPE_CHECKING:
     from orchestrator.checkpoint import Checkpoint
     from orchestrator.export import ModelWriter
     from orchestrator.skeleton import Block, Skeleton
-
-Progress = Callable[[float, str], None]
-
-
-@dataclass(frozen=True)
-class WalkSettings:
-    """How to walk; nothing here but `inputs` and `device` changes the result.
-
-    inputs: what blocks are calibrated on. device: "cpu" or "cuda".
-    workers: threads; None: as many as torch would use.
-    state: folder for progress and hidden states, from which a killed run goes on; None: nothing is kept.
-    records: where statistics are kept and found; None: nowhere.
-    identity: what beside model, tokens and method decides the result: digests of the model's bytes and of the code,
-        versions of the libraries.
-    """
-
-    inputs: InputMode = "propagated"
-    device: str = "cpu"
-    workers: int | None = None
-    state: Path | None = None
-    records: RecordStore | None = None
-    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 def walk(
@@ -107,7 +83,7 @@ def walk(
             remedy="put a calibrate step before it",
         )
     tokens_NT = None if method.needs is Needs.WEIGHT or calibration is None else calibration.tokens_NT
-    job = _Job(method, writer, skip, progress, settings, tokens_NT, _facts(checkpoint, settings, tokens_NT))
+    job = Job(method, writer, skip, progress, settings, tokens_NT, facts_of_walk(checkpoint, settings, tokens_NT))
     with ExitStack() as stack:
         threads = stack.enter_context(one_thread())
         stack.enter_context(exact_matmuls())
@@ -141,39 +117,11 @@ class _RecordGone(Exception):  # noqa: N818 - a signal, not an error
     """Ends a walk without a model that finds a record damaged."""
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is to be done. facts: what statistics follow from, whatever the method does with them."""
-
-    method: LayerMethod
-    writer: ModelWriter
-    skip: Sequence[str]
-    progress: Progress
-    settings: WalkSettings
-    tokens_NT: torch.Tensor | None
-    facts: Mapping[str, Any]
-
-    def key(self, block: str, leader: str | None = None, passed: str | None = None) -> str:
-        """The name of a block's record of one input, or of its list of inputs.
-
-        passed: digest of the compressed layers that the tokens have passed; None for dense inputs.
-        """
-        return digest_of({**self.facts, "passed": passed, "block": block, "input": leader})
-
-
-def _facts(checkpoint: Checkpoint, settings: WalkSettings, tokens_NT: torch.Tensor | None) -> dict[str, Any]:
-    return {
-        **settings.identity,
-        "dtype": checkpoint.dtype_name,
-        "tokens": None if tokens_NT is None else _tokens_digest(tokens_NT),
-        "machine": machine_facts(settings.device),
-    }
-
-
-def _recorded_layers(checkpoint: Checkpoint, job: _Job) -> dict[str, Sequence[str]] | None:
+def _recorded_layers(checkpoint: Checkpoint, job: Job) -> dict[str, Sequence[str]] | None:
     """Return every block's layers in their order if the records of all of them are there, on dense inputs."""
     store = job.settings.records
-    if store is None or job.tokens_NT is None or job.settings.inputs != "dense":
+    scaling = isinstance(job.method, ScalingMethod)  # what can be divided is seen by running the block
+    if store is None or job.tokens_NT is None or job.settings.inputs != "dense" or scaling:
         return None
     with_hessian = job.method.needs is Needs.INPUT_MOMENT
     found: dict[str, Sequence[str]] = {}
@@ -190,7 +138,7 @@ def _recorded_layers(checkpoint: Checkpoint, job: _Job) -> dict[str, Sequence[st
 
 class _Walk:
     def __init__(
-        self, job: _Job, model: Skeleton | StoredLayers, stream: Stream | None, workers: Workers, state: Path
+        self, job: Job, model: Skeleton | StoredLayers, stream: Stream | None, workers: Workers, state: Path
     ) -> None:
         self.job = job
         self.method, self.settings, self.writer = job.method, job.settings, job.writer
@@ -310,7 +258,8 @@ class _Walk:
                 store.save_index(self.job.key(block.name), {name: leader_of[name] for name in block.linears})
             leaders = list(dict.fromkeys(leader_of[name] for name in names))
             records = self._measure(block, stream, leaders, leaders, keep=block.index < self.last, cut=None)
-        return self._solve(block, names, leader_of, records)
+        divided = self._scale(block, names, leader_of, records)
+        return divided | self._solve(block, names, leader_of, records)
 
     def _in_stages(self, block: Block, stream: Stream, names: Sequence[str]) -> dict[str, str]:
         """Compress stage by stage, each on the inputs that the compressed layers before it produce."""
@@ -320,8 +269,11 @@ class _Walk:
         layout = stream.layout(block)
         wanted = {layout.leader_of[name] for name in names}
         written: dict[str, str] = {}
-        last = max(number for number, stage in enumerate(layout.stages) if wanted.intersection(stage))
-        for stage in layout.stages[: last + 1]:
+        stages = layout.stages
+        if isinstance(self.method, ScalingMethod):  # divides what comes before a layer, so all are measured before
+            stages = (tuple(leader for stage in stages for leader in stage),)
+        last = max(number for number, stage in enumerate(stages) if wanted.intersection(stage))
+        for stage in stages[: last + 1]:
             leaders = [leader for leader in stage if leader in wanted]
             cut = layout.cuts.get(stage[0]) if len(stage) == 1 else None
             if not leaders and cut is None:
@@ -329,11 +281,48 @@ class _Walk:
             records = self._recorded(block, leaders) if cut is None else None
             if records is None:
                 records = self._measure(block, stream, stage, leaders, keep=False, cut=cut)
-            done = self._solve(block, [n for n in names if layout.leader_of[n] in stage], layout.leader_of, records)
+            done = self._scale(block, names, layout.leader_of, records)
+            done |= self._solve(block, [n for n in names if layout.leader_of[n] in stage], layout.leader_of, records)
             self.prefix = digest_of([self.prefix, done])
             written |= done
         if block.index < self.last:
             stream.forward(block)
+        return written
+
+    def _scale(
+        self, block: Block, names: Sequence[str], leader_of: Mapping[str, str], records: dict[str, InputMoment]
+    ) -> dict[str, str]:
+        """Move scale from inputs into the weights, if the method wants it; return digests of what was divided.
+
+        The loaded block and `records` are changed. A scale follows from the weights as they were.
+        """
+        if not isinstance(self.method, ScalingMethod):
+            return {}
+        # What is not compressed stays as it is stored: neither multiplied nor divided.
+        places = {
+            leader: place
+            for leader, place in self._need_stream().folds(block, leader_of).items()
+            if set(place.members) <= set(names) and (place.owner not in block.linears or place.owner in names)
+        }
+        if not places:
+            raise StepError(
+                f"{self.method.name} finds nothing in {block.name} that could be divided by a scale of an input",
+                remedy="use a method that moves no scale (gptq, rtn), or skip no layer",
+            )
+        scales = {}
+        for leader, place in places.items():
+            weights = [block.linears[name].weight.data for name in place.members]
+            scale_I = self.method.input_scale(weights, records[leader])
+            if not bool((scale_I.isfinite() & (scale_I > 0)).all()):
+                raise StepError(f"{self.method.name} chose a scale for {leader} that is not finite and positive")
+            scales[leader] = scale_I
+        written = {}
+        for leader, place in places.items():
+            scale_I, divided = fold(block, place, scales[leader], self.model.checkpoint.torch_dtype)
+            records[leader] = records[leader].divided(scale_I)
+            written |= {name: self.writer.add(name, tensor) for name, tensor in divided.items()}
+        for name in names:
+            self.compressor.facts[name] = {"scaled": float(leader_of[name] in places)}
         return written
 
     def _solve(
@@ -383,20 +372,6 @@ class _Walk:
     def _prefetch_next(self, block: Block) -> None:
         if block.index < self.last:
             self.model.prefetch(self.model.blocks[block.index + 1].name)
-
-
-def machine_facts(device: str) -> dict[str, Any]:
-    """What of the machine decides the bits of a sum: the instruction set or the accelerator, and the threads."""
-    import torch
-
-    if device == "cpu":
-        return {"cpu": torch.backends.cpu.get_cpu_capability(), "threads_of_an_operation": 1}
-    return {"accelerator": torch.cuda.get_device_name(device)}
-
-
-def _tokens_digest(tokens_NT: torch.Tensor) -> str:
-    """The same tokens in longer windows are other data: more of them are seen together."""
-    return digest_of([list(tokens_NT.shape), hashlib.sha256(bytes_of(tokens_NT.contiguous())).hexdigest()])
 
 
 def _joined(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:

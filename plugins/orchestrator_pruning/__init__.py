@@ -4,12 +4,14 @@
 |-------------|-----------------------------|-------------------------------------|
 | `magnitude` | absolute weight             | nothing                             |
 | `wanda`     | absolute weight x input norm| the norm of each input feature      |
+| `sparsegpt` | w^2 / [H^-1]_ii, as updated | H = X^T X                           |
 """
 
 from __future__ import annotations
 
 from orchestrator.api import Method, hookimpl
 from orchestrator_pruning.magnitude import Magnitude
+from orchestrator_pruning.sparsegpt import SparseGPT
 from orchestrator_pruning.wanda import Wanda
 
 ORCHESTRATOR_API = ">=1.0,<2"
@@ -18,4 +20,4 @@ ORCHESTRATOR_API = ">=1.0,<2"
 @hookimpl
 def register_methods() -> list[type[Method]]:
     """The methods of this package."""
-    return [Magnitude, Wanda]
+    return [Magnitude, SparseGPT, Wanda]

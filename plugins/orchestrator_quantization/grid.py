@@ -13,6 +13,7 @@ Shape legend: O = out features, I = in features, G = groups along I, W = width o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,11 +48,21 @@ class Grid:
         return Grid(self.scale_X.unsqueeze(-1), self.zero_point_X.unsqueeze(-1), self.scheme, self.dtype)
 
 
-def fit_grid(weight_XW: torch.Tensor, scheme: QuantScheme, dtype: torch.dtype, clip: str) -> Grid:
+def fit_grid(
+    weight_XW: torch.Tensor,
+    scheme: QuantScheme,
+    dtype: torch.dtype,
+    clip: str,
+    *,
+    error: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    steps: int = _CLIP_STEPS,
+    smallest: float = _CLIP_SMALLEST,
+) -> Grid:
     """Return the grid [X] for groups of weights [X, W]; zero is always a grid point.
 
-    clip: 'none' covers the extremes of each group; 'mse' takes the share of them, from 1 down to 0.2, with the
-    least squared error. A group of zeros, or one whose scale is too small for `dtype`, gets scale 1.
+    clip: 'none' covers the extremes of each group; 'mse' takes the share of them, one of `steps` from 1 down to
+    `smallest`, with the least error. error: maps differences [X, W] to errors [X]; None: the sum of squares. A group of
+    zeros, or one whose scale is too small for `dtype`, gets scale 1.
     """
     import torch
 
@@ -60,11 +71,12 @@ def fit_grid(weight_XW: torch.Tensor, scheme: QuantScheme, dtype: torch.dtype, c
     best = _grid_for_range(low_X, high_X, scheme, dtype)
     if clip == "none":
         return best
-    best_error_X = _squared_error(best, weight_XW)
-    for step in range(1, _CLIP_STEPS + 1):
-        share = 1 - (1 - _CLIP_SMALLEST) * step / _CLIP_STEPS
+    measure = error or _sum_of_squares
+    best_error_X = measure(_differences(best, weight_XW))
+    for step in range(1, steps + 1):
+        share = 1 - (1 - smallest) * step / steps
         grid = _grid_for_range(low_X * share, high_X * share, scheme, dtype)
-        error_X = _squared_error(grid, weight_XW)
+        error_X = measure(_differences(grid, weight_XW))
         better_X = error_X < best_error_X
         best_error_X = torch.where(better_X, error_X, best_error_X)
         best = Grid(
@@ -140,7 +152,11 @@ def _grid_for_range(low_X: torch.Tensor, high_X: torch.Tensor, scheme: QuantSche
     return Grid(scale_X, zero_point_X, scheme, dtype)
 
 
-def _squared_error(grid_X: Grid, weight_XW: torch.Tensor) -> torch.Tensor:
-    """Return the squared rounding error of each group [X]."""
+def _differences(grid_X: Grid, weight_XW: torch.Tensor) -> torch.Tensor:
+    """Return what rounding adds to each weight [X, W]."""
     _, point_XW = grid_X.widened().nearest(weight_XW)
-    return point_XW.sub_(weight_XW).square_().sum(-1)
+    return point_XW.sub_(weight_XW)
+
+
+def _sum_of_squares(difference_XW: torch.Tensor) -> torch.Tensor:
+    return difference_XW.square_().sum(-1)

@@ -111,9 +111,9 @@ def _change_library() -> None:
 
 def _change_processor() -> None:
     """As if the processor had other instructions."""
-    import orchestrator.walk as walk
+    import orchestrator.job as job
 
-    walk.machine_facts = lambda device: {"cpu": "ENIAC", "threads_of_an_operation": 1}  # type: ignore[assignment]
+    job.machine_facts = lambda device: {"cpu": "ENIAC", "threads_of_an_operation": 1}  # type: ignore[assignment]
 
 
 def _batch_tokens(count: int) -> None:
