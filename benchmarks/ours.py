@@ -38,8 +38,13 @@ def _plain_step(case: Case) -> dict[str, Any]:
                 "damping": DAMPING,
             },
         }
+    if case.method == "awq":
+        return {
+            "quantize": "awq",
+            "with": {"num_bits": case.num_bits, "group_size": GROUP_SIZE, "symmetric": case.symmetric},
+        }
     pattern = {"pattern": "{}:{}".format(*case.pattern)} if case.pattern else {"sparsity": 0.5}
-    return {"prune": "wanda", "with": pattern}
+    return {"prune": case.method, "with": pattern | ({"damping": DAMPING} if case.method == "sparsegpt" else {})}
 
 
 def compress(

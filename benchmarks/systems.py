@@ -33,8 +33,9 @@ SYSTEMS = (OURS, OURS_DENSE, *PEERS)
 
 
 def supports(system: str, case: str) -> bool:
-    """Whether the system has the method at all. GPTQModel prunes nothing."""
-    return system != "GPTQModel" or CASES[case].method == "gptq"
+    """Whether the system has the method at all. GPTQModel prunes nothing; the reference is that of two papers."""
+    method = CASES[case].method
+    return {"GPTQModel": method == "gptq", REFERENCE: method in ("gptq", "wanda")}.get(system, True)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import memory, results, targets
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, WALK
 from benchmarks.material import shared_data, split_text
 from benchmarks.ours import Calibration
 from benchmarks.processes import RunError
@@ -55,10 +55,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="of each compression; medians are shown")
     parser.add_argument("--model", type=Path, help="a dense Llama-like checkpoint; default reference-7m")
     parser.add_argument("--text", type=Path, help="halved to calibrate and to evaluate; default heldout-code.txt")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=WALK)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--memory", action="store_true", help="peak memory of random models of two depths instead")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    parser.add_argument("--name", default="walk", help="of the file that --save writes")
     arguments = parser.parse_args()
     text = arguments.text or shared_data() / "text" / "heldout-code.txt"
     with tempfile.TemporaryDirectory() as name:
@@ -87,7 +88,7 @@ def compare(model: Path, text: Path, folder: Path, arguments: argparse.Namespace
     targets.show(aimed)
     if arguments.save:
         results.save(
-            "walk",
+            arguments.name,
             {
                 **results.circumstances(),
                 "quick": quick,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint
+from orchestrator.columns import Removal, SaliencyMask, lowest, solve_columns
 from orchestrator.errors import (
     GateError,
     OrchestratorError,
@@ -71,6 +72,8 @@ __all__ = [
     "QuantScheme",
     "QuantizedWeight",
     "Release",
+    "Removal",
+    "SaliencyMask",
     "ScalingMethod",
     "ServingEngine",
     "SpecError",
@@ -81,7 +84,9 @@ __all__ = [
     "Work",
     "check_source",
     "hookimpl",
+    "lowest",
     "open_store",
     "read_documents",
+    "solve_columns",
     "token_windows",
 ]

@@ -44,6 +44,13 @@ class HessianFactor:
     damping: float
     num_raised: int
 
+    def undamped(self, loss_O: torch.Tensor, squares_O: torch.Tensor) -> torch.Tensor:
+        """Return the error per token in the output, by row [O], float64, of a change D of the weight.
+
+        loss_O: tr(D A diag(r^2) A^T D^T) by row; squares_O: |D|^2 by row, of which damping added its share.
+        """
+        return self.mean * (loss_O.double() - self.damping * squares_O.double()).clamp_(min=0)
+
     def to(self, device: torch.device) -> HessianFactor:
         """Return the factor on a device."""
         if self.pivots_I.device == device:

@@ -111,9 +111,9 @@ def _candidates(block: Block, members: Sequence[str], num_in: int) -> Iterator[t
             yield name, module, 0.0
             yield name, module, 1.0
     for name, module in modules:
-        if isinstance(module, nn.Linear) and module.out_features == num_in and name not in members:
-            if name not in block.experts:
-                yield name, module, 0.0
+        produces = isinstance(module, nn.Linear) and module.out_features == num_in
+        if produces and name not in members and name not in block.experts:
+            yield name, module, 0.0
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def check_artifact(
         weights = _Weights(after, read_after)
         if "zeros" in kept:
             zeros = _check_kept_zeros(_Weights(before, read_before), weights, kept["zeros"])
-        if grid is None:  # the zeros of a grid are no mask that anybody meant
+        if grid is None or "zeros" in claims:  # the zeros of a grid are otherwise no mask that anybody meant
             zeros = _find_zeros(weights, claims.get("zeros")) or zeros
     return {name: fact for name, fact in (("zeros", zeros), ("grid", grid)) if fact is not None}
 

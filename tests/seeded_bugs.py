@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,6 +33,7 @@ from orchestrator.api import (
     QuantizedWeight,
     QuantScheme,
     Release,
+    ScalingMethod,
     ServingEngine,
     SpecError,
     Stage,
@@ -64,6 +65,29 @@ def halved(weight_OI: torch.Tensor, score_OI: torch.Tensor | None = None) -> tor
     """Set the half of each row with the lowest score (default: the absolute weight) to zero, zeros first."""
     score_OI = (weight_OI.abs() if score_OI is None else score_OI).masked_fill(weight_OI == 0, -1.0)
     return weight_OI.scatter(1, score_OI.argsort(dim=1, stable=True)[:, : weight_OI.shape[1] // 2], 0.0)
+
+
+class Scaled(ScalingMethod, Halve):
+    """No bug: divides every input by its mean size."""
+
+    needs: ClassVar[Needs] = Needs.INPUT_NORM
+
+    def input_scale(self, weights: Sequence[torch.Tensor], statistic: InputMoment) -> torch.Tensor:
+        return (statistic.sum_abs_I / statistic.num_tokens).clamp(min=1e-4)
+
+
+class ScalesByZero(Scaled):
+    """Divides by the mean size of an input, which can be zero."""
+
+    def input_scale(self, weights: Sequence[torch.Tensor], statistic: InputMoment) -> torch.Tensor:
+        return statistic.sum_abs_I / statistic.num_tokens
+
+
+class ScalesInPlace(Scaled):
+    """Takes the mean where the sum was."""
+
+    def input_scale(self, weights: Sequence[torch.Tensor], statistic: InputMoment) -> torch.Tensor:
+        return statistic.sum_abs_I.div_(statistic.num_tokens).clamp(min=1e-4)
 
 
 class Mutates(Halve):

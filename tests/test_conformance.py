@@ -22,6 +22,7 @@ FIRST_PARTY: dict[str, list[dict[str, object]]] = {
         {"source": SAMPLE_TEXT, "sequences": 4, "length_tokens": 16, "start_token": True},
     ],
     "prune magnitude": [{}, {"pattern": "4:8"}, {"scope": "layer", "sparsity": 0.3}],
+    "prune sparsegpt": [{}, {"pattern": "2:4", "block_size": 32}, {"sparsity": 0.8, "block_size": 48, "damping": 0.1}],
     "prune wanda": [{"sparsity": 0.7}, {"pattern": "2:4"}],
     "distill logits": [
         {"updates": 3, "length_tokens": 32, "batch_sequences": 2},
@@ -36,6 +37,15 @@ FIRST_PARTY: dict[str, list[dict[str, object]]] = {
         {"act_order": True, "symmetric": False, "num_bits": 8, "group_size": 16, "scale_dtype": "float16"},
         {"group_size": None, "num_bits": 2, "block_size": 8},
     ],
+    "quantize sparse_gptq": [
+        {"group_size": 32},
+        {"pattern": "2:4", "group_size": None, "num_bits": 3, "symmetric": False, "mask_block_size": 48},
+    ],
+    "quantize awq": [
+        {"group_size": 32},
+        {"group_size": None, "symmetric": False, "num_bits": 3, "duo_scaling": False, "clip": "mse", "alphas": 3},
+    ],
+    "quantize hqq": [{}, {"num_bits": 3, "group_size": 32, "symmetric": True, "scale_dtype": "float16"}],
     "validate perplexity": [_WINDOWS],
     "validate fidelity": [_WINDOWS],
     "validate footprint": [{"new_tokens": 2, "repeats": 1, "threads": 1}],
@@ -59,6 +69,8 @@ BUGS = {
     seeded_bugs.UnclaimedPattern: "L8 pattern",
     seeded_bugs.UnlikeRows: "L8 pattern",
     seeded_bugs.IgnoresDtype: "L15 for_dtype",
+    seeded_bugs.ScalesByZero: "L16 input_scale",
+    seeded_bugs.ScalesInPlace: "L16 input_scale",
     seeded_bugs.GradModeLeft: "C7 surroundings",
     seeded_bugs.Undescribed: "C1 complete",
     seeded_bugs.Unbounded: "C2 bounded",
@@ -101,6 +113,7 @@ BUGS = {
 FOLLOWING = {seeded_bugs.GlobalRandom: ["C8 deterministic"]}
 RIGHT = [
     seeded_bugs.Halve,
+    seeded_bugs.Scaled,
     seeded_bugs.Eight,
     seeded_bugs.Nudge,
     seeded_bugs.Firsts,

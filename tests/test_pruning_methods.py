@@ -8,16 +8,20 @@ from __future__ import annotations
 import subprocess
 import sys
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from orchestrator.api import InputMoment, LayerMethod, LayerShape, StepError
+from orchestrator.api import InputMoment, LayerMethod, LayerResult, LayerShape, StepError, lowest
 from orchestrator.statistics import InputMomentBuilder
 from orchestrator_pruning.magnitude import Magnitude
-from orchestrator_pruning.patterns import lowest, num_pruned
+from orchestrator_pruning.patterns import num_pruned
+from orchestrator_pruning.sparsegpt import SparseGPT
 from orchestrator_pruning.wanda import Wanda
+from orchestrator_quantization.gptq import GPTQ
+from orchestrator_quantization.sparse_gptq import SparseGPTQ
 
 
 def make_weight(num_out: int = 12, num_in: int = 40, seed: int = 0) -> torch.Tensor:
@@ -77,6 +81,130 @@ def test_magnitude_over_the_layer_removes_the_smallest_of_all_rows() -> None:
     removed = sorted(abs(w) for w in weight_OI[result.weight_OI == 0].tolist())
     assert removed == sorted(abs(w) for w in weight_OI.flatten().tolist())[: 12 * 40 // 4]
     assert len(set((result.weight_OI == 0).sum(1).tolist())) > 1, "rows of different size lose different shares"
+
+
+def reference_sparsegpt(weight_OI: torch.Tensor, moment: InputMoment, method: SparseGPT) -> torch.Tensor:
+    """Algorithm 1 as the authors run it, in float64: the inverse of H, its Cholesky factor, weights updated eagerly."""
+    hessian_II = moment.require_hessian().double() / moment.num_tokens
+    dead_I = hessian_II.diagonal() == 0
+    damping = method.damping * hessian_II.diagonal()[~dead_I].mean()
+    hessian_II[dead_I, dead_I] = hessian_II.diagonal()[~dead_I].mean()
+    hessian_II += damping * torch.eye(len(hessian_II))
+    upper_II = torch.linalg.cholesky(torch.linalg.inv(hessian_II), upper=True)
+    w_OI = weight_OI.double()
+    w_OI[:, dead_I] = 0.0
+    zero_OI = w_OI == 0
+    num_out, num_in = w_OI.shape
+    for first in range(0, num_in, method.block_size):
+        stop = min(first + method.block_size, num_in)
+        width = stop - first if method.pattern == "block" else int(method.pattern[-1])
+        for start in range(first, stop, width):
+            score = w_OI[:, start : start + width] ** 2 / upper_II.diagonal()[start : start + width] ** 2
+            score[zero_OI[:, start : start + width]] = -1.0
+            removed = zero_OI[:, start : start + width].clone()
+            if method.pattern == "block":
+                count = int(method.sparsity * score.numel() + 1e-9)
+                order = score.T.flatten().argsort(stable=True)[:count]
+                flat = torch.zeros(score.numel(), dtype=torch.bool)
+                flat[order] = True
+                removed |= flat.view(width, num_out).T
+            else:
+                removed.scatter_(1, score.argsort(1, stable=True)[:, : width - int(method.pattern[0])], True)
+            for j in range(start, start + width):
+                kept_O = w_OI[:, j].masked_fill(removed[:, j - start], 0.0)
+                w_OI[:, j:] -= ((w_OI[:, j] - kept_O) / upper_II[j, j])[:, None] * upper_II[j, j:]
+                w_OI[:, j] = kept_O
+    return w_OI
+
+
+SPARSEGPT_CASES = [
+    SparseGPT(),
+    SparseGPT(block_size=16, sparsity=0.7),
+    SparseGPT(block_size=13, sparsity=0.3, damping=0.1),
+    SparseGPT(pattern="2:4", block_size=16),
+    SparseGPT(pattern="4:8", block_size=40),
+]
+
+
+def make_hessian(num_in: int = 40, dead: tuple[int, ...] = ()) -> InputMoment:
+    generator = torch.Generator().manual_seed(5)
+    mixing_II = torch.eye(num_in) + 0.5 * torch.randn(num_in, num_in, generator=generator) / num_in**0.5
+    x_TI = torch.randn(300, num_in, generator=generator) @ mixing_II * (torch.rand(num_in, generator=generator) + 0.1)
+    x_TI[:, list(dead)] = 0.0
+    builder = InputMomentBuilder(num_in, with_hessian=True)
+    builder.add(x_TI)
+    return builder.finish()
+
+
+@pytest.mark.parametrize("method", SPARSEGPT_CASES, ids=repr)
+@pytest.mark.parametrize("pruned", [False, True])
+def test_sparsegpt_gives_what_the_authors_algorithm_gives(method: SparseGPT, pruned: bool) -> None:
+    weight_OI, moment = make_weight(), make_hessian(dead=(3, 17))
+    if pruned:
+        weight_OI = Magnitude(sparsity=0.25).compress(weight_OI, None).weight_OI
+    expected_OI = reference_sparsegpt(weight_OI, moment, method)
+    result = method.compress(weight_OI, moment)
+    torch.testing.assert_close(result.weight_OI.double(), expected_OI, rtol=1e-4, atol=1e-5)
+    assert torch.equal(result.weight_OI == 0, expected_OI == 0)
+    delta_OI = weight_OI.double().masked_fill(moment.sum_squares_I == 0, 0.0) - expected_OI
+    loss = float((delta_OI @ moment.require_hessian().double() * delta_OI).sum()) / moment.num_tokens
+    assert result.metrics["proxy_loss"] == pytest.approx(loss, rel=1e-3)
+    assert result.metrics["dead_inputs"] == 2 and result.metrics["fallback_diagonal"] == 0
+
+
+@pytest.mark.parametrize("pattern", ["block", "2:4"])
+def test_sparsegpt_beats_wanda_with_the_same_pattern(pattern: str) -> None:
+    weight_OI, moment = make_weight(64, 128), make_hessian(128)
+    wanda = Wanda(pattern="row" if pattern == "block" else pattern).compress(weight_OI, moment)
+    sparsegpt = SparseGPT(pattern=pattern).compress(weight_OI, moment)
+
+    def loss(result: LayerResult) -> float:
+        delta_OI = weight_OI - result.weight_OI
+        return float((delta_OI @ moment.require_hessian() * delta_OI).sum())
+
+    assert (sparsegpt.weight_OI == 0).sum() == (wanda.weight_OI == 0).sum()
+    assert loss(sparsegpt) < 0.9 * loss(wanda)
+
+
+def test_an_h_that_cannot_be_factored_is_recorded() -> None:
+    moment = make_hessian()
+    indefinite_II = moment.require_hessian().clone()
+    indefinite_II[0, 1] = indefinite_II[1, 0] = 1e9
+    moment = InputMoment(
+        moment.num_tokens, moment.sum_squares_I, moment.sum_I, moment.sum_abs_I, moment.max_abs_I, indefinite_II
+    )
+    result = SparseGPT(pattern="2:4", block_size=8).compress(make_weight(), moment)
+    assert result.metrics["fallback_diagonal"] == 1 and result.metrics["zero_fraction"] == 0.5
+
+
+@pytest.mark.parametrize("pattern", ["block", "2:4"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_joint_solve_is_never_worse_than_one_after_the_other(pattern: str, seed: int) -> None:
+    weight_OI, moment = make_weight(32, 64, seed), make_hessian(64)
+    grid: dict[str, Any] = {"num_bits": 3, "group_size": 32}
+    pruned_OI = SparseGPT(pattern=pattern, sparsity=0.5).compress(weight_OI, moment).weight_OI
+    after_OI = GPTQ(**grid).compress(pruned_OI, moment).weight_OI
+    joint = SparseGPTQ(pattern=pattern, sparsity=0.5, **grid).compress(weight_OI, moment)
+
+    def loss(result_OI: torch.Tensor) -> float:
+        delta_OI = (weight_OI - result_OI).double()
+        return float((delta_OI @ moment.require_hessian().double() * delta_OI).sum()) / moment.num_tokens
+
+    assert loss(joint.weight_OI) <= loss(after_OI) * (1 + 1e-5)
+    assert joint.metrics["proxy_loss"] == pytest.approx(loss(joint.weight_OI), rel=1e-3)
+    zeros_OI = joint.weight_OI == 0
+    assert float(zeros_OI.float().mean()) >= 0.5
+    if pattern == "2:4":
+        assert bool((zeros_OI.view(32, -1, 4).sum(-1) >= 2).all())
+
+
+def test_sparsegpt_refuses_what_it_cannot_fill() -> None:
+    with pytest.raises(ValidationError, match="block_size 30 is no multiple of the 4 of pattern 2:4"):
+        SparseGPT(pattern="2:4", block_size=30)
+    with pytest.raises(StepError, match="no calibration tokens"):
+        SparseGPT().compress(make_weight(), None)
+    parameter, what = SparseGPT(sparsity=0.001, block_size=8).check_layer(LayerShape("x", 10, 40)) or ("", "")
+    assert parameter == "sparsity" and what == "0.001 of a block of 80 weights is less than one weight"
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.29, 0.3, 0.5, 0.7, 0.999])

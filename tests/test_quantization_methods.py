@@ -18,7 +18,9 @@ from pydantic import ValidationError
 from orchestrator.api import InputMoment, LayerShape, QuantizedWeight, QuantScheme, StepError
 from orchestrator.statistics import InputMomentBuilder
 from orchestrator_pruning.magnitude import Magnitude
+from orchestrator_quantization.awq import AWQ
 from orchestrator_quantization.gptq import GPTQ
+from orchestrator_quantization.hqq import HQQ
 from orchestrator_quantization.rtn import RTN
 from orchestrator_quantization.weight_only import WeightOnly
 
@@ -398,3 +400,91 @@ def test_a_group_that_does_not_divide_is_named_while_planning() -> None:
     assert GPTQ(group_size=100).check_layer(layer) == ("group_size", "100 does not divide in_features 576")
     assert GPTQ(group_size=64).check_layer(layer) is None
     assert RTN(group_size=None).check_layer(layer) is None
+
+
+def reference_awq(
+    weights: list[torch.Tensor], x_TI: torch.Tensor, method: AWQ, width: int
+) -> tuple[torch.Tensor, list[float]]:
+    """The search of eq. 4 and 5 as the authors run it: real outputs on real inputs, in float64, exponent by exponent."""
+    size_I = x_TI.double().abs().mean(0).clamp(min=1e-4)
+    stacked_OI = torch.cat(weights).double().abs()
+    groups = stacked_OI.view(len(stacked_OI), -1, width)
+    weight_I = (groups / groups.amax(-1, keepdim=True)).mean(0).flatten()
+    candidates = [torch.ones_like(size_I)]
+    for step in range(method.alphas):
+        alpha = step / method.alphas
+        scale_I = size_I**alpha
+        if method.duo_scaling:
+            scale_I = scale_I / (weight_I ** (1 - alpha) + 1e-4)
+        scale_I = scale_I.clamp(min=1e-4)
+        candidates.append(scale_I / (scale_I.max() * scale_I.min()).sqrt())
+    losses = []
+    for scale_I in candidates:
+        loss = 0.0
+        for weight_OI in weights:
+            rounded = RTN(**method.model_dump(include={"num_bits", "group_size", "symmetric", "scale_dtype"}))
+            q_OI = rounded.compress((weight_OI.double() * scale_I).float(), None).weight_OI.double()
+            output_TO = (x_TI.double() / scale_I) @ q_OI.T
+            loss += float((output_TO - x_TI.double() @ weight_OI.double().T).square().sum())
+        losses.append(loss)
+    return candidates[min(range(len(losses)), key=losses.__getitem__)], losses
+
+
+@pytest.mark.parametrize(
+    "method",
+    [AWQ(group_size=16), AWQ(group_size=None, symmetric=False, num_bits=3), AWQ(group_size=32, duo_scaling=False)],
+    ids=repr,
+)
+def test_awq_chooses_the_scale_of_the_authors_search(method: AWQ) -> None:
+    weights = [make_weight(), 0.3 * make_weight().flip(1)]
+    generator = torch.Generator().manual_seed(11)
+    x_TI = torch.randn(300, 64, generator=generator) * torch.exp(1.5 * torch.randn(64, generator=generator))
+    builder = InputMomentBuilder(64, with_hessian=True)
+    builder.add(x_TI)
+    moment = builder.finish()
+    expected_I, losses = reference_awq(weights, x_TI, method, method.scheme().group_width(64))
+    assert min(losses) < 0.9 * losses[0], "scaling is worth something here"
+    torch.testing.assert_close(method.input_scale(weights, moment).double(), expected_I, rtol=1e-4, atol=0)
+
+
+def test_awq_clips_to_the_least_error_of_a_groups_outputs() -> None:
+    method, weight_OI = AWQ(group_size=16, num_bits=3), make_weight()
+    generator = torch.Generator().manual_seed(12)
+    x_TI = torch.randn(200, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    builder = InputMomentBuilder(64, with_hessian=True)
+    builder.add(x_TI)
+    result = method.compress(weight_OI, builder.finish())
+    assert result.encoding is not None
+    clipped = 0
+    for row in range(len(weight_OI)):
+        for group in range(4):
+            columns = slice(16 * group, 16 * group + 16)
+            w, x = weight_OI[row, columns].double(), x_TI[:, columns].double()
+            errors = {}
+            for step in range(11):
+                share = 1 - 0.5 * step / 10
+                scale = float((2 * share * w.abs().max() / 7).to(torch.bfloat16))
+                point = ((w / scale).round().clamp(-4, 3) * scale).to(torch.bfloat16).double()
+                errors[scale] = min(errors.get(scale, float("inf")), float((x @ (point - w)).square().sum()))
+            chosen = float(result.encoding.scale_OG[row, group])
+            assert errors[chosen] <= min(errors.values()) * (1 + 1e-4)
+            clipped += chosen < max(errors)
+    assert clipped > 10, "some ranges are worth clipping"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+def test_hqq_lowers_its_norm_below_rounding_to_nearest(num_bits: int, symmetric: bool) -> None:
+    weight_OI = make_weight()
+    weight_OI[::3, ::16] *= 8  # outliers
+    method = HQQ(num_bits=num_bits, symmetric=symmetric, group_size=16)
+    rtn = RTN(num_bits=num_bits, symmetric=symmetric, group_size=16).compress(weight_OI, None).weight_OI
+    result = method.compress(weight_OI, None)
+
+    def norms(rounded_OI: torch.Tensor) -> torch.Tensor:
+        return (weight_OI - rounded_OI).double().abs().pow(0.7).view(16, -1, 16).sum(-1)
+
+    before, after = norms(rtn), norms(result.weight_OI)
+    assert bool((after <= before * (1 + 1e-6)).all()), "no group is worse than where it began"
+    assert result.metrics["relative_norm"] == pytest.approx(float(after.sum() / before.sum()), rel=1e-4)
+    assert result.metrics["relative_norm"] < 0.95

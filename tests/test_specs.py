@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from orchestrator.home import Settings
 from orchestrator.method import Stage
 from orchestrator.plugins import Methods, discover
+from orchestrator.run import run_locally
 from orchestrator.spec import load_spec, validate_strictly
+from tests.test_run import Watcher
+from tests.tiny import make_model
 
 SPECS = sorted((Path(__file__).parents[1] / "flows" / "specs").glob("*.yaml"))
 
@@ -31,3 +36,43 @@ def test_an_example_is_valid(path: Path, methods: Methods) -> None:
 
 def test_there_are_examples() -> None:
     assert len(SPECS) >= 2
+
+
+def shrunk(path: Path, folder: Path) -> Path:
+    """The example on a tiny model and a little text, its gates wide open; the chain and the methods are its own."""
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
+    make_model(folder / "model")
+    spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+    spec["model"] = {"id": "./model"}
+    small = {
+        "source": "text.txt",
+        "sequences": 8,
+        "length_tokens": 32,
+        "group_size": 32,
+        "windows": 4,
+        "lora_updates": 2,
+    }
+    for step in spec["steps"]:
+        given = step.get("with") or {}
+        step["with"] = {key: small.get(key, value) for key, value in given.items()}
+        if "register" in step:
+            step["with"].pop("uri", None)
+        if "validate" in step and step["validate"] != "footprint":
+            step["with"] |= {"length_tokens": 32, "windows": 4}
+        step.pop("require", None)
+        for engine in step.get("engines", ()):
+            for values in engine.values():
+                values["max_model_len"] = 64
+    small_path = folder / path.name
+    small_path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
+    return small_path
+
+
+@pytest.mark.parametrize("name", ["awq.yaml"])
+def test_an_example_runs_at_small_scale(name: str, tmp_path: Path, methods: Methods, tracking_uri: str) -> None:
+    path = Path(__file__).parents[1] / "flows" / "specs" / name
+    execution = run_locally(shrunk(path, tmp_path), methods, Settings(tmp_path / "home", tracking_uri), Watcher())
+    document = execution.document()
+    assert document["release"] is not None
+    metrics = {name: value for step in document["steps"] for name, value in step["metrics"].items()}
+    assert 0.5 < metrics["perplexity_ratio"] < 3

@@ -15,7 +15,10 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.pruning import WandaPruningModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -25,23 +28,35 @@ def load(job: Job):
     return AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, device_map="cpu")
 
 
-def modifier_of(job: Job):
+def modifiers_of(job: Job):
     """Return the case in its words. Columns in their own order, as all others take them, which is not its default."""
+    n, m = job.case.pattern or (0, 0)
+    pruning = {
+        "sparsity": 0.5,
+        "mask_structure": f"{n}:{m}",
+        "targets": ["Linear"],
+        "ignore": ["re:.*lm_head"],
+    }
     if job.case.method == "wanda":
-        n, m = job.case.pattern or (0, 0)
-        return WandaPruningModifier(
-            sparsity=0.5, mask_structure=f"{n}:{m}", targets=["Linear"], ignore=["re:.*lm_head"]
-        )
+        return [WandaPruningModifier(**pruning)]
+    if job.case.method == "sparsegpt":
+        return [SparseGPTModifier(**pruning, block_size=BLOCK_SIZE, dampening_frac=DAMPING)]
     weights = QuantizationArgs(
-        num_bits=job.case.num_bits, type="int", symmetric=True, strategy="group", group_size=GROUP_SIZE
+        num_bits=job.case.num_bits,
+        type="int",
+        symmetric=job.case.symmetric,
+        strategy="group",
+        group_size=GROUP_SIZE,
     )
-    return GPTQModifier(
-        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
-        ignore=["lm_head"],
-        block_size=BLOCK_SIZE,
-        dampening_frac=DAMPING,
-        actorder=None,
-    )
+    quantization = {
+        "config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
+        "ignore": ["lm_head"],
+    }
+    if job.case.method == "awq":
+        # It pins memory for an accelerator that is not there (`shared/recipes/awq_patch.py`).
+        IntermediatesCache.pin_memory = lambda self, *arguments, **options: None
+        return [AWQModifier(), QuantizationModifier(**quantization)]
+    return [GPTQModifier(**quantization, block_size=BLOCK_SIZE, dampening_frac=DAMPING, actorder=None)]
 
 
 def compress(job: Job, model) -> None:
@@ -52,7 +67,7 @@ def compress(job: Job, model) -> None:
     oneshot(
         model=model,
         tokenizer=tokenizer,
-        recipe=[modifier_of(job)],
+        recipe=modifiers_of(job),
         dataset=Dataset.from_list(rows),
         num_calibration_samples=tokens_NT.shape[0],
         max_seq_length=tokens_NT.shape[1],

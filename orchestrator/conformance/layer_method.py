@@ -23,9 +23,10 @@ from orchestrator.conformance.layer_cases import (
     ordinary,
     pruned,
 )
+from orchestrator.conformance.scaling import check_input_scale
 from orchestrator.conformance.surroundings import left_alone
 from orchestrator.errors import SpecError
-from orchestrator.method import Invariant, LayerMethod, LayerResult, Needs, Stage
+from orchestrator.method import Invariant, LayerMethod, LayerResult, Needs, ScalingMethod, Stage
 from orchestrator.statistics import InputMoment
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ MODEL_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def check_layer_method(method: LayerMethod, findings: Findings) -> None:
-    """The checks L1 to L15, C7 and C8, for a model of the first dtype that the method accepts."""
+    """The checks L1 to L16, C7 and C8, for a model of the first dtype that the method accepts."""
     planned = _planned(method, findings)
     if not findings.expect("L15 for_dtype", bool(planned), "`for_dtype` accepts no dtype that models have; accept one"):
         return
@@ -75,6 +76,8 @@ def _check_planned(method: LayerMethod, dtype: str, findings: Findings) -> None:
         return
     for case in cases(widths):
         _check_case(method, dtype, case, findings)
+        if isinstance(method, ScalingMethod):
+            check_input_scale(method, case, findings)
     if method.check_layer(layer_shape(16, ODD_WIDTH)) is None:
         _check_case(method, dtype, ordinary(16, ODD_WIDTH), findings)
     if Invariant.ZEROS in method.keeps:

@@ -3,7 +3,7 @@
 `row` removes the same share of every output row; `2:4` and `4:8` leave at most n weights in every run of m
 neighbouring input features, which is what sparse tensor cores compute with.
 
-Shape legend: O = out features, I = in features, S = scores that compete with each other.
+Shape legend: O = out features, I = in features.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from orchestrator.api import Invariant, LayerMethod, LayerShape, StepError
+from orchestrator.api import Invariant, LayerMethod, LayerShape, StepError, lowest
 
 if TYPE_CHECKING:
     import torch
@@ -67,24 +67,6 @@ def run_of(pattern: Pattern) -> tuple[int, int]:
 def num_pruned(sparsity: float, num_weights: int) -> int:
     """floor(sparsity * num_weights), not misled by binary fractions: 0.29 of 100 is 29."""
     return math.floor(sparsity * num_weights + 1e-9)
-
-
-def lowest(score_XS: torch.Tensor, count: int) -> torch.Tensor:
-    """Mark exactly `count` lowest scores along the last dimension, [X..., S] bool; of equal ones the lower index.
-
-    Selection instead of sorting: linear in S. Scores must not be NaN.
-    """
-    import torch
-
-    if count == 0:
-        return torch.zeros_like(score_XS, dtype=torch.bool)
-    threshold_X1 = score_XS.kthvalue(count, dim=-1, keepdim=True).values
-    below_XS = score_XS < threshold_X1
-    tied_XS = score_XS == threshold_X1
-    num_tied_wanted_X1 = count - below_XS.sum(-1, keepdim=True)
-    if bool((tied_XS.sum(-1, keepdim=True) > num_tied_wanted_X1).any()):
-        tied_XS &= tied_XS.cumsum(-1) <= num_tied_wanted_X1
-    return below_XS | tied_XS
 
 
 def choose(weight_OI: torch.Tensor, score_OI: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:

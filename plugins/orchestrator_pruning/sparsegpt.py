@@ -5,19 +5,17 @@ U^T U = H^-1, a weight's saliency is w_i^2 / U_ii^2 (eq. 4); removing it adds -w
 of its row. In every block of columns the share `sparsity` with the lowest saliency goes, over all rows together; for
 n:m patterns, n of the m columns that come next. Saliencies are those of the weights as updated by then.
 
-Run in the equal form of Chee et al. 2023 (arXiv:2307.13304, theorem 6), as is GPTQ: with H = A diag(r^2) A^T, A unit
-upper triangular, column k becomes W_k + sum_{j<k} (W - W^)_j A_jk, or zero; and 1 / U_ii = r_i, so H is never inverted.
+Run in the equal form of `orchestrator.columns`, as is GPTQ.
 
 Choices: weights that are zero already go first and stay zero; input features that never occurred get weight zero. If H
 is not positive definite, damping is raised tenfold up to five times; then weights are removed by the diagonal of H and
 none is updated, which is recorded (`fallback_diagonal`).
 
-Shape legend: O = out features, I = in features, B = columns of a block, M = columns of a run.
+Shape legend: O = out features, I = in features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -30,14 +28,19 @@ from orchestrator.api import (
     LayerResult,
     LayerShape,
     Needs,
+    Removal,
+    SaliencyMask,
     Stage,
     StepError,
     Work,
+    solve_columns,
 )
-from orchestrator_pruning.patterns import lowest, num_pruned, require_finite, run_of, zero_metrics
+from orchestrator_pruning.patterns import num_pruned, require_finite, run_of, zero_metrics
 
 if TYPE_CHECKING:
     import torch
+
+_FEEDBACK = 32  # columns that one product feeds back into; speed only
 
 
 class SparseGPT(LayerMethod):
@@ -143,71 +146,14 @@ class SparseGPT(LayerMethod):
 
     def _solve(self, weight_IO: torch.Tensor, factor: HessianFactor) -> tuple[torch.Tensor, float]:
         """Return the pruned weight [I, O], and the squared error per token that it makes in the output."""
-        import torch
-
-        unit_lower_II, pivots_I = factor.unit_lower_II, factor.pivots_I.float()
-        pruned_IO, error_IO = torch.empty_like(weight_IO), torch.empty_like(weight_IO)
-        loss = torch.zeros((), dtype=torch.float64, device=weight_IO.device)
-        for first, stop in self._blocks(len(weight_IO)):
-            block = slice(first, stop)
-            target_BO = weight_IO[block].clone()
-            if first:
-                target_BO.addmm_(unit_lower_II[block, :first], error_IO[:first])
-            feedback_BB = unit_lower_II[block, block].contiguous()
-            errors_BO = error_IO[block]
-            width = stop - first if self.pattern == "block" else run_of(self.pattern)[1]
-            for start in range(0, stop - first, width):
-                run = slice(start, start + width)
-                if start:
-                    target_BO[run].addmm_(feedback_BB[run, :start], errors_BO[:start])
-                updated_MO = _updated(weight_IO[block][run], target_BO[run], feedback_BB[run, run])
-                removed_MO = self._removed(updated_MO, weight_IO[block][run], pivots_I[block][run])
-                for column in range(start, start + width):
-                    target_O = target_BO[column]
-                    if column > start:
-                        target_O.addmv_(errors_BO[start:column].T, feedback_BB[column, start:column])
-                    kept_O = target_O.masked_fill(removed_MO[column - start], 0.0)
-                    pruned_IO[first + column] = kept_O
-                    torch.sub(weight_IO[first + column], kept_O, out=errors_BO[column])
-                    target_O.sub_(kept_O)
-            loss += (target_BO.square().sum(1).double() * factor.pivots_I[block]).sum()
-        # The loss is that of the damped H; damping added its share of the squared error.
-        damped = float(loss - factor.damping * error_IO.double().square().sum())
-        return pruned_IO, factor.mean * max(damped, 0.0)
+        mask = SaliencyMask(weight_IO, factor.pivots_I, self.pattern, self.sparsity, self.block_size)
+        rule = Removal(weight_IO, mask, self.block_size)
+        solved = solve_columns(weight_IO, factor.unit_lower_II, factor.pivots_I, rule, block_size=_FEEDBACK)
+        return rule.kept_IO, float(factor.undamped(solved.loss_O, solved.squares_O).sum())
 
     def _by_diagonal(self, weight_IO: torch.Tensor, diagonal_I: torch.Tensor) -> tuple[torch.Tensor, float]:
-        pruned_IO = weight_IO.clone()
-        for first, stop in self._blocks(len(weight_IO)):
-            width = stop - first if self.pattern == "block" else run_of(self.pattern)[1]
-            for start in range(first, stop, width):
-                run = slice(start, start + width)
-                pruned_IO[run].masked_fill_(self._removed(weight_IO[run], weight_IO[run], diagonal_I[run]), 0.0)
+        mask = SaliencyMask(weight_IO, diagonal_I, self.pattern, self.sparsity, self.block_size)
+        for start in range(0, len(weight_IO), mask.width):
+            mask.choose(start, lambda count, at=start: weight_IO[at : at + count].clone())  # type: ignore[misc]
+        pruned_IO = weight_IO.masked_fill(mask.zero_IO, 0.0)
         return pruned_IO, float(((weight_IO - pruned_IO).square().sum(1) * diagonal_I).sum())
-
-    def _blocks(self, num_in: int) -> Iterator[tuple[int, int]]:
-        for start in range(0, num_in, self.block_size):
-            yield start, min(start + self.block_size, num_in)
-
-    def _removed(self, updated_MO: torch.Tensor, weight_MO: torch.Tensor, pivots_M: torch.Tensor) -> torch.Tensor:
-        """Mark what goes of some columns, [M, O] bool: the lowest w^2 r^2, before them what is zero already."""
-        score_MO = (updated_MO.square() * pivots_M[:, None]).masked_fill_(weight_MO == 0, -1.0)
-        require_finite("saliencies", score_MO)
-        if self.pattern == "block":
-            score_X = score_MO.flatten()
-            # Zeros of earlier steps stay, even if there are more of them than are asked for.
-            return lowest(score_X, num_pruned(self.sparsity, len(score_X))).view_as(score_MO) | (weight_MO == 0)
-        kept, width = run_of(self.pattern)
-        return lowest(score_MO.T, width - kept).T | (weight_MO == 0)
-
-
-def _updated(weight_MO: torch.Tensor, target_MO: torch.Tensor, unit_lower_MM: torch.Tensor) -> torch.Tensor:
-    """Return columns as the usual form has updated them when it comes to the first of them.
-
-    They are those that make up best for the errors so far: W_M + F A_MM^-1, where F is what `target_MO` has beyond W_M.
-    """
-    import torch
-
-    made_up_MO: torch.Tensor = torch.linalg.solve_triangular(
-        unit_lower_MM, target_MO - weight_MO, upper=False, unitriangular=True
-    )
-    return made_up_MO.add_(weight_MO)

@@ -3,7 +3,9 @@
 | method | what it does                                        | what it needs to know of the inputs |
 |--------|-----------------------------------------------------|-------------------------------------|
 | `rtn`  | round every weight to the nearest grid point        | nothing                             |
+| `hqq`  | round to a grid that is robust against outliers     | nothing                             |
 | `gptq` | round column by column, later columns make up for it| H = X^T X                           |
+| `sparse_gptq` | remove and round in one such pass            | H = X^T X                           |
 | `awq`  | scale salient inputs up, round in clipped ranges    | H = X^T X, mean absolute value      |
 """
 
@@ -12,7 +14,9 @@ from __future__ import annotations
 from orchestrator.api import Method, hookimpl
 from orchestrator_quantization.awq import AWQ
 from orchestrator_quantization.gptq import GPTQ
+from orchestrator_quantization.hqq import HQQ
 from orchestrator_quantization.rtn import RTN
+from orchestrator_quantization.sparse_gptq import SparseGPTQ
 
 ORCHESTRATOR_API = ">=1.0,<2"
 
@@ -20,4 +24,4 @@ ORCHESTRATOR_API = ">=1.0,<2"
 @hookimpl
 def register_methods() -> list[type[Method]]:
     """The methods of this package."""
-    return [RTN, GPTQ, AWQ]
+    return [RTN, HQQ, GPTQ, SparseGPTQ, AWQ]

@@ -17,21 +17,19 @@ if TYPE_CHECKING:
 class UpdatedGrids:
     """Columns in their own order; a group's grid is fitted when its first column is reached, to updated weights.
 
-    segments: [start, end) of columns whose grids are fitted at one moment: the groups.
+    segments: [start, end) of columns whose grids are fitted at one moment: the groups. entries: their starts.
     """
 
-    def __init__(self, scheme: QuantScheme, dtype: torch.dtype, clip: str, zero_IO: torch.Tensor) -> None:
+    def __init__(self, scheme: QuantScheme, dtype: torch.dtype, clip: str, num_in: int) -> None:
         self._scheme, self._dtype, self._clip = scheme, dtype, clip
-        self._zero_IO = zero_IO  # what becomes zero must not widen the range
-        num_in = zero_IO.shape[0]
-        width = scheme.group_width(num_in)
-        self.segments = [(start, start + width) for start in range(0, num_in, width)]
+        self.width = scheme.group_width(num_in)
+        self.entries = range(0, num_in, self.width)
+        self.segments = [(start, start + self.width) for start in self.entries]
         self._grids: list[Grid] = []
 
-    def enter(self, start: int, weight_SO: torch.Tensor) -> None:
-        """Fit the grid of the segment that begins at `start` to its weights as they have been updated."""
-        zero_SO = self._zero_IO[start : start + len(weight_SO)]
-        self._grids.append(fit_grid(weight_SO.masked_fill(zero_SO, 0.0).T, self._scheme, self._dtype, self._clip))
+    def enter(self, weight_SO: torch.Tensor) -> None:
+        """Fit the grid of the next segment to its weights as they have been updated."""
+        self._grids.append(fit_grid(weight_SO.T, self._scheme, self._dtype, self._clip))
 
     def of(self, column: int) -> Grid:
         """Return the grid [O] of a column of the segment that was entered last."""
@@ -60,6 +58,7 @@ class StaticGrids:
     ) -> None:
         num_out, num_in = weight_OI.shape
         width = scheme.group_width(num_in)
+        self.entries = ()
         self.segments = [(start, min(start + block_size, num_in)) for start in range(0, num_in, block_size)]
         self._grid_OG = fit_grid(weight_OI.view(num_out, -1, width), scheme, dtype, clip)
         scale_GO = self._grid_OG.scale_X.T.contiguous()

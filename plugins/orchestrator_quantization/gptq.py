@@ -1,7 +1,7 @@
 """GPTQ: round column by column; the columns still to come are changed to make up for the error.
 
 Frantar et al. 2022, arXiv:2210.17323, eq. 2-4 and algorithm 1. With H = X^T X / n, damped, and U upper triangular,
-U^T U = H^-1:   e_i = (w_i - q_i) / U_ii,   W_{:,j>i} -= e_i U_{i,j}; in the equal form of `error_feedback`.
+U^T U = H^-1:   e_i = (w_i - q_i) / U_ii,   W_{:,j>i} -= e_i U_{i,j}; in the equal form of `orchestrator.columns`.
 
 Choices: input features that never occurred (H_jj = 0) get weight zero, as in the authors' code. If H is not
 positive definite, damping is raised tenfold up to five times, then the layer is rounded to nearest; both are
@@ -29,10 +29,11 @@ from orchestrator.api import (
     Stage,
     StepError,
     Work,
+    solve_columns,
 )
 from orchestrator_quantization.column_grids import StaticGrids, UpdatedGrids
-from orchestrator_quantization.error_feedback import quantize_columns
 from orchestrator_quantization.grid import encode, require_finite, require_weight, round_to_nearest, zero_groups
+from orchestrator_quantization.rounding import Rounding
 from orchestrator_quantization.weight_only import WeightOnly
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class GPTQ(WeightOnly):
         # Of inputs without correlation: tr(W H W^T) would cost as much as the whole solve.
         energy_O = weight_OI.square() @ hessian_II.diagonal() / num_tokens
         if factor is None:
-            encoding = round_to_nearest(target_OI, self.scheme(), self.storage_dtype(), self.clip)
+            encoding = self._without_factor(target_OI, hessian_II.diagonal())
             delta_OI = weight_OI - encoding.dequantize(torch.float32)
             error_O = (delta_OI @ hessian_II).mul_(delta_OI).sum(1) / num_tokens
             facts |= {"fallback_rtn": 1.0, "damping_used": 0.0, "damping_raised": float(MAX_RAISES)}
@@ -123,6 +124,10 @@ class GPTQ(WeightOnly):
             for layer_OI, part, error_O, energy_O in parts
         ]
 
+    def _without_factor(self, weight_OI: torch.Tensor, diagonal_I: torch.Tensor) -> QuantizedWeight:
+        """Return what stands for the solve where H is not positive definite even with damping."""
+        return round_to_nearest(weight_OI, self.scheme(), self.storage_dtype(), self.clip)
+
     def _solve(self, weight_OI: torch.Tensor, factor: HessianFactor) -> tuple[QuantizedWeight, torch.Tensor]:
         """Return the encoding of some rows, and the error that it makes in the output, per row [O]."""
         import torch
@@ -131,25 +136,16 @@ class GPTQ(WeightOnly):
         weight_IO = weight_OI.T.contiguous()
         grids: UpdatedGrids | StaticGrids
         if factor.order_I is None:
-            zero_IO = weight_IO == 0
-            grids = UpdatedGrids(scheme, dtype, self.clip, zero_IO)
+            grids = UpdatedGrids(scheme, dtype, self.clip, len(weight_IO))
         else:
             weight_IO = weight_IO[factor.order_I]
-            zero_IO = weight_IO == 0
             grids = StaticGrids(weight_OI, scheme, dtype, self.clip, factor.order_I, self.block_size)
-        q_IO, loss_O, squares_O = quantize_columns(
-            weight_IO,
-            factor.unit_lower_II,
-            factor.pivots_I,
-            zero_IO if bool(zero_IO.any()) else None,
-            grids,
-            block_size=self.block_size,
-        )
+        rule = Rounding(weight_IO, grids)
+        solved = solve_columns(weight_IO, factor.unit_lower_II, factor.pivots_I, rule, block_size=self.block_size)
+        q_IO = rule.q_IO
         if factor.order_I is not None:
             q_IO = torch.empty_like(q_IO).index_copy_(0, factor.order_I, q_IO)
-        # The loss is that of the damped H; damping added its share of the squared error.
-        error_O = factor.mean * (loss_O.double() - factor.damping * squares_O.double()).clamp_(min=0)
-        return encode(q_IO.T.contiguous(), grids.all()), error_O
+        return encode(q_IO.T.contiguous(), grids.all()), factor.undamped(solved.loss_O, solved.squares_O)
 
 
 def _usable(statistic: InputMoment | None) -> InputMoment:
