@@ -11,7 +11,7 @@ DAMPING = 0.01
 
 @dataclass(frozen=True)
 class Case:
-    """One way to compress: GPTQ or AWQ to `num_bits` (groups of 128), or Wanda or SparseGPT to half, or by `pattern`."""
+    """One way to compress: GPTQ or AWQ to `num_bits`, in groups of 128; Wanda or SparseGPT to half, or by `pattern`."""
 
     method: str
     num_bits: int = 0

@@ -33,6 +33,7 @@ from orchestrator.method import (
     Stage,
     TextSource,
 )
+from orchestrator.parallel import in_parallel
 from orchestrator.plugins import API_VERSION, hookimpl
 from orchestrator.scheme import QuantizedWeight, QuantScheme
 from orchestrator.serving import KVPlan, ModelShape
@@ -84,6 +85,7 @@ __all__ = [
     "Work",
     "check_source",
     "hookimpl",
+    "in_parallel",
     "lowest",
     "open_store",
     "read_documents",

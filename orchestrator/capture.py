@@ -53,6 +53,7 @@ class Stream:
         self._device = device
         self._batch = max(1, BATCH_TOKENS[device.partition(":")[0]] // tokens_NT.shape[1])
         self._arguments: list[dict[str, Any]] = []  # of each block; they hold for any batch
+        self._probe_arguments: list[dict[str, Any]] = []  # the same for a few tokens
         self._hidden: HiddenStates | None = None
         self._passed: list[HiddenStates] = []
         self._cuts: list[FinishedChild] = []  # of the block that the tokens have come to
@@ -103,17 +104,14 @@ class Stream:
 
     def folds(self, block: Block, leader_of: Mapping[str, str]) -> dict[str, Fold]:
         """Find out where scales of the loaded block's inputs can go (see `orchestrator.folding`)."""
-        tokens_BT = self._tokens_NT[:1, :PROBE_TOKENS]
-        _, arguments = self.skeleton.capture(tokens_BT, self._embed)
-        given = _to(arguments[block.index], self._device)
-        shape_TD = (tokens_BT.shape[1], self.skeleton.width)
-        return folds_of(block, leader_of, lambda hidden_BTD: block.run(hidden_BTD, given), shape_TD)
+        return folds_of(block, leader_of, partial(self._probe, block), (self._probe_tokens, self.skeleton.width))
 
     def layout(self, block: Block) -> Layout:
-        """Find out by one sequence how the block's layers share inputs, and where its forward pass can be cut."""
+        """Find out by a few tokens how the block's layers share inputs, and where its forward pass can be cut."""
         hidden = self._hidden
         assert hidden is not None
-        return layout_of(block, lambda: self._output(block, hidden.read(0)[:1].to(self._device)))
+        hidden_BTD = hidden.read(0)[:1, : self._probe_tokens].to(self._device)
+        return layout_of(block, lambda: self._probe(block, hidden_BTD))
 
     def measure(
         self,
@@ -244,6 +242,17 @@ class Stream:
     def _file(self, name: str, number: int, width: int, *, digested: bool = False) -> HiddenStates:
         shape_NTD = (*self._tokens_NT.shape, width)
         return HiddenStates(self._folder / name, number, shape_NTD, self._batch, self._spares, digested=digested)
+
+    @property
+    def _probe_tokens(self) -> int:
+        return min(PROBE_TOKENS, self._tokens_NT.shape[1])
+
+    def _probe(self, block: Block, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Run the first tokens of one sequence, to see how a block works."""
+        if not self._probe_arguments:
+            _, arguments = self.skeleton.capture(self._tokens_NT[:1, : self._probe_tokens], self._embed)
+            self._probe_arguments = [_to(one, self._device) for one in arguments]
+        return block.run(hidden_BTD, self._probe_arguments[block.index])  # type: ignore[no-any-return]
 
     def _output(self, block: Block, hidden_BTD: torch.Tensor) -> torch.Tensor:
         import torch

@@ -41,7 +41,7 @@ class ColumnRule(Protocol):
     def entries(self) -> Collection[int]: ...
 
     def enter(self, column: int, updated: Callable[[int], torch.Tensor]) -> None:
-        """Look at what comes: `updated(M)` gives the next M columns [M, O] as the usual form has updated them by now."""
+        """Look at what comes: `updated(M)` gives the next M columns [M, O] as the usual form has updated them."""
 
     def result(self, column: int, target_O: torch.Tensor) -> torch.Tensor:
         """Return what the column becomes [O]; its own tensor."""
@@ -84,14 +84,17 @@ def solve_columns(
             if start > first:
                 target_BO.addmm_(unit_lower_II[start:end, first:start], error_IO[first:start])
             feedback_BB = unit_lower_II[start:end, start:end].contiguous()
-            for column in range(start, end):
+            error_OB = error_IO[start:end].T
+            # Views are made once for all: making one takes as long as the arithmetic of a short column.
+            rows = zip(target_BO.unbind(), weight_IO[start:end].unbind(), error_IO[start:end].unbind(), strict=True)
+            for place, (target_O, weight_O, error_O) in enumerate(rows):
+                column = start + place
                 if column in rule.entries and column != first:
                     rule.enter(column, _Ahead(weight_IO, unit_lower_II, error_IO, column, None))
-                target_O = target_BO[column - start]
-                if column > start:
-                    target_O.addmv_(error_IO[start:column].T, feedback_BB[column - start, : column - start])
+                if place:
+                    target_O.addmv_(error_OB[:, :place], feedback_BB[place, :place])
                 result_O = rule.result(column, target_O)
-                torch.sub(weight_IO[column], result_O, out=error_IO[column])
+                torch.sub(weight_O, result_O, out=error_O)
                 target_O.sub_(result_O)
             loss_O.addmv_(target_BO.square_().T, weights_I[start:end])
     return SolvedColumns(loss_O, error_IO.square_().sum(0))

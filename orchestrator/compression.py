@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import OrchestratorError, Problem, StepError
 from orchestrator.method import LayerMethod, LayerResult, Needs
+from orchestrator.parallel import in_parallel
 from orchestrator.statistics import InputMoment, alike
 from orchestrator.usage import give_back_memory
 
@@ -62,17 +64,25 @@ class LayerCompressor:
             elif record.num_tokens < num_in:
                 facts = {RANK_DEFICIENT: 1} if self._with_hessian else {}
                 facts |= {STARVED: 1} if expert else {}
-        written = {}
-        for name, result in zip(names, self._results(block, names, record), strict=True):
-            stored_OI, written[name] = self._store(name, result, block.linears[name].weight)
-            zero_fraction = int((stored_OI == 0).sum()) / stored_OI.numel()
-            self.layers[name] = {**result.metrics, "zero_fraction": zero_fraction, **facts, **self.facts.pop(name, {})}
-            block.linears[name].weight.data = stored_OI.float()
+        written: dict[str, str] = {}
+        for some, results in self._results(block, names, record):
+            pairs = zip(some, results, strict=True)
+            written |= dict(in_parallel([partial(self._finish, block, name, result, facts) for name, result in pairs]))
         give_back_memory()
         return written
 
-    def _results(self, block: Block, names: Sequence[str], record: InputMoment | None) -> Iterator[LayerResult]:
-        """Yield the compressed layers, all at once if the method gains by it, else one by one."""
+    def _finish(self, block: Block, name: str, result: LayerResult, facts: Mapping[str, float]) -> tuple[str, str]:
+        """Write a layer's result and put it into the module; return its name and a digest of what was written."""
+        stored_OI, digest = self._store(name, result, block.linears[name].weight)
+        zero_fraction = int((stored_OI == 0).sum()) / stored_OI.numel()
+        self.layers[name] = {**result.metrics, "zero_fraction": zero_fraction, **facts, **self.facts.pop(name, {})}
+        block.linears[name].weight.data = stored_OI.float()
+        return name, digest
+
+    def _results(
+        self, block: Block, names: Sequence[str], record: InputMoment | None
+    ) -> Iterator[tuple[Sequence[str], list[LayerResult]]]:
+        """Yield names and compressed layers, all at once if the method gains by it, else one by one."""
         weights = [block.linears[name].weight.data for name in names]
         together = type(self._method).compress_together is not LayerMethod.compress_together
         for part in [slice(None)] if together else [slice(i, i + 1) for i in range(len(names))]:
@@ -88,7 +98,7 @@ class LayerCompressor:
                 raise
             if len(results) != len(weights[part]):
                 raise StepError(f"{self._method.name} returned {len(results)} layers for {len(weights[part])}")
-            yield from results
+            yield names[part], results
 
     def _store(self, name: str, result: LayerResult, weight_OI: torch.Tensor) -> tuple[torch.Tensor, str]:
         """Write the result; return the weight [O, I] as it will be loaded, in the checkpoint's dtype, and a digest."""

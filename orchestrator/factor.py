@@ -7,13 +7,16 @@ are for column k in all W_k + (W - W^)_{:,<k} A_{<k,k} (LDLQ: Chee et al. 2023, 
 One Cholesky instead of the usual Cholesky, inverse and Cholesky. The factor depends on H, the damping and the order
 of the features, not on bits, groups, sparsity or the weight, so one serves all layers and methods that share H.
 
-Shape legend: I = in features, B = features of a panel.
+Shape legend: I = in features, B = features of a panel, J = features before it, X = some rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
+
+from orchestrator.parallel import in_parallel
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +61,22 @@ class HessianFactor:
         order_I = None if self.order_I is None else self.order_I.to(device)
         moved = [tensor.to(device) for tensor in (self.unit_lower_II, self.pivots_I, self.dead_I)]
         return replace(self, unit_lower_II=moved[0], pivots_I=moved[1], dead_I=moved[2], order_I=order_I)
+
+
+def _parts(num_rows: int) -> list[slice]:
+    """Rows that are worked on beside each other; which they are may not depend on the machine."""
+    half = num_rows // 2
+    return [slice(0, half), slice(half, num_rows)] if num_rows >= 2 * _PANEL else [slice(0, num_rows)]
+
+
+def _subtract(panel_XB: torch.Tensor, before_XJ: torch.Tensor, row_BJ: torch.Tensor) -> None:
+    panel_XB.addmm_(before_XJ, row_BJ.T, alpha=-1)
+
+
+def _divide(below_XB: torch.Tensor, corner_BB: torch.Tensor) -> None:
+    import torch
+
+    below_XB.copy_(torch.linalg.solve_triangular(corner_BB.T, below_XB, upper=True, left=False))
 
 
 def factorize(hessian_II: torch.Tensor, num_tokens: int, damping: float, order: Order) -> HessianFactor | None:
@@ -130,12 +149,13 @@ def cholesky_(matrix_II: torch.Tensor) -> bool:
         end = min(start + _PANEL, num)
         panel_IB = matrix_II[start:, start:end]
         if start:
-            panel_IB.addmm_(matrix_II[start:, :start], matrix_II[start:end, :start].T, alpha=-1)
+            before_IJ, row_BJ = matrix_II[start:, :start], matrix_II[start:end, :start]
+            in_parallel([partial(_subtract, panel_IB[part], before_IJ[part], row_BJ) for part in _parts(num - start)])
         corner_BB, info = torch.linalg.cholesky_ex(panel_IB[: end - start])
         faults += info
         panel_IB[: end - start] = corner_BB
         if end < num:
             below_IB = panel_IB[end - start :]
-            below_IB.copy_(torch.linalg.solve_triangular(corner_BB.T, below_IB, upper=True, left=False))
+            in_parallel([partial(_divide, below_IB[part], corner_BB) for part in _parts(num - end)])
         matrix_II[start:end, end:] = 0
     return int(faults) == 0 and bool(matrix_II.diagonal().isfinite().all())

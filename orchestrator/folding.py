@@ -120,8 +120,9 @@ def _candidates(block: Block, members: Sequence[str], num_in: int) -> Iterator[t
 def _scaled(members: Sequence[nn.Linear], owner: Any, offset: float, factor_I: torch.Tensor) -> Iterator[None]:
     """Multiply what a module puts out, and divide the layers that read it, for the time of the block."""
     kept = [(module, module.weight.data) for module in members]
-    weight, bias = owner.weight.data, getattr(owner, "bias", None)
-    bias_data = None if bias is None else bias.data
+    weight: torch.Tensor = owner.weight.data
+    bias: Any = getattr(owner, "bias", None)
+    bias_data: Any = None if bias is None else bias.data
     try:
         owner.weight.data = (weight + offset) * _rows(factor_I, weight) - offset
         if bias is not None:

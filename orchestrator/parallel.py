@@ -7,10 +7,14 @@ another order for each number of threads: Cholesky does; and it waits for the sl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_here = threading.local()  # the pool that a worker belongs to
 
 
 @contextmanager
@@ -44,7 +48,14 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="walk", initializer=_start_worker)
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="walk", initializer=self._start_worker)
+
+    def _start_worker(self) -> None:
+        import torch
+
+        torch.set_grad_enabled(False)
+        torch.set_num_threads(1)
+        _here.pool = self._pool
 
     def close(self) -> None:
         """Let the threads end."""
@@ -79,16 +90,32 @@ class StoppedError(Exception):
     """Ends a task that waits for one that has failed."""
 
 
+def in_parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:
+    """Run the parts of a task beside each other where workers are idle, and return their results in order.
+
+    Called by a task of `Workers`, else the parts run one after the other. Who calls does what nobody has begun, so
+    that nobody waits for a worker that will not come. The parts must not depend on each other.
+    """
+    pool: ThreadPoolExecutor | None = getattr(_here, "pool", None)
+    if pool is None or len(tasks) < 2:
+        return [task() for task in tasks]
+    others = [pool.submit(task) for task in tasks[1:]]
+    try:
+        first = tasks[0]()
+        return [
+            first,
+            *(task() if other.cancel() else other.result() for task, other in zip(tasks[1:], others, strict=True)),
+        ]
+    except BaseException:
+        for other in others:
+            other.cancel()
+        wait(others)
+        raise
+
+
 def _guarded(task: Callable[[], Any], on_error: Callable[[], None]) -> Any:
     try:
         return task()
     except BaseException:
         on_error()
         raise
-
-
-def _start_worker() -> None:
-    import torch
-
-    torch.set_grad_enabled(False)
-    torch.set_num_threads(1)

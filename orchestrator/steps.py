@@ -84,8 +84,9 @@ def _calibrate(method: Calibrator, inputs: StepInputs, folder: Path) -> StepFact
 def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder: Path) -> StepFacts:
     from orchestrator.export import ModelWriter
     from orchestrator.invariants import check_artifact
+    from orchestrator.job import WalkSettings
     from orchestrator.records import RecordStore, limit_from
-    from orchestrator.walk import WalkSettings, walk
+    from orchestrator.walk import walk
 
     scheme = method.scheme()
     settings = WalkSettings(

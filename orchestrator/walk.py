@@ -46,6 +46,7 @@ from orchestrator.stored import StoredLayers
 from orchestrator.usage import give_back_memory, reuse_memory
 
 if TYPE_CHECKING:
+    import torch
 
     from orchestrator.calibration import CalibrationSet
     from orchestrator.checkpoint import Checkpoint
@@ -258,7 +259,7 @@ class _Walk:
             leaders = list(dict.fromkeys(leader_of[name] for name in names))
             records = self._measure(block, stream, leaders, leaders, keep=block.index < self.last, cut=None)
         divided = self._scale(block, names, leader_of, records)
-        return divided | self._solve(block, names, leader_of, records)
+        return self._solve(block, names, leader_of, records) | self._write(divided)
 
     def _in_stages(self, block: Block, stream: Stream, names: Sequence[str]) -> dict[str, str]:
         """Compress stage by stage, each on the inputs that the compressed layers before it produce."""
@@ -280,8 +281,9 @@ class _Walk:
             records = self._recorded(block, leaders) if cut is None else None
             if records is None:
                 records = self._measure(block, stream, stage, leaders, keep=False, cut=cut)
-            done = self._scale(block, names, layout.leader_of, records)
-            done |= self._solve(block, [n for n in names if layout.leader_of[n] in stage], layout.leader_of, records)
+            divided = self._scale(block, names, layout.leader_of, records)
+            done = self._solve(block, [n for n in names if layout.leader_of[n] in stage], layout.leader_of, records)
+            done |= self._write(divided)
             self.prefix = digest_of([self.prefix, done])
             written |= done
         if block.index < self.last:
@@ -290,8 +292,8 @@ class _Walk:
 
     def _scale(
         self, block: Block, names: Sequence[str], leader_of: Mapping[str, str], records: dict[str, InputMoment]
-    ) -> dict[str, str]:
-        """Move scale from inputs into the weights, if the method wants it; return digests of what was divided.
+    ) -> dict[str, torch.Tensor]:
+        """Move scale from inputs into the weights, if the method wants it; return what was divided and is no layer.
 
         The loaded block and `records` are changed. A scale follows from the weights as they were.
         """
@@ -308,21 +310,26 @@ class _Walk:
                 f"{self.method.name} finds nothing in {block.name} that could be divided by a scale of an input",
                 remedy="use a method that moves no scale (gptq, rtn), or skip no layer",
             )
-        scales = {}
-        for leader, place in places.items():
-            weights = [block.linears[name].weight.data for name in place.members]
-            scale_I = self.method.input_scale(weights, records[leader])
+        tasks = [
+            partial(self.method.input_scale, [block.linears[n].weight.data for n in place.members], records[leader])
+            for leader, place in places.items()
+        ]
+        scales = dict(zip(places, self.workers.run(tasks), strict=True))
+        for leader, scale_I in scales.items():
             if not bool((scale_I.isfinite() & (scale_I > 0)).all()):
                 raise StepError(f"{self.method.name} chose a scale for {leader} that is not finite and positive")
-            scales[leader] = scale_I
-        written = {}
+        divided: dict[str, torch.Tensor] = {}
         for leader, place in places.items():
-            scale_I, divided = fold(block, place, scales[leader], self.model.checkpoint.torch_dtype)
+            scale_I, changed = fold(block, place, scales[leader], self.model.checkpoint.torch_dtype)
             records[leader] = records[leader].divided(scale_I)
-            written |= {name: self.writer.add(name, tensor) for name, tensor in divided.items()}
+            divided |= changed
         for name in names:
             self.compressor.facts[name] = {"scaled": float(leader_of[name] in places)}
-        return written
+        return divided
+
+    def _write(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Write tensors that are no layers, after the layers, which tell the dtype of scales; return digests."""
+        return {name: self.writer.add(name, tensor) for name, tensor in tensors.items()}
 
     def _solve(
         self, block: Block, names: Sequence[str], leader_of: Mapping[str, str], records: dict[str, InputMoment]

@@ -20,13 +20,14 @@ from orchestrator.estimate import HEADROOM, WalkSize, most_workers, result_bytes
 from orchestrator.export import ModelWriter
 from orchestrator.facts import facts_of
 from orchestrator.home import Settings
+from orchestrator.job import WalkSettings
 from orchestrator.machine import Experience, Machine, fit_line, memory_limit, num_threads
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plugins import discover
 from orchestrator.preflight import disk_problems, estimate_steps, foresee, memory_problems
 from orchestrator.records import limit_from
 from orchestrator.run import run_locally
-from orchestrator.walk import WalkSettings, walk
+from orchestrator.walk import walk
 from orchestrator.work import BlockFacts, InputGroup, ModelFacts, Work
 from tests.layer_methods import Identity, KeepLarge, Round, ScaleByInput
 from tests.test_run import Watcher

@@ -16,17 +16,19 @@ from orchestrator.api import InputMoment, LayerResult, Needs, ScalingMethod, Sta
 from orchestrator.calibration import CalibrationSet
 from orchestrator.capture import Stream
 from orchestrator.checkpoint import Checkpoint
+from orchestrator.compression import WalkReport
 from orchestrator.errors import StepError
 from orchestrator.export import ModelWriter
+from orchestrator.job import WalkSettings
 from orchestrator.model import load_model
 from orchestrator.parallel import Workers
 from orchestrator.skeleton import Skeleton
-from orchestrator.walk import WalkReport, WalkSettings, walk
+from orchestrator.walk import walk
 from tests.tiny import make_model, make_tokens
 
 ATTENTION = {"self_attn.q_proj": ("input_layernorm", 0.0), "mlp.gate_proj": ("post_attention_layernorm", 0.0)}
 DOWN = {"mlp.down_proj": ("mlp.up_proj", 0.0)}
-# By architecture: the leader of a group, and the module that its scale can go to; heads are shared by queries but in OPT.
+# By architecture: the leader of a group, and where its scale can go. Queries share heads, but in OPT.
 PLACES = {
     "llama": ATTENTION | DOWN,
     "qwen2": ATTENTION | DOWN,

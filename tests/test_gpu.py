@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 
 from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint
+from orchestrator.compression import WalkReport
 from orchestrator.export import ModelWriter
+from orchestrator.job import WalkSettings
 from orchestrator.method import InputMode, LayerMethod
-from orchestrator.walk import WalkReport, WalkSettings, walk
+from orchestrator.walk import walk
 from orchestrator_pruning.wanda import Wanda
 from orchestrator_quantization.gptq import GPTQ
 from orchestrator_quantization.rtn import RTN

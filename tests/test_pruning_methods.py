@@ -109,7 +109,7 @@ def reference_sparsegpt(weight_OI: torch.Tensor, moment: InputMoment, method: Sp
                 flat[order] = True
                 removed |= flat.view(width, num_out).T
             else:
-                removed.scatter_(1, score.argsort(1, stable=True)[:, : width - int(method.pattern[0])], True)
+                removed.scatter_(1, score.argsort(dim=1, stable=True)[:, : width - int(method.pattern[0])], True)
             for j in range(start, start + width):
                 kept_O = w_OI[:, j].masked_fill(removed[:, j - start], 0.0)
                 w_OI[:, j:] -= ((w_OI[:, j] - kept_O) / upper_II[j, j])[:, None] * upper_II[j, j:]

@@ -18,13 +18,15 @@ from torch import nn
 from orchestrator.calibration import CalibrationSet
 from orchestrator.capture import BATCH_TOKENS
 from orchestrator.checkpoint import Checkpoint
+from orchestrator.compression import WalkReport
 from orchestrator.errors import StepError
 from orchestrator.export import ModelWriter
+from orchestrator.job import WalkSettings
 from orchestrator.method import LayerMethod, LayerResult
 from orchestrator.parallel import one_thread
 from orchestrator.records import RecordStore
 from orchestrator.statistics import InputMoment
-from orchestrator.walk import WalkReport, WalkSettings, walk
+from orchestrator.walk import walk
 from orchestrator_quantization.gptq import GPTQ
 from tests.layer_methods import Identity, KeepLarge, Round, ScaleByInput
 from tests.tiny import ARCHITECTURES, make_model, make_tokens
@@ -366,7 +368,8 @@ from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.export import ModelWriter
 from orchestrator.records import RecordStore
-from orchestrator.walk import WalkSettings, walk
+from orchestrator.job import WalkSettings
+from orchestrator.walk import walk
 from orchestrator_quantization.gptq import GPTQ
 
 model, tokens, records, out = map(Path, sys.argv[1:])

@@ -14,6 +14,7 @@ Shape legend: O = out features, I = in features, G = groups along I.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -29,6 +30,7 @@ from orchestrator.api import (
     Stage,
     StepError,
     Work,
+    in_parallel,
     solve_columns,
 )
 from orchestrator_quantization.column_grids import StaticGrids, UpdatedGrids
@@ -39,7 +41,9 @@ from orchestrator_quantization.weight_only import WeightOnly
 if TYPE_CHECKING:
     import torch
 
-_ROWS = 8192  # rows solved at a time: bounds the memory of wide layers
+# Rows solved at a time: bounds the memory of wide layers. Fewer beside each other would gain nothing: what takes time
+# is the number of operations, not their size.
+_ROWS = 8192
 
 
 class GPTQ(WeightOnly):
@@ -69,7 +73,7 @@ class GPTQ(WeightOnly):
         factoring = (20 if self.act_order else 16) * square
         # All layers as one, and with dead inputs zeroed; then columns, errors, zeros and integers of some rows, or
         # the numbers that the integers stand for.
-        solving = 8 * weight + max(10 * min(rows, _ROWS) * in_features, 9 * weight)
+        solving = 8 * weight + max(10 * min(rows, 2 * _ROWS) * in_features, 9 * weight)
         return max(factoring, 4 * square + solving)
 
     def effort(self, rows: int, in_features: int) -> Work:
@@ -106,7 +110,7 @@ class GPTQ(WeightOnly):
             error_O = (delta_OI @ hessian_II).mul_(delta_OI).sum(1) / num_tokens
             facts |= {"fallback_rtn": 1.0, "damping_used": 0.0, "damping_raised": float(MAX_RAISES)}
         else:
-            solved = [self._solve(rows_OI, factor) for rows_OI in torch.split(target_OI, _ROWS)]
+            solved = in_parallel([partial(self._solve, rows_OI, factor) for rows_OI in torch.split(target_OI, _ROWS)])
             encoding = _joined([part for part, _ in solved])
             error_O = torch.cat([error_O for _, error_O in solved])
             facts |= {"fallback_rtn": 0.0, "damping_used": factor.damping, "damping_raised": float(factor.num_raised)}
@@ -114,15 +118,9 @@ class GPTQ(WeightOnly):
         parts = zip(
             weights, _split(encoding, sizes), torch.split(error_O, sizes), torch.split(energy_O, sizes), strict=True
         )
-        return [
-            _result(
-                part,
-                {**facts, "zero_groups": zero_groups(layer_OI, part.scheme)},
-                float(error_O.sum()),
-                float(energy_O.sum()),
-            )
-            for layer_OI, part, error_O, energy_O in parts
-        ]
+        return in_parallel(
+            [partial(_result, layer_OI, part, facts, error_O, energy_O) for layer_OI, part, error_O, energy_O in parts]
+        )
 
     def _without_factor(self, weight_OI: torch.Tensor, diagonal_I: torch.Tensor) -> QuantizedWeight:
         """Return what stands for the solve where H is not positive definite even with damping."""
@@ -163,12 +161,20 @@ def _usable(statistic: InputMoment | None) -> InputMoment:
     return statistic
 
 
-def _result(encoding: QuantizedWeight, facts: Mapping[str, float], error: float, energy: float) -> LayerResult:
+def _result(
+    weight_OI: torch.Tensor,
+    encoding: QuantizedWeight,
+    facts: Mapping[str, float],
+    error_O: torch.Tensor,
+    energy_O: torch.Tensor,
+) -> LayerResult:
     import torch
 
     quantized_OI = encoding.dequantize(torch.float32)
+    error, energy = float(error_O.sum()), float(energy_O.sum())
     metrics = {
         **facts,
+        "zero_groups": zero_groups(weight_OI, encoding.scheme),
         # Mean squared output error per token, summed over the outputs; absolute, and as a share of the mean squared
         # output that inputs without correlation would give.
         "proxy_loss": error,

@@ -38,10 +38,13 @@ class Grid:
 
     def nearest(self, weight_X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the integers of the nearest grid points and the points themselves, both float32 [X]."""
-        q_X = (weight_X / self.scale_X).round_().add_(self.zero_point_X)
+        q_X = (weight_X / self.scale_X).round_()
+        if not self.scheme.symmetric:
+            q_X.add_(self.zero_point_X)
         q_X.clamp_(self.scheme.quant_min, self.scheme.quant_max)
         # Exact in float32 (8 bits times the significand of bfloat16 or float16), then rounded as an engine does.
-        return q_X, ((q_X - self.zero_point_X) * self.scale_X).to(self.dtype).float()
+        level_X = q_X if self.scheme.symmetric else q_X - self.zero_point_X
+        return q_X, (level_X * self.scale_X).to(self.dtype).float()
 
     def widened(self) -> Grid:
         """The same grid with a last dimension of one, to broadcast over the weights of a group."""

@@ -1,7 +1,7 @@
 """HQQ: choose each group's grid so that most weights lie close to it, whatever the few that do not; needs no data.
 
-Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog. Minimizes || W - s (q - z) ||_p^p with p < 1 by half-quadratic
-splitting: with a second variable E for the errors that the norm forgives,
+Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog. Minimizes || W - s (q - z) ||_p^p with p < 1 by
+half-quadratic splitting: with a second variable E for the errors that the norm forgives,
 
     E = shrink(W - s (q - z)),   shrink(r) = sign(r) relu(|r| - |r|^(p-1) / beta)     (the blog's eq. for W_e)
     z = mean(q - (W - E) / s),   then beta *= kappa,

@@ -45,7 +45,7 @@ class SparseGPTQ(GPTQ):
     paper: ClassVar[str] = "arXiv:2301.00774, section 3.5"
     provides: ClassVar[frozenset[Invariant]] = frozenset({Invariant.GRID, Invariant.ZEROS})
 
-    act_order: Literal[False] = Field(False, description="Columns are taken in their own order.")  # type: ignore[assignment]
+    act_order: Literal[False] = Field(False, description="Columns are taken in their own order.")
     sparsity: float = Field(
         0.5, gt=0, lt=1, description="Fraction of the weights set to zero; 'n:m' patterns fix it at 1 - n/m."
     )

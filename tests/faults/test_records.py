@@ -11,9 +11,10 @@ from orchestrator.calibration import CalibrationSet
 from orchestrator.capture import Stream
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.export import ModelWriter
+from orchestrator.job import WalkSettings
 from orchestrator.records import RecordStore
 from orchestrator.skeleton import Block
-from orchestrator.walk import WalkSettings, walk
+from orchestrator.walk import walk
 from tests.layer_methods import ScaleByInput
 from tests.tiny import make_model, make_tokens
 
