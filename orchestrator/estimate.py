@@ -102,7 +102,7 @@ def _block_memory(size: WalkSize, block: BlockFacts, workers: int) -> int:
 def _slack_bytes(size: WalkSize, batch_bytes: int) -> int:
     """What the allocator keeps of freed activations: measured, about two batches, whatever the number of workers.
 
-    glibc gives pieces of more than 32 MiB back at once; then only those as wide as the model are kept.
+    Large pieces are given back at once; then only those as wide as the model are kept.
     """
     pieces = (size.model.intermediate, size.model.hidden)
     wide, narrow = (size.batch_tokens * width * FLOAT32 <= KEPT_PIECE_BYTES for width in pieces)

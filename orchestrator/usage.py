@@ -15,6 +15,7 @@ from typing import Any
 from orchestrator.work import KEPT_PIECE_BYTES
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES = 32 << 20  # at the end of a heap
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -78,12 +79,13 @@ def reuse_memory() -> None:
     """Let glibc keep what is freed until `give_back_memory`, up to a limit, for the rest of the process.
 
     Left alone it gives activations back after every operation and asks for them again: the kernel clears every page
-    anew, which takes a tenth of a walk's time.
+    anew, which takes a tenth of the walk of a small model. Large pieces still come and go one by one: there it hardly
+    costs time, and heaps would be left with holes of their size.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            mallopt(option, KEPT_PIECE_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, KEPT_PIECE_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def has_torch() -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 FLOAT32 = 4
-KEPT_PIECE_BYTES = 32 << 20  # glibc's largest M_MMAP_THRESHOLD; see `orchestrator.usage.reuse_memory`
+KEPT_PIECE_BYTES = 8 << 20  # larger pieces of freed memory are given back (`orchestrator.usage.reuse_memory`)
 
 
 @dataclass(frozen=True)

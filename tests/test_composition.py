@@ -1,0 +1,99 @@
+"""Every ordered pair of first-party methods that change a model: it runs and keeps what was established, or is refused."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator.artifact import ArtifactStore
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.errors import SpecError
+from orchestrator.home import Settings
+from orchestrator.method import Invariant, Stage
+from orchestrator.plan import make_plan
+from orchestrator.plugins import Methods, discover
+from orchestrator.run import run_locally
+from tests.test_run import Watcher
+from tests.tiny import make_model
+
+# How each is asked for; everything else is at its default.
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "prune magnitude": {"sparsity": 0.5},
+    "prune wanda": {"pattern": "2:4"},
+    "prune sparsegpt": {"pattern": "2:4"},
+    "distill logits": {"updates": 2, "batch_sequences": 2, "length_tokens": 32},
+    "quantize rtn": {"group_size": 32},
+    "quantize hqq": {"group_size": 32},
+    "quantize gptq": {"group_size": 32},
+    "quantize sparse_gptq": {"group_size": 32, "pattern": "2:4"},
+    "quantize awq": {"group_size": 32},
+}
+
+
+@cache
+def methods() -> Methods:
+    return discover()
+
+
+def changing() -> list[str]:
+    """What can change a model, of those that come with this distribution."""
+    found = []
+    for method in methods().installed.values():
+        cls = method.cls
+        if cls.__module__.startswith("orchestrator_") and cls.stage in (Stage.PRUNE, Stage.DISTILL, Stage.QUANTIZE):
+            found.append(f"{cls.stage} {cls.name}")
+    return sorted(found)
+
+
+PAIRS = [(first, second) for first in sorted(PARAMETERS) for second in sorted(PARAMETERS)]
+
+
+def test_every_method_is_paired() -> None:
+    assert changing() == sorted(PARAMETERS)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("composition")
+    make_model(folder / "model", layers=2)
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200, encoding="utf-8")
+    return folder
+
+
+def zeros_of(path: Path) -> dict[str, torch.Tensor]:
+    """Where the layers of a checkpoint are zero, as stock Transformers loads them."""
+    model = Checkpoint(path).load()
+    return {name: module.weight == 0 for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda name: name.replace(" ", "-"))
+def test_a_pair_keeps_its_invariants_or_is_refused(first: str, second: str, place: Path, tracking_uri: str) -> None:
+    steps = ["  - calibrate: text\n    with: {source: text.txt, sequences: 8, length_tokens: 32}\n"]
+    for name in (first, second):
+        stage, method = name.split()
+        steps.append(f"  - {stage}: {method}\n    with: {PARAMETERS[name]}\n")
+    path = place / "pair.yaml"
+    path.write_text(f"version: 1\nname: pair\nmodel: {{id: model}}\nsteps:\n{''.join(steps)}", encoding="utf-8")
+    settings = Settings(place / "home", tracking_uri)
+    classes = {f"{method.cls.stage} {method.cls.name}": method.cls for method in methods().installed.values()}
+    established = classes[first].provides
+    lost = established - classes[second].keeps
+    if lost:
+        with pytest.raises(SpecError, match=rf"{second} would destroy the (zeros|grid) that {first} established"):
+            make_plan(path, methods(), settings.home)
+        return
+    document = run_locally(path, methods(), settings, Watcher()).document()
+    store = ArtifactStore(settings.home)
+    before, after = (store.find(step["artifact"]["digest"]) for step in document["steps"][1:])
+    if Invariant.ZEROS in established:
+        assert "zeros" in after.manifest["invariants"]
+        kept = zeros_of(after.path)
+        for name, zero_OI in zeros_of(before.path).items():
+            assert not bool((zero_OI & ~kept[name]).any()), name
+        assert before.manifest["invariants"]["zeros"]["pattern"] == after.manifest["invariants"]["zeros"]["pattern"]
+    if Invariant.GRID in classes[second].provides:
+        assert after.manifest["invariants"]["grid"]["num_bits"] == 4
