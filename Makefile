@@ -36,6 +36,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.statistics --save
 	$(BIN)/python -m benchmarks.walk --repeats 3 --save
 	$(BIN)/python -m benchmarks.walk --memory --save
+	$(BIN)/python -m benchmarks.walk --cases "AWQ W4g128" "AWQ W3g128" "SparseGPT 50 %" "SparseGPT 2:4" --name awq-sparsegpt --save
 	$(BIN)/python -m benchmarks.sweep --save
 	$(BIN)/python -m benchmarks.bounded --save
 	$(BIN)/python -m benchmarks.overhead --save
