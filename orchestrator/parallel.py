@@ -107,9 +107,8 @@ def in_parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:
             *(task() if other.cancel() else other.result() for task, other in zip(tasks[1:], others, strict=True)),
         ]
     except BaseException:
-        for other in others:
-            other.cancel()
-        wait(others)
+        # One that was cancelled counts as done only when a worker comes by, which may be the one that would wait here.
+        wait([other for other in others if not other.cancel()])
         raise
 
 

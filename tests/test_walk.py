@@ -6,7 +6,8 @@ import filecmp
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from orchestrator.errors import StepError
 from orchestrator.export import ModelWriter
 from orchestrator.job import WalkSettings
 from orchestrator.method import LayerMethod, LayerResult
-from orchestrator.parallel import one_thread
+from orchestrator.parallel import Workers, in_parallel, one_thread
 from orchestrator.records import RecordStore
 from orchestrator.statistics import InputMoment
 from orchestrator.walk import walk
@@ -421,3 +422,24 @@ def test_a_damaged_record_is_measured_again(tmp_path: Path) -> None:
             content[-1] ^= 1
             record.write_bytes(content)
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_parts_of_a_task_give_their_results_in_order_and_an_error_ends_them(count: int) -> None:
+    """With fewer workers than parts too: who calls does what nobody has begun, and waits for no worker."""
+    workers = Workers(count)
+
+    def fail() -> int:
+        raise ValueError("part")
+
+    try:
+        whole = [partial(in_parallel, [partial(pow, base, 2) for base in (n, n + 1, n + 2)]) for n in range(5)]
+        assert workers.run(whole) == [[n**2, (n + 1) ** 2, (n + 2) ** 2] for n in range(5)]
+        for place in range(3):
+            parts: list[Callable[[], int]] = [partial(pow, 2, 2)] * 3
+            parts[place] = fail
+            with pytest.raises(ValueError, match="part"):
+                workers.run([partial(in_parallel, parts)])
+    finally:
+        workers.close()
+    assert in_parallel([partial(pow, 3, 2), partial(pow, 4, 2)]) == [9, 16]
