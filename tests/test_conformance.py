@@ -21,6 +21,7 @@ FIRST_PARTY: dict[str, list[dict[str, object]]] = {
         {"source": SAMPLE_TEXT, "sequences": 4, "length_tokens": 16},
         {"source": SAMPLE_TEXT, "sequences": 4, "length_tokens": 16, "start_token": True},
     ],
+    "prune depth": [{"layers": 1}, {"layers": 1, "criterion": "greedy"}],
     "prune magnitude": [{}, {"pattern": "4:8"}, {"scope": "layer", "sparsity": 0.3}],
     "prune wanda": [{"sparsity": 0.7}, {"pattern": "2:4"}],
     "distill logits": [
@@ -76,6 +77,7 @@ BUGS = {
     seeded_bugs.SeedsGlobally: "C7 surroundings",
     seeded_bugs.WritesTeacher: "C9 inputs untouched",
     seeded_bugs.PercentProgress: "M4 progress",
+    seeded_bugs.LosesBlock: "M5 depth",
     seeded_bugs.IgnoresSeed: "S3 seed",
     seeded_bugs.Int32Tokens: "S2 tokens",
     seeded_bugs.PadsWithMinusOne: "S2 tokens",
