@@ -1,6 +1,6 @@
 """Perplexity without one and two decoder layers: block influence, the greedy choice, and all choices there are.
 
-    python -m benchmarks.depth [--model DIR] [--text FILE] [--quick] [--save]
+    python -m benchmarks.depth [--model DIR] [--text FILE] [--sequences N] [--windows N] [--singles] [--save]
 
 Each criterion chooses on the first half of the text, by `orchestrator run`; all are evaluated on the second, by stock
 Transformers. Beside them stand the mean and the best of all sets of layers that could have been removed: what a
@@ -29,7 +29,7 @@ from benchmarks.targets import Target
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CRITERIA = ("block_influence", "greedy")
 REMOVED = (1, 2)
-SEQUENCES, LENGTH = 64, 512
+SEQUENCES, WINDOWS, LENGTH = 64, 64, 512
 BATCH = 4
 
 
@@ -38,27 +38,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, help="a Llama; default reference-7m")
     parser.add_argument("--text", type=Path, help="default heldout-code.txt; half to choose on, half to evaluate on")
-    parser.add_argument("--quick", action="store_true", help="few windows, and no pairs of all layers")
+    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="windows to choose on")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="windows to evaluate on")
+    parser.add_argument("--singles", action="store_true", help="evaluate every layer's removal, but not every pair's")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/depth.json")
     arguments = parser.parse_args()
     model = (arguments.model or shared_data() / "models" / "reference-7m").resolve()
     text = arguments.text or shared_data() / "text" / "heldout-code.txt"
-    sequences, evaluated = (8, 8) if arguments.quick else (SEQUENCES, 0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         chosen_on, evaluated_on = split_text(text, folder)
         windows = folder / "windows.safetensors"
-        make_windows(model, evaluated_on, windows, evaluated or count_windows(model, evaluated_on), LENGTH, in_order=True)
+        make_windows(model, evaluated_on, windows, arguments.windows, LENGTH, in_order=True)
         dense = perplexity(model, windows)
         print(f"dense: {dense:.3f}", flush=True)
         chosen = {
             f"{criterion}, {count} removed": choose(
-                model, Calibration(chosen_on, sequences, LENGTH), criterion, count, folder, windows
+                model, Calibration(chosen_on, arguments.sequences, LENGTH), criterion, count, folder, windows
             )
             for count in REMOVED
             for criterion in CRITERIA
         }
-        counts = REMOVED[:1] if arguments.quick else REMOVED
+        counts = REMOVED[:1] if arguments.singles else REMOVED
         everything = {count: dict(every_removal(model, windows, count)) for count in counts}
     show(dense, chosen, everything)
     aimed = aims(chosen, everything)
@@ -68,10 +69,10 @@ def main() -> None:
             "depth",
             {
                 **results.circumstances(),
-                "quick": arguments.quick,
                 "model": model.name,
                 "text": text.name,
-                "calibration": {"sequences": sequences, "length_tokens": LENGTH},
+                "calibration": {"sequences": arguments.sequences, "length_tokens": LENGTH},
+                "windows": {"sequences": arguments.windows, "length_tokens": LENGTH},
                 "dense": dense,
                 "chosen": chosen,
                 "all": {count: summary(found) for count, found in everything.items()},
@@ -79,14 +80,6 @@ def main() -> None:
                 "targets": [target.record() for target in aimed],
             },
         )
-
-
-def count_windows(model: Path, text: Path) -> int:
-    """How many whole windows a text gives."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return len(tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]) // LENGTH
 
 
 def choose(

@@ -52,8 +52,8 @@ class Depth(ModelMethod):
     layers: int = Field(ge=1, le=10_000, description="Number of decoder layers removed; one at least must be left.")
     criterion: Literal["block_influence", "greedy"] = Field(
         "block_influence",
-        description="Those that turn hidden states least, in one pass; or one by one the layer without which perplexity "
-        "is lowest, in about half as many passes for each as there are layers.",
+        description="Those that turn hidden states least, in one pass; or one by one the layer without which "
+        "perplexity is lowest, in about half as many passes for each as there are layers.",
     )
 
     def needs_calibration(self) -> bool:
@@ -179,7 +179,7 @@ def summed_loss(logits_BTV: torch.Tensor, tokens_BT: torch.Tensor) -> float:
     total = 0.0
     for logits_TV, tokens_T in zip(logits_BTV[:, :-1], tokens_BT[:, 1:], strict=True):
         size = max(1, _CHUNK_ELEMENTS // logits_TV.shape[-1])
-        for logits_CV, targets_C in zip(logits_TV.split(size), tokens_T.split(size), strict=True):
+        for logits_CV, targets_C in zip(torch.split(logits_TV, size), torch.split(tokens_T, size), strict=True):
             loss_C = torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
             total += float(loss_C.double().sum())
     return total
@@ -187,9 +187,11 @@ def summed_loss(logits_BTV: torch.Tensor, tokens_BT: torch.Tensor) -> float:
 
 def _batches(context: Context, model: PreTrainedModel) -> list[torch.Tensor]:
     """The calibration windows [B, T], some at a time. Raises `StepError` if nothing can be measured on them."""
+    import torch
+
     if context.calibration is None or context.calibration.tokens_NT.numel() == 0:
         raise StepError("depth has no calibration tokens", remedy="put a calibrate step before")
     tokens_NT = context.calibration.tokens_NT.to(model.device)
     if tokens_NT.shape[1] < 2:
         raise StepError("windows of one token predict nothing", remedy="calibrate with length_tokens of 2 or more")
-    return list(tokens_NT.split(max(1, _BATCH_TOKENS // tokens_NT.shape[1])))
+    return list(torch.split(tokens_NT, max(1, _BATCH_TOKENS // tokens_NT.shape[1])))
