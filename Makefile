@@ -42,6 +42,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.overhead --save
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.preflight --save
+	$(BIN)/python -m benchmarks.depth --save
 
 # Kills runs at 200 moments and more.
 soak: $(VENV)/.installed-test

@@ -224,7 +224,9 @@ def _changed_config(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
     after = json.loads(json.dumps(model.config.to_dict(), default=str))
     config = dict(checkpoint.config)
     config.pop("quantization_config", None)
-    for key in sorted(after.keys() - {"quantization_config", "dtype", "transformers_version"}):
-        if not key.startswith("_") and after[key] != before.get(key):
-            config[key] = after[key]
-    return config
+    compared = after.keys() - {"quantization_config", "dtype", "transformers_version"}
+    changed = {key for key in compared if not key.startswith("_") and after[key] != before.get(key)}
+    for other, name in model.config.attribute_map.items():  # another name of a changed entry would contradict it
+        if name in changed:
+            config.pop(other, None)
+    return {**config, **{key: after[key] for key in sorted(changed)}}

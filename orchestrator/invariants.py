@@ -9,7 +9,7 @@ Shape legend: O = out features, I = in features, M = neighbouring weights of an 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # A layer with fewer zeros was not pruned: trained weights hold a zero here and there by chance.
 _PRUNED_FROM = 0.01
 _SEARCHED_PATTERNS = ("2:4", "4:8")
+_BLOCK = re.compile(r"((?:.+\.)?(?:layers|h|blocks)\.)(\d+)(?=\.)")
 
 
 def check_artifact(
@@ -32,6 +33,7 @@ def check_artifact(
     kept: Mapping[str, Any],
     *,
     claims: Mapping[str, Any] | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Check `after` against `before` and return the invariants of `after` for its manifest.
 
@@ -39,6 +41,8 @@ def check_artifact(
     claims: what the step says it made: ``{"zeros": {"pattern": "2:4", "skip": [...]}}`` after pruning (every linear
         layer in a block but the skipped ones must then be pruned, and keep to the pattern if it is N:M), ``{"grid":
         {...}}`` after quantizing (with the scheme's fields that must be found).
+    blocks: of a step that removes decoder blocks, those of `before` that are left: block i of `after` is compared with
+        block ``blocks[i]`` of `before`.
 
     The result has these entries, each only if it applies:
     zeros: `fraction` of the weights of all linear layers in blocks; `pattern`: "2:4", "4:8", "row" (every row of a
@@ -54,10 +58,20 @@ def check_artifact(
         zeros = None
         weights = _Weights(after, read_after)
         if "zeros" in kept:
-            zeros = _check_kept_zeros(_Weights(before, read_before), weights, kept["zeros"])
+            zeros = _check_kept_zeros(_Weights(before, read_before), weights, kept["zeros"], blocks)
         if grid is None or "zeros" in claims:  # the zeros of a grid are otherwise no mask that anybody meant
             zeros = _find_zeros(weights, claims.get("zeros")) or zeros
     return {name: fact for name, fact in (("zeros", zeros), ("grid", grid)) if fact is not None}
+
+
+def check_depth(before: Checkpoint, after: Checkpoint, removed: int) -> None:
+    """Raise `StepError` unless `after` has `removed` decoder blocks fewer: planning has reckoned with that number."""
+    num_before, num_after = len(before.layers_by_block()), len(after.layers_by_block())
+    if num_before - num_after != removed and not before.is_quantized:  # packed layers are not counted
+        raise StepError(
+            f"{num_after} of {num_before} decoder blocks are left, though the method says that it removes {removed}",
+            where=str(after.path),
+        )
 
 
 class _Weights:
@@ -100,14 +114,17 @@ def _check_grid(
     return grid
 
 
-def _check_kept_zeros(before: _Weights, after: _Weights, fact: Mapping[str, Any]) -> dict[str, Any]:
+def _check_kept_zeros(
+    before: _Weights, after: _Weights, fact: Mapping[str, Any], blocks: Sequence[int] | None
+) -> dict[str, Any]:
     """Every zero of `before` must be one in `after`; its pattern then holds too, which is checked all the same."""
-    if before.layers != after.layers:
-        changed = sorted(set(before.layers) ^ set(after.layers))
+    origins = _origins(before.layers, blocks)
+    if sorted(origins) != after.layers:
+        changed = sorted(origins.keys() ^ set(after.layers))
         raise StepError(f"{changed[0]} is in only one of the two models, so its zeros cannot be compared")
     zeros = total = 0
     for layer in after.layers:
-        before_OI, after_OI = before(layer), after(layer)
+        before_OI, after_OI = before(origins[layer]), after(layer)
         if before_OI.shape != after_OI.shape:
             raise StepError(f"{layer} changed its shape from {tuple(before_OI.shape)} to {tuple(after_OI.shape)}")
         lost = int(((before_OI == 0) & (after_OI != 0)).sum())
@@ -119,6 +136,21 @@ def _check_kept_zeros(before: _Weights, after: _Weights, fact: Mapping[str, Any]
         zeros += int((after_OI == 0).sum())
         total += after_OI.numel()
     return {"fraction": zeros / max(total, 1), "pattern": fact.get("pattern"), "layers": fact.get("layers")}
+
+
+def _origins(layers: Sequence[str], blocks: Sequence[int] | None) -> dict[str, str]:
+    """The names that layers have when only `blocks` are left, numbered anew, and for each the one that it has now."""
+    if blocks is None:
+        return {layer: layer for layer in layers}
+    places = {old: new for new, old in enumerate(blocks)}
+    origins = {}
+    for layer in layers:
+        match = _BLOCK.match(layer)
+        if match is None:
+            origins[layer] = layer
+        elif int(match[2]) in places:
+            origins[f"{match[1]}{places[int(match[2])]}{layer[match.end() :]}"] = layer
+    return origins
 
 
 def _find_zeros(after: _Weights, claimed: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -112,10 +112,14 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What a `ModelMethod` returns: the changed model and numbers worth recording."""
+    """What a `ModelMethod` returns: the changed model and numbers worth recording.
+
+    blocks: which decoder blocks of the input are left, in their order, if some were removed: ``(0, 1, 3)``.
+    """
 
     model: PreTrainedModel
     metrics: Mapping[str, float] = field(default_factory=dict)
+    blocks: tuple[int, ...] | None = None
 
 
 def _ignore_progress(fraction: float, message: str) -> None:
@@ -264,6 +268,10 @@ class ModelMethod(Method):
     def needs_calibration(self) -> bool:
         """Whether, with these parameters, a calibration set must come before this step."""
         return False
+
+    def blocks_removed(self) -> int:
+        """How many decoder blocks the result has fewer than the input; planning checks and estimates with it."""
+        return 0
 
     def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
         """One pass of the calibration set through both models, held in float32."""

@@ -136,9 +136,10 @@ def make_plan(
     if file.spec and len(drafts) == len(file.spec.steps):
         check_chain(drafts, note)
     if source:
+        gone = 0
         for draft in drafts:
             _settle_dtype(draft, source[0], digests, note)
-            check_against_model(draft, source[0], note)
+            gone += check_against_model(draft, source[0], note, gone)
     digests.save()
     if problems:
         kind = SpecError if any(kind is SpecError for kind, _ in problems) else PreflightError

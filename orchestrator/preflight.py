@@ -114,6 +114,7 @@ def estimate_steps(
     """What each step takes; `limit` is what a layer method may use beside interpreter and libraries."""
     dense = facts_of(plan.source)
     model, calibration = dense, DEFAULT_CALIBRATION
+    gone = 0  # decoder blocks that steps so far remove; the bytes of results are those of the source all the same
     imported = has_torch()
     estimates: list[Estimate] = []
     for step in plan.steps:
@@ -125,13 +126,16 @@ def estimate_steps(
             if isinstance(method, LayerMethod):
                 allowed = max(0, machine.memory_bytes - max(0, base - resident_bytes()))
                 allowed = allowed if limit is None else min(allowed, limit)
-                estimate = _walk(plan, step, method, calibration, machine, experience, allowed)
+                estimate = _walk(plan, step, method, calibration, machine, experience, allowed, gone)
                 scheme = method.scheme()
                 if scheme is not None:
                     stored = packed_weight_bytes(plan.source, scheme, step.skip)
                     model = replace(model, quantized=True, stored_bytes=stored)
             else:
                 estimate = _other(plan, step, model, dense, calibration, machine, experience)
+            if isinstance(method, ModelMethod):
+                gone += method.blocks_removed()
+                model = model.without_blocks(method.blocks_removed())
         seconds = estimate.seconds
         if artifact is None and not imported and not isinstance(method, Publisher):
             seconds, imported = seconds + experience.import_seconds, True
@@ -184,6 +188,7 @@ def _walk(
     machine: Machine,
     experience: Experience,
     allowed: int,
+    gone: int,
 ) -> Estimate:
     calibrated = method.needs is not Needs.WEIGHT
     inputs = step.calibrated_on or method.inputs
@@ -192,7 +197,7 @@ def _walk(
         facts = ("core", "environment", "inputs", "device")
         key = digest_of([*(step.identity[name] for name in facts), method.needs is Needs.INPUT_MOMENT])
     size = WalkSize(
-        facts_of(plan.source, step.skip),
+        facts_of(plan.source, step.skip).without_blocks(gone),
         method,
         calibration if calibrated else None,
         inputs,

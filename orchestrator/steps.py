@@ -124,11 +124,13 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
 
 def _change_model(method: ModelMethod, inputs: StepInputs, folder: Path) -> StepFacts:
     from orchestrator.export import save_model
-    from orchestrator.invariants import check_artifact
+    from orchestrator.invariants import check_artifact, check_depth
 
     result = method.apply(inputs.model.load(), inputs.context())
     save_model(result.model, inputs.model, folder)
-    invariants = check_artifact(inputs.model, Checkpoint(folder), kept=inputs.invariants)
+    changed = Checkpoint(folder)
+    check_depth(inputs.model, changed, method.blocks_removed())
+    invariants = check_artifact(inputs.model, changed, kept=inputs.invariants, blocks=result.blocks)
     return StepFacts("model", _finite(method.name, result.metrics), invariants)
 
 

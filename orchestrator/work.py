@@ -130,6 +130,18 @@ class ModelFacts:
         kept = self.parameters * self.item_bytes if largest <= KEPT_PIECE_BYTES else largest
         return self.float32_bytes + kept
 
+    def without_blocks(self, count: int) -> ModelFacts:
+        """The same with `count` blocks fewer: the smallest ones, as which go is known only when they are gone."""
+        smallest = sorted(range(len(self.blocks)), key=lambda index: self.blocks[index].parameters)
+        gone = set(smallest[:count])
+        left = self.parameters - sum(self.blocks[index].parameters for index in gone)
+        return replace(
+            self,
+            parameters=left,
+            stored_bytes=self.stored_bytes * left // max(self.parameters, 1),
+            blocks=tuple(block for index, block in enumerate(self.blocks) if index not in gone),
+        )
+
     def load_bytes(self, *, as_float32: bool) -> int:
         """Most memory while the whole model is loaded, and widened if `as_float32`.
 

@@ -388,6 +388,18 @@ class PercentProgress(Nudge):
         return ModelResult(model)
 
 
+class LosesBlock(Nudge):
+    """Removes a decoder block, of which planning knows nothing."""
+
+    keeps: ClassVar[frozenset[Invariant]] = frozenset()
+
+    def apply(self, model: PreTrainedModel, context: Context) -> ModelResult:
+        body: Any = model.base_model
+        body.layers = body.layers[:-1]
+        model.config.num_hidden_layers -= 1
+        return ModelResult(model)
+
+
 class Firsts(Calibrator):
     """No bug: windows of random tokens."""
 

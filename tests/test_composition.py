@@ -1,4 +1,4 @@
-"""Every ordered pair of first-party methods that change a model: it runs and keeps what was established, or is refused."""
+"""Every ordered pair of first-party methods that change a model: it runs and keeps its invariants, or is refused."""
 
 from __future__ import annotations
 

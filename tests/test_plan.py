@@ -308,6 +308,10 @@ class ClumsyTraining(ModelMethod):
     def needs_calibration(self) -> bool:
         return bool(_call("needs_calibration", False))
 
+    def blocks_removed(self) -> int:
+        answer: int = _call("blocks_removed", 0)
+        return answer
+
     def apply(self, model: Any, context: Any) -> ModelResult:
         return ModelResult(model)
 
@@ -346,6 +350,7 @@ steps:
         ("scheme", "6: steps[1].prune"),
         ("sparsity_pattern", "6: steps[1].prune"),
         ("needs_calibration", "5: steps[0].distill"),
+        ("blocks_removed", "5: steps[0].distill"),
         ("render", "8: steps[2].engines[0].clumsy"),
     ],
 )

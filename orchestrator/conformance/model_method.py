@@ -17,7 +17,7 @@ from orchestrator.conformance.findings import Findings
 from orchestrator.conformance.laboratory import Laboratory
 from orchestrator.conformance.surroundings import left_alone
 from orchestrator.export import save_model
-from orchestrator.invariants import check_artifact
+from orchestrator.invariants import check_artifact, check_depth
 from orchestrator.method import Invariant, ModelMethod, ModelResult
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def check_model_method(method: ModelMethod, laboratory: Laboratory, findings: Findings) -> None:
-    """The checks M1 to M4, C7 and C8."""
+    """The checks M1 to M5, C7 and C8."""
     calibration = laboratory.calibration() if method.needs_calibration() else None
     student = laboratory.pruned if Invariant.ZEROS in method.keeps else laboratory.dense
     states: list[dict[str, torch.Tensor]] = []
@@ -98,15 +98,19 @@ def _check_saved(
                 "wrappers, adapters merged, dtype as it was",
             )
     if not findings.failed("M2 saves"):
-        _check_invariants(method, student, folder, findings)
+        _check_invariants(method, student, result.blocks, folder, findings)
 
 
-def _check_invariants(method: ModelMethod, student: Checkpoint, folder: Path, findings: Findings) -> None:
+def _check_invariants(
+    method: ModelMethod, student: Checkpoint, blocks: tuple[int, ...] | None, folder: Path, findings: Findings
+) -> None:
     kept = {"zeros": {"pattern": "2:4"}} if Invariant.ZEROS in method.keeps else {}
     claims: dict[str, dict[str, str]] | None = {"zeros": {}} if Invariant.ZEROS in method.provides else None
     remedy = "hold what `keeps` and `provides` claim (a mask after every update), or do not claim it"
     with findings.attempt("M3 keeps what it claims", f"holding the saved model against its claims ({remedy})"):
-        check_artifact(student, Checkpoint(folder), kept, claims=claims)
+        check_artifact(student, Checkpoint(folder), kept, claims=claims, blocks=blocks)
+    with findings.attempt("M5 depth", "counting the decoder blocks of the saved model (say it in `blocks_removed`)"):
+        check_depth(student, Checkpoint(folder), method.blocks_removed())
 
 
 def _logits(model: torch.nn.Module) -> torch.Tensor:

@@ -47,6 +47,7 @@ def _plan(request: dict[str, Any]) -> None:
         method.check_layer(LayerShape("model.layers.0.mlp.up_proj", 128, 64))
     elif isinstance(method, ModelMethod):
         method.needs_calibration()
+        method.blocks_removed()
     elif isinstance(method, ServingEngine):
         shape = ModelShape.from_config(request["config"])
         method.render(shape, plan_kv(shape, weight_bytes=0, **method.budget()))
