@@ -1,21 +1,22 @@
 """Gradients of the next-token loss by the weights of decoder blocks, one block after the other, last to first.
 
 Whole-model gradients are as large as the model. Here the model runs forward without any, and only what passes between
-blocks is kept, in mapped files that the page cache may drop. The gradient by the last hidden states comes from the norm
-and the head alone, some positions at a time. Then each block is run again with gradients on, takes the gradient by what
-it puts out and gives those by its weights and by what entered it, which takes the place of the hidden states. It is the
-chain rule in the order of autograd itself, so the numbers are those of a backward pass through the whole model.
+blocks is kept, in files. The gradient by the last hidden states comes from the norm and the head alone, some positions
+at a time. Then each block is run again with gradients on, takes the gradient by what it puts out and gives those by its
+weights and by what entered it, which takes the place of the hidden states. It is the chain rule in the order of
+autograd itself, so the numbers are those of a backward pass through the whole model.
 
 Shape legend: N = windows, T = tokens of a window, D = model width, V = vocabulary, O = out features, I = in features.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from orchestrator_pruning.dependency_groups import Call, watched
 
@@ -34,6 +35,31 @@ class Gradient:
     square_OI: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class _Between:
+    """What passes between blocks, [N, T, D] for each place: 0 before the first block, L behind the last of L.
+
+    Each place is a file that is mapped only while it is in use, so that its pages do not stay with the process.
+    """
+
+    folder: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        import torch
+
+        size = math.prod(self.shape)
+        return torch.from_file(str(self._path(place)), shared=True, size=size, dtype=self.dtype).view(self.shape)
+
+    def remove(self, place: int) -> None:
+        """Delete the file, if there is one."""
+        self._path(place).unlink(missing_ok=True)
+
+    def _path(self, place: int) -> Path:
+        return self.folder / f"between-blocks-{place}"
+
+
 def block_gradients(
     model: Any,
     blocks: Mapping[str, nn.Module],
@@ -48,58 +74,76 @@ def block_gradients(
     layers: by their names within a block; their weights must require gradients. The loss of a window is the mean over
     its predicted tokens; windows pass one by one, as the squares of their gradients are asked for one by one.
     """
-    import torch
-
-    modules = list(blocks.values())
-    hidden, calls, in_tuple = _forward(model, modules, tokens_NT, scratch)
-    for window, tokens_T in enumerate(tokens_NT):
-        last_1TD = hidden[-1][window : window + 1]
-        last_1TD.copy_(_gradient_behind_blocks(model, modules, tokens_T[None], last_1TD.clone(), in_tuple=in_tuple))
-    for index in reversed(range(len(modules))):
-        name, block = list(blocks.items())[index]
-        weights: list[torch.Tensor] = [block.get_submodule(layer).weight for layer in layers]  # type: ignore[misc]
-        means = [torch.zeros_like(weight_OI) for weight_OI in weights]
-        mean_squares = [torch.zeros_like(weight_OI) for weight_OI in weights] if squares else [None] * len(weights)
-        for window in range(len(tokens_NT)):
-            entering_1TD = hidden[index][window : window + 1].to(model.device).clone().requires_grad_()
-            with torch.enable_grad():
-                leaving_1TD = calls[window][index](block, entering_1TD)
-            gradient_1TD = hidden[index + 1][window : window + 1].to(leaving_1TD.device)
-            by_entering_1TD, *gradients = torch.autograd.grad(leaving_1TD, [entering_1TD, *weights], gradient_1TD)
-            hidden[index][window] = by_entering_1TD[0]
-            for mean_OI, square_OI, gradient_OI in zip(means, mean_squares, gradients, strict=True):
-                mean_OI += gradient_OI / len(tokens_NT)
-                if square_OI is not None:
-                    square_OI += gradient_OI.square() / len(tokens_NT)
-        found = (Gradient(mean_OI, square_OI) for mean_OI, square_OI in zip(means, mean_squares, strict=True))
-        yield name, dict(zip(layers, found, strict=True))
+    modules, last = list(blocks.values()), len(blocks)
+    embeddings = model.get_input_embeddings().weight
+    between = _Between(scratch, (*tokens_NT.shape, model.config.hidden_size), embeddings.dtype)
+    try:
+        calls, in_tuple = _forward(model, modules, tokens_NT, between)
+        behind_NTD = between[last]
+        for window, tokens_T in enumerate(tokens_NT):
+            hidden_1TD = behind_NTD[window, None].clone()
+            gradient_1TD = _gradient_behind_blocks(model, modules, tokens_T[None], hidden_1TD, in_tuple=in_tuple)
+            behind_NTD[window] = gradient_1TD[0]
+        del behind_NTD
+        for index, name in reversed(list(enumerate(blocks))):
+            of_block = [by_window[index] for by_window in calls]
+            yield name, _of_block(blocks[name], layers, of_block, between[index], between[index + 1], squares=squares)
+            between.remove(index + 1)
+    finally:
+        for place in range(last + 1):
+            between.remove(place)
 
 
-def _forward(
-    model: Any, modules: Sequence[nn.Module], tokens_NT: torch.Tensor, scratch: Path
-) -> tuple[list[torch.Tensor], list[list[Call]], bool]:
-    """Return what enters each block and what leaves the last [N, T, D] each, how each window's blocks were called, and
-    whether blocks put their hidden states out in a tuple.
+def _of_block(
+    block: nn.Module,
+    layers: Sequence[str],
+    calls: Sequence[Call],
+    before_NTD: torch.Tensor,
+    behind_NTD: torch.Tensor,
+    *,
+    squares: bool,
+) -> dict[str, Gradient]:
+    """Return the gradients of one block, and put those by what enters it in the place of what enters it.
+
+    before_NTD: what enters the block. behind_NTD: the gradients by what it puts out.
     """
     import torch
 
-    hidden: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = [cast("torch.Tensor", block.get_submodule(layer).weight) for layer in layers]
+    means = [torch.zeros_like(weight_OI) for weight_OI in weights]
+    mean_squares = [torch.zeros_like(weight_OI) if squares else None for weight_OI in weights]
+    for window, call in enumerate(calls):
+        entering_1TD = before_NTD[window, None].to(weights[0].device, copy=True).requires_grad_()
+        with torch.enable_grad():
+            leaving_1TD = call(block, entering_1TD)
+        gradient_1TD = behind_NTD[window, None].to(leaving_1TD.device)
+        by_entering_1TD, *gradients = torch.autograd.grad(leaving_1TD, [entering_1TD, *weights], gradient_1TD)
+        before_NTD[window] = by_entering_1TD[0]
+        for mean_OI, square_OI, gradient_OI in zip(means, mean_squares, gradients, strict=True):
+            mean_OI.add_(gradient_OI, alpha=1 / len(calls))
+            if square_OI is not None:
+                square_OI.addcmul_(gradient_OI, gradient_OI, value=1 / len(calls))
+    found = (Gradient(mean_OI, square_OI) for mean_OI, square_OI in zip(means, mean_squares, strict=True))
+    return dict(zip(layers, found, strict=True))
+
+
+def _forward(
+    model: Any, modules: Sequence[nn.Module], tokens_NT: torch.Tensor, between: _Between
+) -> tuple[list[list[Call]], bool]:
+    """Fill `between`; return how each window's blocks were called, and whether they put out a tuple."""
+    import torch
+
     calls: list[list[Call]] = []
     in_tuple = False
 
-    def keep(index: int, hidden_1TD: torch.Tensor) -> None:
-        if index == len(hidden):
-            hidden.append(_mapped((*tokens_NT.shape, hidden_1TD.shape[-1]), hidden_1TD.dtype, scratch / f"{index}.gradients"))
-        hidden[index][len(calls) - 1] = hidden_1TD[0]
-
     def enters(index: int, hidden_1TD: torch.Tensor, call: Call) -> None:
-        keep(index, hidden_1TD)
+        between[index][len(calls) - 1] = hidden_1TD[0]
         calls[-1].append(call)
 
     def leaves(module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal in_tuple
         in_tuple = isinstance(output, tuple)
-        keep(len(modules), output[0] if in_tuple else output)
+        between[len(modules)][len(calls) - 1] = (output[0] if in_tuple else output)[0]
 
     with torch.no_grad(), watched(modules, enters):
         handle = modules[-1].register_forward_hook(leaves)
@@ -109,7 +153,7 @@ def _forward(
                 model(input_ids=tokens_T[None].to(model.device), use_cache=False, logits_to_keep=1)
         finally:
             handle.remove()
-    return hidden, calls, in_tuple
+    return calls, in_tuple
 
 
 def _gradient_behind_blocks(
@@ -150,14 +194,3 @@ def _standing_in(modules: Sequence[nn.Module], last_1TD: torch.Tensor, *, in_tup
     finally:
         for module in modules:
             module.__dict__.pop("forward", None)
-
-
-def _mapped(shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> torch.Tensor:
-    """Return a tensor whose memory is a new file's; the file has no name any more, and goes with the tensor."""
-    import math
-
-    import torch
-
-    tensor = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-    path.unlink()
-    return tensor
