@@ -178,7 +178,7 @@ def _gradient_behind_blocks(
 
 @contextmanager
 def _standing_in(modules: Sequence[nn.Module], last_1TD: torch.Tensor, *, in_tuple: bool) -> Iterator[None]:
-    """Let the blocks pass on what they get and the last put out `last_1TD`: of the model, the norm and the head stay."""
+    """Let blocks pass on what they get and the last put out `last_1TD`: of the model, norm and head stay."""
 
     def pass_on(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

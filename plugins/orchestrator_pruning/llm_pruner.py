@@ -15,11 +15,12 @@ importance in their block go. Gradients are taken block by block (`block_gradien
 rank `lora_rank` (eq. 6), for every linear layer in the blocks, on the next-token loss, and adds BA to the weights.
 
 Choices. The authors leave the first and the last blocks whole; here all blocks lose the same number of groups, because
-config.json then says all there is to say, with one number for all blocks, as every engine reads it. Weights and gradients are
-float32. One window in eight is never used for choosing or training; the recorded losses are those of these windows.
+then config.json says all there is to say with one number for all blocks, which is what every engine reads. Weights and
+gradients are float32. One window in eight is used neither for choosing nor for training; the recorded losses are those
+of these windows.
 
-Shape legend: N = windows, B = windows of a batch, T = tokens of a window, O = out features, I = in features, G = groups,
-K = rows or columns of one layer in a group.
+Shape legend: N = windows, O = out features, I = in features, G = groups, K = rows or columns of one layer in a group,
+X = rows, or columns, of one layer.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class LLMPruner(ModelMethod):
         "taylor", description="What a group is judged by: the change of the loss, the size of its weights, or nothing."
     )
     order: Literal["first", "second", "mixed"] = Field(
-        "first", description="Terms of the Taylor expansion: the gradient, its squares, or both; importance 'taylor' only."
+        "first", description="Terms of the Taylor expansion: the gradient, its squares, or both; only for 'taylor'."
     )
     granularity: Literal["element", "vector"] = Field(
         "element", description="Whether absolute values are taken of each weight or of each row's and column's sum."
@@ -174,14 +175,16 @@ class LLMPruner(ModelMethod):
             small = as_configured(model, traced, removal)
             counts = [name for name in removal.entries if name != "head_dim"]
             before = {f"{name}_before": float(getattr(model.config, name)) for name in counts}
-            numbers = {"parameters_before": _num_parameters(model), **before, **_loss("loss_before", model, held_out_NT)}
+            numbers = {"parameters_before": _num_parameters(model), **before}
+            numbers |= _loss("loss_before", model, held_out_NT)
             kept = self._choose(model, blocks, traced, removal, used_NT, context)
             for index, (name, block) in enumerate(blocks.items()):
                 remove(block, name, kept[name], small.get_submodule(name), probe.calls[index], probe.hidden_BTD)
             for name, value in removal.entries.items():
                 setattr(model.config, name, value)
             after = {f"{name}_after": float(removal.entries[name]) for name in counts}
-            numbers |= {"parameters_after": _num_parameters(model), **after, **_loss("loss_pruned", model, held_out_NT)}
+            numbers |= {"parameters_after": _num_parameters(model), **after}
+            numbers |= _loss("loss_pruned", model, held_out_NT)
             if self.lora_rank and used_NT is not None:
                 model = self._recover(model, blocks, used_NT, context)
                 for name, parameter in model.named_parameters():  # what the result can hold is what is measured
@@ -220,7 +223,7 @@ class LLMPruner(ModelMethod):
         rounded = f", rounded to a multiple of {multiple}," if multiple > 1 else ""
         change = ("lower" if kept == 0 else "raise") + " `ratio`" + (", change `round_to`" if multiple > 1 else "")
         raise StepError(
-            f"ratio {self.ratio:g} of {count} {what} of a block{rounded} {'leaves none' if kept == 0 else 'removes none'}",
+            f"ratio {self.ratio:g} of {count} {what} of a block{rounded} {'leaves' if kept == 0 else 'removes'} none",
             remedy=f"{change}, or set {switch}: false",
         )
 
