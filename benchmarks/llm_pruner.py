@@ -13,6 +13,7 @@ A random choice is drawn with three seeds, of which the median counts.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -150,8 +151,12 @@ def aims(case: str, found: dict[str, dict[str, Any]]) -> list[Target]:
     """Every criterion better than the one before it."""
     order = [RANDOM, L2, DEFAULT, RECOVERED]
     return [
-        Target(f"{case}: perplexity of {better} / of {worse}", 1.0, found[better]["perplexity"] / found[worse]["perplexity"])
-        for worse, better in zip(order, order[1:], strict=False)
+        Target(
+            f"{case}: perplexity of {better} / of {worse}",
+            1.0,
+            found[better]["perplexity"] / found[worse]["perplexity"],
+        )
+        for worse, better in itertools.pairwise(order)
     ]
 
 

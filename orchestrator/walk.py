@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator.canonical import digest_of
 from orchestrator.capture import Stream
@@ -46,7 +46,6 @@ from orchestrator.stored import StoredLayers
 from orchestrator.usage import give_back_memory, reuse_memory
 
 if TYPE_CHECKING:
-    import torch
 
     from orchestrator.calibration import CalibrationSet
     from orchestrator.checkpoint import Checkpoint

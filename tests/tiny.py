@@ -110,9 +110,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
-def _config(
-    architecture: str, tied: bool, hidden_size: int, intermediate_size: int, layers: int, kv_heads: int
-) -> Any:
+def _config(architecture: str, tied: bool, hidden_size: int, intermediate_size: int, layers: int, kv_heads: int) -> Any:
     from transformers import AutoConfig
 
     common: dict[str, Any] = {

@@ -166,10 +166,10 @@ def _gradient_behind_blocks(
     tokens_1T = tokens_1T.to(model.device)
     last_1TD = last_1TD.to(model.device).requires_grad_()
     gradient_1TD = torch.zeros_like(last_1TD)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    chunk = max(1, CHUNK_ELEMENTS // model.get_output_embeddings().weight.shape[0])
     num_predicted = tokens_1T.shape[1] - 1
     with torch.enable_grad(), _standing_in(modules, last_1TD, in_tuple=in_tuple):
-        for positions in torch.arange(num_predicted, device=model.device).split(max(1, CHUNK_ELEMENTS // vocabulary)):
+        for positions in torch.split(torch.arange(num_predicted, device=model.device), chunk):
             logits_TV = model(input_ids=tokens_1T, use_cache=False, logits_to_keep=positions).logits[0]
             loss = cross_entropy(logits_TV, tokens_1T[0, positions + 1], reduction="sum") / num_predicted
             gradient_1TD += torch.autograd.grad(loss, last_1TD)[0]

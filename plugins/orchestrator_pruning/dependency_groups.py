@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from orchestrator.api import StepError
 
@@ -46,7 +46,7 @@ class Call:
     def __call__(self, block: nn.Module, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Return the hidden states that the block puts out."""
         output = block(hidden_BTD, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple | list) else output
+        return cast("torch.Tensor", output[0] if isinstance(output, tuple | list) else output)
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,7 @@ def watched(blocks: Sequence[nn.Module], seen: Callable[[int, torch.Tensor, Call
 
         return before
 
-    handles = [
-        block.register_forward_pre_hook(watcher(index), with_kwargs=True) for index, block in enumerate(blocks)
-    ]
+    handles = [block.register_forward_pre_hook(watcher(index), with_kwargs=True) for index, block in enumerate(blocks)]
     try:
         yield
     finally:
@@ -258,7 +256,7 @@ def _components(name: str, reader: str, read: torch.Tensor, sources: Mapping[str
             ends_E.append(row_E + offset)
             offset += size
     label_X = _smallest_connected(torch.cat(starts_E), torch.cat(ends_E), num_columns + sum(sizes.values()))
-    first_G = label_X[:num_columns].unique()  # of each group the first column
+    first_G = torch.unique(label_X[:num_columns])  # of each group the first column
     members = []
     layers = [(source, 0, size) for source, size in sizes.items()]
     offset = num_columns

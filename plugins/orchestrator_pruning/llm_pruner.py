@@ -20,7 +20,7 @@ gradients are float32. One window in eight is used neither for choosing nor for 
 of these windows.
 
 Shape legend: N = windows, O = out features, I = in features, G = groups, K = rows or columns of one layer in a group,
-X = rows, or columns, of one layer.
+X = rows, or columns, of one layer, B = copies of the input of a probe, T = tokens, D = model width.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ from orchestrator_pruning.removal import (
     check_heads,
     head_entries,
     remove,
+    without,
 )
 
 if TYPE_CHECKING:
@@ -178,10 +179,13 @@ class LLMPruner(ModelMethod):
             numbers = {"parameters_before": _num_parameters(model), **before}
             numbers |= _loss("loss_before", model, held_out_NT)
             kept = self._choose(model, blocks, traced, removal, used_NT, context)
-            for index, (name, block) in enumerate(blocks.items()):
-                remove(block, name, kept[name], small.get_submodule(name), probe.calls[index], probe.hidden_BTD)
+            calls, hidden_BTD = dict(zip(blocks, probe.calls, strict=True)), probe.hidden_BTD
+            expected = {name: without(block, kept[name], calls[name], hidden_BTD) for name, block in blocks.items()}
             for name, value in removal.entries.items():
                 setattr(model.config, name, value)
+            for name, block in blocks.items():
+                like = small.get_submodule(name)
+                remove(block, name, kept[name], like, calls[name], hidden_BTD, expected[name])
             after = {f"{name}_after": float(removal.entries[name]) for name in counts}
             numbers |= {"parameters_after": _num_parameters(model), **after}
             numbers |= _loss("loss_pruned", model, held_out_NT)
@@ -290,9 +294,7 @@ class LLMPruner(ModelMethod):
             weight_OI = cast("torch.Tensor", block.get_submodule(member.layer).weight).detach()
             salience_OI = self._salience(weight_OI, gradients.get(member.layer))
             inside = 1 - member.axis  # the dimension along which a row, or a column, extends
-            vector_X = (
-                salience_OI.sum(inside).abs() if self.granularity == "vector" else salience_OI.abs().sum(inside)
-            )
+            vector_X = salience_OI.sum(inside).abs() if self.granularity == "vector" else salience_OI.abs().sum(inside)
             parts.append(vector_X[member.index_GK].sum(1))
         return torch.stack(parts).sum(0)
 
@@ -394,6 +396,6 @@ def _loss(name: str, model: Any, tokens_NT: torch.Tensor | None) -> dict[str, fl
     if tokens_NT is None:
         return {}
     with torch.no_grad():
-        windows = tokens_NT.to(model.device).split(1)
+        windows = torch.split(tokens_NT.to(model.device), 1)
         losses = [float(model(input_ids=tokens_1T, labels=tokens_1T, use_cache=False).loss) for tokens_1T in windows]
     return {name: sum(losses) / len(losses)}

@@ -127,6 +127,20 @@ def _listed(entries: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {value}" for name, value in entries.items())
 
 
+def without(
+    block: nn.Module, kept: Sequence[tuple[GroupSet, torch.Tensor]], call: Call, hidden_BTD: torch.Tensor
+) -> torch.Tensor:
+    """Set the readers' columns of all groups but the kept ones [G'] to zero; return what the block then puts out."""
+    import torch
+
+    with torch.no_grad():
+        for groups, kept_G in kept:
+            reader: Any = block.get_submodule(groups.reader)
+            gone_G = torch.ones(groups.count, dtype=torch.bool).index_fill(0, kept_G, False)
+            reader.weight[:, groups.members[-1].index_GK[gone_G].flatten()] = 0.0
+        return call(block, hidden_BTD)
+
+
 def remove(
     block: nn.Module,
     name: str,
@@ -134,21 +148,17 @@ def remove(
     like: nn.Module,
     call: Call,
     hidden_BTD: torch.Tensor,
+    expected_BTD: torch.Tensor,
 ) -> None:
-    """Take all groups but the kept ones [G'] out of the layers of a block, in place.
+    """Take all groups but the kept ones [G'] out of the layers of a block, in place; config is the new one already.
 
     like: the same block as its new config.json makes it, from which the numbers of heads and features are taken.
-    Raises `StepError` unless the block then puts out what it does with the readers' columns of these groups at zero.
+    expected_BTD: what `without` returned. Raises `StepError` unless the block puts out the same.
     """
     import torch
     from torch import nn
 
     with torch.no_grad():
-        for groups, kept_G in kept:
-            reader: Any = block.get_submodule(groups.reader)
-            gone_G = torch.ones(groups.count, dtype=torch.bool).index_fill(0, kept_G, False)
-            reader.weight[:, groups.members[-1].index_GK[gone_G].flatten()] = 0.0
-        expected_BTD = call(block, hidden_BTD)
         for groups, kept_G in kept:
             for member in groups.members:
                 layer: Any = block.get_submodule(member.layer)
