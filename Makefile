@@ -38,6 +38,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.walk --memory --save
 	$(BIN)/python -m benchmarks.sweep --save
 	$(BIN)/python -m benchmarks.bounded --save
+	$(BIN)/python -m benchmarks.llm_pruner --save
 	$(BIN)/python -m benchmarks.overhead --save
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.preflight --save
