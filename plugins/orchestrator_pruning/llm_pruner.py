@@ -17,7 +17,7 @@ rank `lora_rank` (eq. 6), for every linear layer in the blocks, on the next-toke
 Choices. The authors leave the first and the last blocks whole; here all blocks lose the same number of groups, because
 then config.json says all there is to say with one number for all blocks, which is what every engine reads. Weights and
 gradients are float32. One window in eight is used neither for choosing nor for training; the recorded losses are those
-of these windows.
+of these windows, and flatter the recovery where the calibrator drew windows that overlap.
 
 Shape legend: N = windows, O = out features, I = in features, G = groups, K = rows or columns of one layer in a group,
 X = rows, or columns, of one layer, B = copies of the input of a probe, T = tokens, D = model width.
