@@ -39,6 +39,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.walk --cases "AWQ W4g128" "AWQ W3g128" "SparseGPT 50 %" "SparseGPT 2:4" --name awq-sparsegpt --save
 	$(BIN)/python -m benchmarks.sweep --save
 	$(BIN)/python -m benchmarks.bounded --save
+	$(BIN)/python -m benchmarks.llm_pruner --save
 	$(BIN)/python -m benchmarks.overhead --save
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.preflight --save

@@ -12,6 +12,7 @@ import json
 import shutil
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,13 +221,25 @@ def _changed_config(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
     """The source's config.json with the entries that differ in ``model.config``; as JSON, so that types compare."""
     from orchestrator.model import load_config
 
-    before = json.loads(json.dumps(load_config(checkpoint).to_dict(), default=str))
-    after = json.loads(json.dumps(model.config.to_dict(), default=str))
-    config = dict(checkpoint.config)
-    config.pop("quantization_config", None)
-    compared = after.keys() - {"quantization_config", "dtype", "transformers_version"}
-    changed = {key for key in compared if not key.startswith("_") and after[key] != before.get(key)}
+    after = _plain(model.config)
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    changes = _differing(after, _plain(load_config(checkpoint)))
     for other, name in model.config.attribute_map.items():  # another name of a changed entry would contradict it
-        if name in changed:
+        if name in changes:
             config.pop(other, None)
-    return {**config, **{key: after[key] for key in sorted(changed)}}
+    if changes:
+        # Where config.json leaves an entry out it follows from others: head_dim from the number of heads, which may be
+        # among the changes. What would now follow otherwise than the model has it is written too.
+        config |= changes
+        config |= _differing(after, _plain(type(model.config).from_dict(deepcopy(config))))
+    return config
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(config.to_dict(), default=str)))
+
+
+def _differing(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `after` that are others in `before`, but those that say how and by what a model is stored."""
+    kept = sorted(after.keys() - {"quantization_config", "dtype", "transformers_version"})
+    return {key: after[key] for key in kept if not key.startswith("_") and after[key] != before.get(key)}

@@ -148,8 +148,9 @@ def _asking(step: Step) -> Iterator[None]:
     """Turn what a method raises when it is asked what it will take into an error that names the method."""
     try:
         yield
-    except OrchestratorError:
-        raise
+    except OrchestratorError as error:
+        placed = [Problem(p.what, p.where or step.place, p.remedy) for p in error.problems]
+        raise type(error)(placed) from error
     except Exception as error:  # a plugin may fail in any way
         raise PreflightError(
             f"{type(step.method).__name__} cannot say what it will take: {type(error).__name__}: {error}",

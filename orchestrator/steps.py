@@ -15,6 +15,7 @@ from orchestrator.calibration import CalibrationSet
 from orchestrator.canonical import canonical_json
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
+from orchestrator.layers import is_skipped
 from orchestrator.method import Calibrator, Context, Evaluator, Invariant, LayerMethod, ModelMethod
 from orchestrator.plan import Step
 
@@ -89,6 +90,7 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
     from orchestrator.walk import walk
 
     scheme = method.scheme()
+    _check_widths(step, method, inputs)
     settings = WalkSettings(
         inputs=step.calibrated_on or method.inputs,
         device=step.device,
@@ -120,6 +122,19 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
     invariants = check_artifact(inputs.model, Checkpoint(folder), kept=inputs.invariants, claims=claims)
     (folder / "layers.json").write_bytes(canonical_json(report.layers))
     return StepFacts("model", _finite(method.name, report.metrics), invariants)
+
+
+def _check_widths(step: Step, method: LayerMethod, inputs: StepInputs) -> None:
+    """Ask the method again about layers whose shapes a step before has changed: planning saw those of the source."""
+    planned = set(inputs.dense.block_layers())
+    for layer in inputs.model.block_layers():
+        if layer not in planned and not is_skipped(layer.name, step.skip):
+            fault = method.check_layer(layer)
+            if fault:
+                raise StepError(
+                    f"{fault[0]}: {fault[1]} of {layer.name}, which a step before has made",
+                    remedy=f"choose another {fault[0]}, or other widths in the step that prunes",
+                )
 
 
 def _change_model(method: ModelMethod, inputs: StepInputs, folder: Path) -> StepFacts:

@@ -25,6 +25,11 @@ FIRST_PARTY: dict[str, list[dict[str, object]]] = {
     "prune magnitude": [{}, {"pattern": "4:8"}, {"scope": "layer", "sparsity": 0.3}],
     "prune sparsegpt": [{}, {"pattern": "2:4", "block_size": 32}, {"sparsity": 0.8, "block_size": 48, "damping": 0.1}],
     "prune wanda": [{"sparsity": 0.7}, {"pattern": "2:4"}],
+    "prune llm_pruner": [
+        {"ratio": 0.5, "lora_updates": 2, "length_tokens": 16},
+        {"ratio": 0.5, "lora_rank": 0, "importance": "random", "mlp": False},
+        {"attention": False, "round_to": 16, "order": "mixed", "granularity": "vector", "lora_rank": 0},
+    ],
     "distill logits": [
         {"updates": 3, "length_tokens": 32, "batch_sequences": 2},
         {"source": SAMPLE_TEXT, "sequences": 8, "updates": 2, "length_tokens": 16, "alpha": 0.5, "temperature": 2.0},

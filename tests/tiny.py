@@ -46,6 +46,7 @@ def make_model(
     hidden_size: int = 64,
     intermediate_size: int = 128,
     layers: int = 3,
+    kv_heads: int = 2,
     tokenizer: bool = True,
 ) -> Path:
     """Write a checkpoint of `architecture` into `folder`; the same arguments give the same bytes.
@@ -55,7 +56,7 @@ def make_model(
     """
     from transformers import AutoModelForCausalLM
 
-    config = _config(architecture, tied, hidden_size, intermediate_size, layers)
+    config = _config(architecture, tied, hidden_size, intermediate_size, layers, kv_heads)
     config.architectures = None  # set when saving
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -109,7 +110,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
-def _config(architecture: str, tied: bool, hidden_size: int, intermediate_size: int, layers: int) -> Any:
+def _config(architecture: str, tied: bool, hidden_size: int, intermediate_size: int, layers: int, kv_heads: int) -> Any:
     from transformers import AutoConfig
 
     common: dict[str, Any] = {
@@ -118,7 +119,7 @@ def _config(architecture: str, tied: bool, hidden_size: int, intermediate_size: 
         "intermediate_size": intermediate_size,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": kv_heads,
         "max_position_embeddings": 128,
         "tie_word_embeddings": tied or architecture in ALWAYS_TIED,
         "bos_token_id": 0,
