@@ -46,6 +46,8 @@ from orchestrator.stored import StoredLayers
 from orchestrator.usage import give_back_memory, reuse_memory
 
 if TYPE_CHECKING:
+    import torch
+
     from orchestrator.calibration import CalibrationSet
     from orchestrator.checkpoint import Checkpoint
     from orchestrator.export import ModelWriter

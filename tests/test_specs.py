@@ -49,6 +49,7 @@ def shrunk(path: Path, folder: Path) -> Path:
         "sequences": 8,
         "length_tokens": 32,
         "group_size": 32,
+        "round_to": 32,
         "windows": 4,
         "lora_updates": 2,
     }
@@ -68,7 +69,7 @@ def shrunk(path: Path, folder: Path) -> Path:
     return small_path
 
 
-@pytest.mark.parametrize("name", ["awq.yaml"])
+@pytest.mark.parametrize("name", ["awq.yaml", "llm-pruner.yaml"])
 def test_an_example_runs_at_small_scale(name: str, tmp_path: Path, methods: Methods, tracking_uri: str) -> None:
     path = Path(__file__).parents[1] / "flows" / "specs" / name
     execution = run_locally(shrunk(path, tmp_path), methods, Settings(tmp_path / "home", tracking_uri), Watcher())
