@@ -267,10 +267,11 @@ def _find(reference: str, settings: Settings) -> tuple[Artifact, dict[str, str] 
 
 def _run(spec: Path, settings: Settings, local: bool, as_json: bool) -> None:
     """Run with the chosen engine and print the result: a table, or one JSON document, also of a failed run."""
+    from orchestrator.interrupts import interruptible
     from orchestrator.plugins import discover
     from orchestrator.progress import TerminalObserver
 
-    with TerminalObserver(_console()) as observer:
+    with interruptible(), TerminalObserver(_console()) as observer:
         try:
             if local:
                 from orchestrator.run import run_locally

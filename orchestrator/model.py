@@ -5,8 +5,6 @@ For access block by block see `orchestrator.skeleton`.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import PreflightError
+from orchestrator.interrupts import interrupts_later
 from orchestrator.packing import scheme_or_none
 from orchestrator.usage import reuse_memory
 
@@ -110,23 +109,6 @@ def import_libraries(checkpoint: Checkpoint) -> float:
         with suppress(PreflightError, KeyError, ImportError):  # who loads the model says what is wrong with it
             _ = AutoModelForCausalLM._model_mapping[type(load_config(checkpoint))]
     return time.perf_counter() - started
-
-
-@contextmanager
-def interrupts_later() -> Iterator[None]:
-    """Hold Ctrl-C back until the end of the block: libraries that are being imported swallow it now and then."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if came:
-        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from orchestrator.interrupts import check_interrupt
+
 if TYPE_CHECKING:
     from orchestrator.outcome import StepOutcome
     from orchestrator.plan import Plan, Step
@@ -53,6 +55,7 @@ class TerminalObserver:
 
     def step_started(self, step: Step) -> None:
         """Open the step's bar, or print its line."""
+        check_interrupt()
         position = f"{step.index + 1}/{self._num_steps}"
         self._last_line = time.monotonic()
         if self._bars:
@@ -61,7 +64,8 @@ class TerminalObserver:
             self._line(f"{position} {step.label} ...")
 
     def step_progress(self, step: Step, fraction: float, message: str) -> None:
-        """Move the bar, or print a line now and then."""
+        """Move the bar, or print a line now and then. Ends the work if Ctrl-C came and was swallowed."""
+        check_interrupt()
         if self._bars and self._bar is not None:
             self._bars.update(self._bar, completed=fraction, message=message)
         elif time.monotonic() - self._last_line > _LINE_SECONDS:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import PreflightError
-from orchestrator.model import interrupts_later, load_model, load_tokenizer
+from orchestrator.model import load_model, load_tokenizer
 from orchestrator.skeleton import Skeleton
 from tests.tiny import ARCHITECTURES, edit_config, make_model, make_tokens
 
@@ -89,15 +87,6 @@ def test_misshapen_tensor_is_refused(tmp_path: Path) -> None:
         load_model(Checkpoint(tmp_path), torch.float32)
     with pytest.raises(PreflightError, match=r"down_proj\.weight has shape \(64, 128\), but .* \(64, 96\)"):
         Skeleton(Checkpoint(tmp_path))
-
-
-def test_an_interrupt_waits_for_the_end_of_an_import() -> None:
-    reached = []
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interrupts_later():
-        os.kill(os.getpid(), signal.SIGINT)
-        reached.append("end")
-    assert reached == ["end"] and signal.getsignal(signal.SIGINT) is before
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""Ctrl-C takes effect also where Python would lose it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from orchestrator.interrupts import check_interrupt, interruptible, interrupts_later
+
+
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class Swallows:
+    """Its destructor is interrupted."""
+
+    def __del__(self) -> None:
+        press()
+        for _ in range(1000):
+            pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_is_swallowed_takes_effect_at_the_next_sign_of_progress() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with interruptible():
+        check_interrupt()
+        swallows = Swallows()
+        del swallows
+        with pytest.raises(KeyboardInterrupt):
+            check_interrupt()
+    check_interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_waits_for_the_end_of_an_import() -> None:
+    reached = []
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interrupts_later():
+        press()
+        reached.append("end")
+    assert reached == ["end"] and signal.getsignal(signal.SIGINT) is before
