@@ -49,7 +49,17 @@ from orchestrator.sources import PREFIX, InputFile, check_source, resolve_source
 from orchestrator.spec import Location, ModelSpec, SpecFile, SpecText, StepSpec, read_spec, validate_strictly
 
 SOURCE = -1  # stands for the source model where an input is the index of a step
-_SHOWING = ("catalogue.py", "cli.py", "conformance", "interrupts.py", "progress.py", "quickstart", "report.py", "testing.py", "usage.py")
+_SHOWING = (
+    "catalogue.py",
+    "cli.py",
+    "conformance",
+    "interrupts.py",
+    "progress.py",
+    "quickstart",
+    "report.py",
+    "testing.py",
+    "usage.py",
+)
 _FORESEEING = ("estimate.py", "facts.py", "machine.py", "preflight.py", "work.py")
 NOT_COMPUTING = (*_SHOWING, *_FORESEEING)  # files of the core that decide no result
 COMPUTING_LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "safetensors")
