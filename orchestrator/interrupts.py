@@ -23,17 +23,21 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Remember Ctrl-C until the end of the block, so that `check_interrupt` can raise what was swallowed."""
+    """Remember Ctrl-C until the end of the block, so that `check_interrupt` can raise what was swallowed.
+
+    Where it is ignored (in the background of a script, under nohup), it stays so.
+    """
     global _came
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
-    before = signal.signal(signal.SIGINT, _on_interrupt)
+    signal.signal(signal.SIGINT, _on_interrupt)
     try:
         yield
     finally:
         _came = False
-        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+        signal.signal(signal.SIGINT, before)
 
 
 def check_interrupt() -> None:

@@ -36,6 +36,17 @@ def test_an_interrupt_that_is_swallowed_takes_effect_at_the_next_sign_of_progres
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_where_it_is_ignored_it_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruptible(), interrupts_later():
+            press()
+        check_interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupt_waits_for_the_end_of_an_import() -> None:
     reached = []
     before = signal.getsignal(signal.SIGINT)
