@@ -19,6 +19,8 @@ from orchestrator.method import (
     Calibrator,
     Context,
     Evaluator,
+    ExportFacts,
+    ExportFormat,
     Invariant,
     LayerMethod,
     LayerResult,
@@ -33,8 +35,10 @@ from orchestrator.method import (
     Stage,
     TextSource,
 )
+from orchestrator.packing import read_scheme, unpack
 from orchestrator.parallel import in_parallel
 from orchestrator.plugins import API_VERSION, hookimpl
+from orchestrator.reader import TensorReader
 from orchestrator.scheme import QuantizedWeight, QuantScheme
 from orchestrator.serving import KVPlan, ModelShape
 from orchestrator.sources import check_source, read_documents
@@ -51,6 +55,8 @@ __all__ = [
     "Checkpoint",
     "Context",
     "Evaluator",
+    "ExportFacts",
+    "ExportFormat",
     "GateError",
     "HessianFactor",
     "InputMoment",
@@ -81,6 +87,7 @@ __all__ = [
     "Stage",
     "StepError",
     "StoredFile",
+    "TensorReader",
     "TextSource",
     "Work",
     "check_source",
@@ -89,6 +96,8 @@ __all__ = [
     "lowest",
     "open_store",
     "read_documents",
+    "read_scheme",
     "solve_columns",
     "token_windows",
+    "unpack",
 ]

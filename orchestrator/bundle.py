@@ -1,7 +1,8 @@
-"""What a release holds: the model's files at its root, and the serving configuration in ``serving/<engine>/``.
+"""What a release holds: the model's files at its root, the serving configuration in ``serving/<engine>/``, and other
+file formats in ``formats/<format>/`` (`orchestrator.formats`).
 
-A bundle is a pure function of the model artifact and the engines' parameters, so releasing the same model twice
-gives the same bytes.
+A bundle is a pure function of the model artifact and the parameters of engines and formats, so releasing the same
+model twice gives the same bytes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from orchestrator.method import ServingEngine
 from orchestrator.serving import ModelShape, plan_kv
 
 
-def write_bundle(model: Checkpoint, engines: Sequence[ServingEngine], folder: Path) -> str:
-    """Fill `folder` and return a digest of its content.
+def write_bundle(model: Checkpoint, engines: Sequence[ServingEngine], folder: Path) -> None:
+    """Fill `folder` with the model and the serving configuration.
 
     Raises `SpecError` or `PreflightError` for a model that does not fit an engine's budget.
     """
@@ -39,6 +40,10 @@ def write_bundle(model: Checkpoint, engines: Sequence[ServingEngine], folder: Pa
                 files[name] = text
             for name, text in files.items():
                 (target / name).write_text(text, encoding="utf-8")
+
+
+def bundle_digest(folder: Path) -> str:
+    """Return a digest of everything in the folder."""
     return digest_of(
         {path.relative_to(folder).as_posix(): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.checkpoint import Checkpoint, TensorInfo
@@ -14,6 +14,7 @@ from orchestrator.layers import is_skipped, split_fused_groups, unquantizable, u
 from orchestrator.method import (
     Calibrator,
     Evaluator,
+    ExportFormat,
     Invariant,
     LayerMethod,
     Method,
@@ -57,6 +58,7 @@ class Draft:
     method: Method
     engines: list[tuple[InstalledMethod, ServingEngine]]
     parameters: dict[str, Any]
+    formats: list[tuple[InstalledMethod, ExportFormat]] = field(default_factory=list)
 
     @property
     def place(self) -> Location:

@@ -9,6 +9,7 @@
 | `Evaluator`     | validate        | `measure(candidate, baseline, context) -> {name: number}`|
 | `Publisher`     | register        | `publish(bundle, manifest, name) -> Release`             |
 | `ServingEngine` | register        | `render(shape, plan) -> {file name: text}`               |
+| `ExportFormat`  | register        | `write(model, folder, invariants, context) -> {name: number}` |
 
 State is passed in and returned, never hidden in the method. This module imports no torch, so that a
 specification can be planned without it; method files import torch inside the functions that compute.
@@ -361,3 +362,38 @@ class ServingEngine(Method):
     @abstractmethod
     def render(self, shape: ModelShape, plan: KVPlan) -> Mapping[str, str]:
         """Return {file name: content}. Raise `SpecError` for what this engine cannot honour."""
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """What planning knows of the model that a format will be asked to carry.
+
+    source: the model before any step; its shapes are those of the result unless a step changes them.
+    layers: the linear layers of its blocks that are on the grid, if one is held, else all of them.
+    held: what steps before have established. scheme: of the grid; None if there is none, or a `ModelMethod` makes it.
+    """
+
+    source: Checkpoint
+    layers: tuple[LayerShape, ...]
+    held: frozenset[Invariant]
+    scheme: QuantScheme | None
+
+
+class ExportFormat(Method):
+    """Writes the compressed model in another file format, into a folder of the release that is the format's own."""
+
+    libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose versions decide the bytes; part of the fingerprint
+
+    @abstractmethod
+    def check(self, facts: ExportFacts) -> None:
+        """Raise `SpecError` or `PreflightError` for what the format cannot carry, as far as planning knows it."""
+
+    @abstractmethod
+    def write(
+        self, model: Checkpoint, folder: Path, invariants: Mapping[str, Any], context: Context
+    ) -> Mapping[str, float]:
+        """Write the model's files into `folder` and return numbers worth recording, e.g. sizes in bytes on disk.
+
+        invariants: of the model, as its manifest has them. The bytes follow from the model alone, and a file that
+        was not shown to be right is not left there. Raise `StepError` for what cannot be carried.
+        """

@@ -32,9 +32,11 @@ from orchestrator.checks import (
 )
 from orchestrator.digests import FileDigests
 from orchestrator.errors import OrchestratorError, PreflightError, Problem, SpecError
+from orchestrator.formats import check_formats, format_identity, listed_methods
 from orchestrator.method import (
     Calibrator,
     Evaluator,
+    ExportFormat,
     InputMode,
     LayerMethod,
     Method,
@@ -63,6 +65,11 @@ _SHOWING = (
 _FORESEEING = ("estimate.py", "facts.py", "machine.py", "preflight.py", "work.py")
 NOT_COMPUTING = (*_SHOWING, *_FORESEEING)  # files of the core that decide no result
 COMPUTING_LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "safetensors")
+# Methods that no step is, but that a register step lists.
+LISTED: tuple[tuple[type[Method], str, str], ...] = (
+    (ServingEngine, "a serving engine", "engines"),
+    (ExportFormat, "a file format", "formats"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ class Step:
     device: str
     require: Mapping[str, Mapping[str, float]]
     engines: tuple[ServingEngine, ...]
+    formats: tuple[ExportFormat, ...]
     inputs: Mapping[str, int]
     identity: Mapping[str, Any]
     fingerprint: str
@@ -150,6 +158,7 @@ def make_plan(
         for draft in drafts:
             _settle_dtype(draft, source[0], digests, note)
             gone += check_against_model(draft, source[0], note, gone)
+        check_formats(drafts, source[0], note)
     digests.save()
     if problems:
         kind = SpecError if any(kind is SpecError for kind, _ in problems) else PreflightError
@@ -207,34 +216,20 @@ def _draft(
     here = (*location, step.stage.value)
     try:
         installed = methods.find(step.stage, step.method)
-        if issubclass(installed.cls, ServingEngine):
-            raise SpecError(
-                f'"{step.method}" is a serving engine', remedy="list it under `engines:` of a register step"
-            )
+        for listed, what, key in LISTED:
+            if issubclass(installed.cls, listed):
+                raise SpecError(f'"{step.method}" is {what}', remedy=f"list it under `{key}:` of a register step")
     except SpecError as error:
         note(error, here)
         return None
     method = _parameterize(file, installed, step.with_, (*location, "with"), home, note)
-    engines: list[tuple[InstalledMethod, ServingEngine]] = []
-    complete = method is not None
-    for index, entry in enumerate(step.engines):
-        for name, values in entry.items():
-            place = (*location, "engines", index, name)
-            try:
-                found = methods.find(Stage.REGISTER, name)
-                if not issubclass(found.cls, ServingEngine):
-                    raise SpecError(f'"{name}" is no serving engine')
-            except SpecError as error:
-                note(error, place)
-                complete = False
-                continue
-            if any(name == other.name for _, other in engines):
-                note(SpecError(f'the engine "{name}" is listed twice', remedy="use one register step for each"), place)
-            engine = _parameterize(file, found, values or {}, place, home, note)
-            if isinstance(engine, ServingEngine):
-                engines.append((found, engine))
-            else:
-                complete = False
+
+    def built(found: InstalledMethod, values: Mapping[str, Any], place: Location) -> Method | None:
+        return _parameterize(file, found, values, place, home, note)
+
+    engines = listed_methods(step.engines, (*location, "engines"), ServingEngine, methods, built, note)
+    formats = listed_methods(step.formats, (*location, "formats"), ExportFormat, methods, built, note)
+    complete = method is not None and len(engines) == len(step.engines) and len(formats) == len(step.formats)
     calibrated = issubclass(installed.cls, LayerMethod) and installed.cls.needs is not Needs.WEIGHT
     if step.inputs and not calibrated:
         note(
@@ -245,6 +240,7 @@ def _draft(
         ("skip", LayerMethod, step.skip),
         ("require", Evaluator, step.require),
         ("engines", Publisher, step.engines),
+        ("formats", Publisher, step.formats),
     ):
         if given and not issubclass(installed.cls, kind):
             note(
@@ -269,7 +265,7 @@ def _draft(
     except OrchestratorError as error:
         note(error, (*location, "with"))
         return None
-    return Draft(step, location, installed, method, engines, parameters)
+    return Draft(step, location, installed, method, engines, parameters, formats)
 
 
 def _parameterize(
@@ -360,8 +356,10 @@ def _fingerprinted(
         inputs = {"model": SOURCE if isinstance(method, Calibrator) else model}
         if isinstance(method, ModelMethod | Evaluator):
             inputs["dense"] = SOURCE
-        reads_calibration = isinstance(method, ModelMethod) or (
-            isinstance(method, LayerMethod) and method.needs is not Needs.WEIGHT
+        reads_calibration = (
+            isinstance(method, ModelMethod)
+            or (isinstance(method, LayerMethod) and method.needs is not Needs.WEIGHT)
+            or bool(draft.formats)
         )
         if reads_calibration and calibration is not None:
             inputs["calibration"] = calibration
@@ -394,6 +392,13 @@ def _fingerprinted(
                     for found, engine in draft.engines
                 ],
             }
+        if draft.formats:
+            identity |= {
+                "seed": spec.seed,
+                "formats": [
+                    format_identity(export) | {"plugin": _plugin_identity(found)} for found, export in draft.formats
+                ],
+            }
         steps.append(
             Step(
                 index=index,
@@ -404,6 +409,7 @@ def _fingerprinted(
                 device=spec.device,
                 require={name: bound.model_dump(exclude_none=True) for name, bound in draft.spec.require.items()},
                 engines=tuple(engine for _, engine in draft.engines),
+                formats=tuple(export for _, export in draft.formats),
                 inputs=inputs,
                 identity=identity,
                 fingerprint=digest_of(identity),

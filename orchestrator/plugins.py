@@ -209,6 +209,7 @@ def _kinds() -> Mapping[type[Method], tuple[str, ...]]:
         method.Evaluator: ("validate",),
         method.Publisher: ("register",),
         method.ServingEngine: ("register",),
+        method.ExportFormat: ("register",),
     }
 
 

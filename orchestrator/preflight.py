@@ -137,7 +137,7 @@ def estimate_steps(
                 gone += method.blocks_removed()
                 model = model.without_blocks(method.blocks_removed())
         seconds = estimate.seconds
-        if artifact is None and not imported and not isinstance(method, Publisher):
+        if artifact is None and not imported and (step.formats or not isinstance(method, Publisher)):
             seconds, imported = seconds + experience.import_seconds, True
         estimates.append(replace(estimate, seconds=seconds, peak_memory_bytes=base + estimate.work.memory_bytes))
     return tuple(estimates)
@@ -239,6 +239,9 @@ def _other(
         )
     elif isinstance(method, Evaluator):
         work = replace(work, disk_bytes=report_bytes(method))
+    for export in step.formats:
+        added = export.estimate(model, dense, calibration)
+        work = work.then(replace(added, disk_bytes=0, scratch_bytes=added.disk_bytes + added.scratch_bytes))
     nominal = nominal_seconds(work, machine.threads)
     return Estimate(experience.predict(step.label, nominal), 0, work.disk_bytes, None, None, work, nominal)
 
@@ -314,7 +317,9 @@ def disk_problems(plan: Plan, waiting: Sequence[tuple[Step, Estimate]], machine:
     for step, estimate in waiting:
         if isinstance(step.method, Publisher) and str(step.method.uri).startswith(home.absolute().as_uri()):
             results += estimate.work.scratch_bytes
-    passing = max((e.work.scratch_bytes for s, e in waiting if not isinstance(s.method, Publisher)), default=0)
+    passing = max(
+        (e.work.scratch_bytes for s, e in waiting if s.formats or not isinstance(s.method, Publisher)), default=0
+    )
     statistics = min(limit_from(os.environ), sum(estimate.statistics_bytes for _, estimate in waiting))
     needed = results + passing + statistics
     if needed <= machine.disk_bytes:

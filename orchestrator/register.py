@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.bundle import write_bundle
+from orchestrator.bundle import bundle_digest, write_bundle
+from orchestrator.formats import write_formats
 from orchestrator.method import Publisher
 from orchestrator.plan import Plan, Step
 from orchestrator.published import PUBLISHED_FILE
 from orchestrator.record import RunRecord
-from orchestrator.steps import StepFacts, StepInputs
+from orchestrator.steps import StepFacts, StepInputs, finite
 
 
 def release_step(
@@ -34,7 +35,9 @@ def release_step(
     bundle = inputs.scratch / "bundle"
     bundle.mkdir()
     inputs.progress(0.0, "bundling")
-    content = write_bundle(inputs.model, step.engines, bundle)
+    write_bundle(inputs.model, step.engines, bundle)
+    measured = write_formats(step.formats, inputs.model, bundle, inputs.invariants, inputs.context())
+    content = bundle_digest(bundle)
     manifest = {
         "schema": 1,
         "pipeline": plan.name,
@@ -70,4 +73,5 @@ def release_step(
         "files": [{"key": file.key, "sha256": file.sha256, "bytes": file.bytes} for file in release.files],
     }
     (folder / PUBLISHED_FILE).write_text(json.dumps(published, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return StepFacts("release", {"files": len(release.files), "bytes": sum(f.bytes for f in release.files)}, {})
+    sizes = {"files": len(release.files), "bytes": sum(file.bytes for file in release.files)}
+    return StepFacts("release", {**sizes, **finite("formats", measured)}, {})

@@ -172,7 +172,8 @@ class Execution:
         self._import_seconds = 0.0
         try:
             size = self.estimates[step.index].size
-            if not isinstance(step.method, Publisher) and not (size and size.recorded):
+            computes = not isinstance(step.method, Publisher) or bool(step.formats)
+            if computes and not (size and size.recorded):
                 fresh = not has_torch()
                 seconds = import_libraries(self._model(step.inputs["model"]))
                 self._import_seconds = seconds if fresh else 0.0
@@ -249,7 +250,7 @@ class Execution:
     def _lineage(self, step: Step) -> list[dict[str, Any]]:
         """The steps that gave the model that `step` reads, first to last."""
         indices: set[int] = set()
-        pending = list(step.inputs.values())
+        pending = [step.inputs["model"]]
         while pending:
             index = pending.pop()
             if index != SOURCE and index not in indices:

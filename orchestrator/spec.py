@@ -73,6 +73,7 @@ class StepSpec(BaseModel):
     )
     require: dict[str, Bound] = Field(default_factory=dict)
     engines: tuple[dict[str, dict[str, Any] | None], ...] = ()
+    formats: tuple[dict[str, dict[str, Any] | None], ...] = ()
 
     @model_validator(mode="after")
     def _one_stage(self) -> StepSpec:
@@ -80,9 +81,9 @@ class StepSpec(BaseModel):
         if len(named) != 1:
             found = " and ".join(named) or "none"
             raise ValueError(f"a step names exactly one stage ({', '.join(Stage)}); found {found}")
-        for engine in self.engines:
-            if len(engine) != 1:
-                raise ValueError("each entry of engines is one engine's name with its parameters")
+        for key, entries in (("engines", self.engines), ("formats", self.formats)):
+            if any(len(entry) != 1 for entry in entries):
+                raise ValueError(f"each entry of {key} is one {key[:-1]}'s name with its parameters")
         return self
 
     def _value(self, stage: Stage) -> str | None:

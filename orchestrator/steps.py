@@ -121,7 +121,7 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
         claims["grid"] = scheme.weight_args()
     invariants = check_artifact(inputs.model, Checkpoint(folder), kept=inputs.invariants, claims=claims)
     (folder / "layers.json").write_bytes(canonical_json(report.layers))
-    return StepFacts("model", _finite(method.name, report.metrics), invariants)
+    return StepFacts("model", finite(method.name, report.metrics), invariants)
 
 
 def _check_widths(step: Step, method: LayerMethod, inputs: StepInputs) -> None:
@@ -146,11 +146,11 @@ def _change_model(method: ModelMethod, inputs: StepInputs, folder: Path) -> Step
     changed = Checkpoint(folder)
     check_depth(inputs.model, changed, method.blocks_removed())
     invariants = check_artifact(inputs.model, changed, kept=inputs.invariants, blocks=result.blocks)
-    return StepFacts("model", _finite(method.name, result.metrics), invariants)
+    return StepFacts("model", finite(method.name, result.metrics), invariants)
 
 
 def _evaluate(method: Evaluator, inputs: StepInputs, folder: Path) -> StepFacts:
-    measured = _finite(method.name, method.measure(inputs.model, inputs.dense, inputs.context()))
+    measured = finite(method.name, method.measure(inputs.model, inputs.dense, inputs.context()))
     missing = sorted(set(method.metrics) - set(measured))
     if missing:
         raise StepError(f"{method.name} did not measure {', '.join(missing)}, which it declares")
@@ -158,7 +158,7 @@ def _evaluate(method: Evaluator, inputs: StepInputs, folder: Path) -> StepFacts:
     return StepFacts("report", measured, {})
 
 
-def _finite(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+def finite(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
     """Numbers as plain Python numbers; a NaN or infinity is a fault of the step, not a result."""
     plain = {key: value if isinstance(value, int) else float(value) for key, value in metrics.items()}
     bad = sorted(key for key, value in plain.items() if not math.isfinite(value))

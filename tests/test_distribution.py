@@ -34,6 +34,7 @@ def test_the_wheel_installs_only_our_packages(wheel: zipfile.ZipFile) -> None:
         "orchestrator_quantization",
         "orchestrator_evaluation",
         "orchestrator_serving",
+        "orchestrator_export",
         "orchestrator_flows",
     }
 
@@ -53,6 +54,6 @@ def test_the_wheel_holds_what_the_quickstart_needs(wheel: zipfile.ZipFile) -> No
 def test_entry_points_name_every_family(wheel: zipfile.ZipFile) -> None:
     name = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     text = wheel.read(name).decode()
-    for family in ("calibration", "pruning", "distillation", "quantization", "evaluation", "serving"):
+    for family in ("calibration", "pruning", "distillation", "quantization", "evaluation", "serving", "export"):
         assert f"{family} = orchestrator_{family}" in text
     assert "orchestrator = orchestrator.cli:main" in text
