@@ -4,8 +4,9 @@ It needs no network, no GPU and no test framework: everything it uses is made on
 it in a test for every kind of parameters that makes the method take another path.
 
 Checks have a number and a name: `C` for every kind, `L` for a LayerMethod, `M` ModelMethod, `S` Calibrator (sample),
-`E` Evaluator, `P` Publisher, `V` ServingEngine (serve). `CHECKS` says what each one asks. None is optional: also a
-plugin that nobody asked for is imported whenever a plan is made, so it must not import torch (C6).
+`E` Evaluator, `P` Publisher, `V` ServingEngine (serve), `F` ExportFormat. `CHECKS` says what each one
+asks. None is optional: also a plugin that nobody asked for is imported whenever a plan is made, so it must not import
+torch (C6).
 
 Where a method wants a text file, give it `SAMPLE_TEXT`; a file of your own is used as it is. A Publisher without a
 `uri` publishes to a temporary folder.
@@ -22,6 +23,7 @@ from orchestrator.conformance.laboratory import Laboratory
 from orchestrator.method import (
     Calibrator,
     Evaluator,
+    ExportFormat,
     LayerMethod,
     Method,
     ModelMethod,
@@ -51,7 +53,7 @@ def check_method(method: Method) -> None:
         check_declaration(method, findings)
         if findings.failed("C1 complete"):
             findings.raise_if_any()
-        probe = PlanningProbe(method, laboratory.dense.config)
+        probe = PlanningProbe(method, laboratory.dense)
         try:
             before = laboratory.digests()
             _check_kind(method, laboratory, findings)
@@ -97,3 +99,7 @@ def _check_kind(method: Method, laboratory: Laboratory, findings: Findings) -> N
         from orchestrator.conformance.serving_engine import check_serving_engine
 
         check_serving_engine(method, laboratory, findings)
+    elif isinstance(method, ExportFormat):
+        from orchestrator.conformance.export_format import check_export_format
+
+        check_export_format(method, laboratory, findings)

@@ -17,6 +17,8 @@ from orchestrator.api import (
     Checkpoint,
     Context,
     Evaluator,
+    ExportFacts,
+    ExportFormat,
     InputMoment,
     Invariant,
     KVPlan,
@@ -601,3 +603,61 @@ class Crashes(Engine):
 
     def budget(self) -> dict[str, Any]:
         return {**super().budget(), "gpu_memory_gib": 24.0, "max_model_len": min(self.max_model_len, 2048)}
+
+
+class Export(ExportFormat):
+    """No bug."""
+
+    stage: ClassVar[Stage] = Stage.REGISTER
+    name: ClassVar[str] = "export"
+    paper: ClassVar[str] = "None."
+
+    def check(self, facts: ExportFacts) -> None:
+        if facts.source.config["model_type"] != "llama":
+            raise SpecError("only Llama")
+
+    def write(
+        self, model: Checkpoint, folder: Path, invariants: Mapping[str, Any], context: Context
+    ) -> Mapping[str, float]:
+        (folder / "tensors.txt").write_text("\n".join(model.tensors), encoding="utf-8")
+        return {"tensors": len(model.tensors)}
+
+
+class RefusesLlama(Export):
+    """Fails as a program on a model that it could refuse."""
+
+    def check(self, facts: ExportFacts) -> None:
+        super().check(facts)
+        raise KeyError("rope")
+
+
+class WritesNothing(Export):
+    """Leaves no file."""
+
+    def write(
+        self, model: Checkpoint, folder: Path, invariants: Mapping[str, Any], context: Context
+    ) -> Mapping[str, float]:
+        return {"tensors": len(model.tensors)}
+
+
+class TimeInExport(Export):
+    """Writes the time."""
+
+    def write(
+        self, model: Checkpoint, folder: Path, invariants: Mapping[str, Any], context: Context
+    ) -> Mapping[str, float]:
+        (folder / "tensors.txt").write_text(str(time.time_ns()), encoding="utf-8")
+        return {}
+
+
+class CarriesAnything(Export):
+    """Knows every architecture, it says."""
+
+    def check(self, facts: ExportFacts) -> None:
+        return None
+
+
+class NoSuchLibrary(Export):
+    """Its bytes depend on what nobody has."""
+
+    libraries: ClassVar[tuple[str, ...]] = ("no-such-distribution",)

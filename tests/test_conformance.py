@@ -57,6 +57,7 @@ FIRST_PARTY: dict[str, list[dict[str, object]]] = {
     "validate footprint": [{"new_tokens": 2, "repeats": 1, "threads": 1}],
     "register release": [{}, {"alias": "candidate"}],
     "register vllm": [{}, {"kv_cache_dtype": "fp8", "block_size": 32}],
+    "register gguf": [{"tokens": 32}, {"type": "q4_k_m", "tokens": 32}],
 }
 
 # Each bug, and the check that must name it.
@@ -115,9 +116,14 @@ BUGS = {
     seeded_bugs.TimeInFile: "V1 renders",
     seeded_bugs.NoVersions: "V4 versions",
     seeded_bugs.Crashes: "V3 refuses",
+    seeded_bugs.RefusesLlama: "C6 planning",
+    seeded_bugs.WritesNothing: "F2 writes",
+    seeded_bugs.TimeInExport: "F3 deterministic",
+    seeded_bugs.CarriesAnything: "F4 refuses",
+    seeded_bugs.NoSuchLibrary: "F5 libraries",
 }
 # What a bug cannot but fail as well.
-FOLLOWING = {seeded_bugs.GlobalRandom: ["C8 deterministic"]}
+FOLLOWING = {seeded_bugs.GlobalRandom: ["C8 deterministic"], seeded_bugs.RefusesLlama: ["F1 accepts"]}
 RIGHT = [
     seeded_bugs.Halve,
     seeded_bugs.Scaled,
@@ -127,6 +133,7 @@ RIGHT = [
     seeded_bugs.Bytes,
     seeded_bugs.WholePublisher,
     seeded_bugs.Engine,
+    seeded_bugs.Export,
 ]
 
 

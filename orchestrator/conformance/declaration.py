@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from orchestrator.checkpoint import Checkpoint
 from orchestrator.conformance.findings import Findings
 from orchestrator.method import Method
 from orchestrator.plugins import PluginError, check_class
@@ -102,13 +103,13 @@ def _check_frozen(method: Method, findings: Findings) -> None:
 class PlanningProbe:
     """Starts check C6 in a process of its own, so that it runs beside the other checks; `finish` takes the result."""
 
-    def __init__(self, method: Method, model_config: Mapping[str, Any]) -> None:
+    def __init__(self, method: Method, model: Checkpoint) -> None:
         cls = type(method)
         request = {
             "module": cls.__module__,
             "class": cls.__qualname__,
             "parameters": method.model_dump(mode="json"),
-            "config": dict(model_config),
+            "model": str(model.path),
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "orchestrator.conformance.planning_probe"],

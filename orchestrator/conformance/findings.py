@@ -54,6 +54,11 @@ CHECKS: Mapping[str, str] = {
     "V2 files": "file names are plain, no file is empty, and .json, .yaml, .toml, .py and .sh files parse",
     "V3 refuses": "a budget that nothing can honour is refused with an OrchestratorError",
     "V4 versions": "`supported_versions` is a version specifier",
+    "F1 accepts": "`check` accepts a dense Llama, or refuses it with an OrchestratorError",
+    "F2 writes": "`write` works, leaves plain files and nothing else, and returns finite numbers",
+    "F3 deterministic": "the same model gives the same bytes and numbers, whatever the global random generators",
+    "F4 refuses": "a model type that does not exist is refused while planning with an OrchestratorError",
+    "F5 libraries": "every distribution in `libraries` is installed",
 }
 
 

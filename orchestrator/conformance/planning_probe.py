@@ -1,6 +1,6 @@
 """Run in a process of its own: what planning does with a method, and which heavy packages that imports.
 
-Reads {"module", "class", "parameters", "config"} from stdin; writes {"imported", "error"} as the last line of stdout.
+Reads {"module", "class", "parameters", "model"} from stdin; writes {"imported", "error"} as the last line of stdout.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 HEAVY = ("torch", "transformers")
@@ -27,8 +28,16 @@ def main() -> None:
 
 
 def _plan(request: dict[str, Any]) -> None:
+    from orchestrator.checkpoint import Checkpoint
     from orchestrator.errors import SpecError
-    from orchestrator.method import LayerMethod, LayerShape, ModelMethod, ServingEngine
+    from orchestrator.method import (
+        ExportFacts,
+        ExportFormat,
+        LayerMethod,
+        LayerShape,
+        ModelMethod,
+        ServingEngine,
+    )
     from orchestrator.serving import ModelShape, plan_kv
     from orchestrator.spec import validate_strictly
 
@@ -39,6 +48,7 @@ def _plan(request: dict[str, Any]) -> None:
         found = getattr(found, name)
     method = validate_strictly(found, request["parameters"])
     method.preflight()
+    model = Checkpoint(Path(request["model"]))
     if isinstance(method, LayerMethod):
         with contextlib.suppress(SpecError):  # it may refuse this dtype; what matters is what it imports
             method.for_dtype("bfloat16")
@@ -49,8 +59,10 @@ def _plan(request: dict[str, Any]) -> None:
         method.needs_calibration()
         method.blocks_removed()
     elif isinstance(method, ServingEngine):
-        shape = ModelShape.from_config(request["config"])
+        shape = ModelShape.from_config(model.config)
         method.render(shape, plan_kv(shape, weight_bytes=0, **method.budget()))
+    elif isinstance(method, ExportFormat):
+        method.check(ExportFacts(model, tuple(model.block_layers()), frozenset(), None))
 
 
 if __name__ == "__main__":

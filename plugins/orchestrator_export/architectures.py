@@ -184,7 +184,8 @@ class Carried:
         types = self.config.get("layer_types")
         if not types:
             return usual
-        for period in (usual, *range(2, len(types) + 2)):
+        periods: tuple[int, ...] = (usual, *range(2, len(types) + 2))
+        for period in periods:
             if all((kind == "full_attention") == ((at + 1) % period == 0) for at, kind in enumerate(types)):
                 return period
         return None

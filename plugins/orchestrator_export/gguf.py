@@ -28,7 +28,7 @@ from orchestrator.api import (
 )
 from orchestrator_export.architectures import Carried
 from orchestrator_export.comparison import ALLOWED_KL, ALLOWED_KL_BLOCKS, LENGTH, compare, reference_logits, tokens_for
-from orchestrator_export.grids import carrier, carries, misfit
+from orchestrator_export.grids import carriers, misfit
 from orchestrator_export.llama_cpp import check_installed
 from orchestrator_export.tensor_types import NO_ZERO, PLAIN, FileType
 from orchestrator_export.vocabulary import check_tokens, find_vocabulary, unreadable
@@ -51,8 +51,8 @@ class GGUF(ExportFormat):
 
     type: FileType = Field(
         "auto",
-        description="Type of the matrices, as llama.cpp names it. auto: the smallest that changes no weight, Q4_0, Q8_0 "
-        "or Q4_1 for a grid that it can hold, else the dtype of the checkpoint.",
+        description="Type of the matrices, as llama.cpp names it. auto: the smallest that changes no weight, Q4_0, "
+        "Q8_0 or Q4_1 for a grid that it can hold, else the dtype of the checkpoint.",
     )
     tokens: int = Field(
         256, ge=16, le=65_536, description="Tokens on which logits are compared: of the calibration set, else random."
@@ -102,25 +102,33 @@ class GGUF(ExportFormat):
                     )
 
     def _check_grid(self, facts: ExportFacts) -> None:
-        assert facts.scheme is not None
         scheme = facts.scheme
-        if self.type in PLAIN:
+        if self.type in PLAIN or scheme is None:
             return
         words = f"{'' if scheme.symmetric else 'a'}symmetric {scheme.num_bits}-bit"
-        exact = carrier(scheme)
-        if self.type != "auto" and not carries(self.type, scheme):
-            better = f"type auto ({exact}), which keeps the very integers, or " if exact else ""
+        exact = carriers(scheme)
+        if self.type != "auto" and self.type not in exact:
+            better = f"type auto ({exact[0]}), which keeps the very integers, or " if exact and scheme.symmetric else ""
             raise SpecError(
                 f"type {self.type} would quantize the {words} grid a second time and lose what the method chose",
                 remedy=f"use {better}f16, or export before quantizing",
             )
-        if not exact:
-            raise SpecError(f"no GGUF type stands for a {words} grid", remedy="use type f16, or another scheme")
+        if self.type == "auto" and not (exact and scheme.symmetric):
+            trying = "q4_1 holds it only where float16 happens to hold every group's minimum" if exact else ""
+            raise SpecError(
+                f"no GGUF type is sure to hold a grid that is {words}" + (f": {trying}" if trying else ""),
+                remedy=f"use type f16{', or q4_1 to try' if exact else ''}, or quantize with symmetric: true",
+            )
+        if facts.source.dtype_name not in ("float16", "bfloat16"):
+            raise SpecError(
+                f"GGUF holds scales in float16, and a {facts.source.dtype_name} model has them in its own dtype",
+                remedy="set the model's dtype to bfloat16 or float16, or use type f16",
+            )
         for layer in facts.layers:
             fault = misfit(scheme, layer.in_features)
             if fault:
                 raise SpecError(
-                    f"{exact} cannot carry {layer.name}: {fault}", remedy="use type f16, or groups of 32, 64 or 128"
+                    f"{exact[0]} cannot carry {layer.name}: {fault}", remedy="use type f16, or groups of 32, 64 or 128"
                 )
 
     def write(
@@ -170,10 +178,11 @@ class GGUF(ExportFormat):
         plain = exact_plain_type(
             [info.dtype for name, info in model.tensors.items() if len(info.shape) > 1 and name in weights.shapes]
         )
-        kind = carrier(weights.scheme) if weights.scheme else plain
-        if not kind:
+        if weights.scheme is None:
+            return plain, plain
+        if not carriers(weights.scheme):
             raise StepError("no GGUF type stands for the grid of this model", remedy="use type f16")
-        return kind, plain
+        return carriers(weights.scheme)[0], plain
 
 
 def _judge(file_type: str, carried: Carried, measured: Mapping[str, float]) -> None:

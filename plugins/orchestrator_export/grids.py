@@ -7,14 +7,17 @@
 | asymmetric, 2 to 4 bits           | Q4_1      | d * u + m, u = q + 8, m = -(zero point + 8) d |
 
 The same integers, and scales that float16 holds exactly: nothing is quantized here. What the table cannot carry is
-refused by name. Layouts: ggml-common.h of llama.cpp (block_q4_0, block_q4_1, block_q8_0).
+refused by name. Scales in bfloat16 are float16 too unless they are smaller than 2**-17 or so; the minimum is a product
+and often is not (8 and 4 significant bits make 12, float16 has 11), so that Q4_1 is tried only when it is asked for.
+
+Layouts: ggml-common.h of llama.cpp (block_q4_0, block_q4_1, block_q8_0).
 
 Shape legend: O = out features, I = in features, G = groups, B = blocks of 32 along I, W = 32 weights of a block.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.api import QuantizedWeight, QuantScheme, StepError
 
@@ -26,19 +29,13 @@ BLOCK = 32
 PLAIN_REMEDY = "export it as type f16 or bf16, which hold the points of the grid, or export before quantizing"
 
 
-def carrier(scheme: QuantScheme) -> str:
-    """The smallest GGUF type that stands for the same numbers, "" if there is none. Imports no torch."""
-    if scheme.type != "int":
-        return ""
-    if scheme.symmetric:
-        return "q4_0" if scheme.num_bits <= 4 else "q8_0" if scheme.num_bits <= 8 else ""
-    return "q4_1" if scheme.num_bits <= 4 else ""
-
-
-def carries(file_type: str, scheme: QuantScheme) -> bool:
-    """Whether a GGUF type stands for the same numbers, if widths and scales allow."""
-    best = carrier(scheme)
-    return bool(best) and (file_type == best or (file_type == "q8_0" and scheme.symmetric))
+def carriers(scheme: QuantScheme) -> tuple[str, ...]:
+    """The GGUF types that can stand for the same numbers, the smallest first. Imports no torch."""
+    if scheme.type != "int" or scheme.num_bits > (8 if scheme.symmetric else 4):
+        return ()
+    if not scheme.symmetric:
+        return ("q4_1",)
+    return ("q4_0", "q8_0") if scheme.num_bits <= 4 else ("q8_0",)
 
 
 def misfit(scheme: QuantScheme, in_features: int) -> str | None:
@@ -62,9 +59,9 @@ def as_blocks(weight: QuantizedWeight, tensor_type: str, layer: str) -> NDArray[
     q_OBW = weight.q_OI.numpy().reshape(num_out, -1, BLOCK)
     repeat = weight.scheme.group_width(num_in) // BLOCK
     scale_OB = _half(weight.scale_OG.float().numpy(), tensor_type, layer, "scale").repeat(repeat, axis=1)
-    parts: list[NDArray[np.uint8]] = [scale_OB[..., None].view(np.uint8)]
+    parts: list[NDArray[Any]] = [scale_OB[..., None].view(np.uint8)]
     if tensor_type == "q8_0":
-        parts.append(np.ascontiguousarray(q_OBW).view(np.uint8))
+        parts.append(q_OBW.view(np.uint8))
     else:
         if weight.zero_point_OG is not None:
             shift_OG = -(weight.zero_point_OG.float().numpy() + 8) * weight.scale_OG.float().numpy()
