@@ -36,7 +36,8 @@ def release_step(
     bundle.mkdir()
     inputs.progress(0.0, "bundling")
     write_bundle(inputs.model, step.engines, bundle)
-    measured = write_formats(step.formats, inputs.model, bundle, inputs.invariants, inputs.context())
+    written = write_formats(step.formats, inputs.model, bundle, inputs.invariants, inputs.context())
+    measured = finite("formats", written)  # before anything is published
     content = bundle_digest(bundle)
     manifest = {
         "schema": 1,
@@ -74,4 +75,4 @@ def release_step(
     }
     (folder / PUBLISHED_FILE).write_text(json.dumps(published, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     sizes = {"files": len(release.files), "bytes": sum(file.bytes for file in release.files)}
-    return StepFacts("release", {**sizes, **finite("formats", measured)}, {})
+    return StepFacts("release", {**sizes, **measured}, {})

@@ -8,6 +8,7 @@ llama.cpp itself. The file is loaded by llama.cpp before it is released, and its
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -150,20 +151,21 @@ class GGUF(ExportFormat):
             file_type, exact = self._resolved(model, weights)
             if file_type not in PLAIN:
                 context.progress(0.3, "gguf: the same without quantization")
-                twin = context.scratch / f"model-{TWIN}.gguf"
+                twin = context.scratch / "unquantized.gguf"
                 write_file(twin, carried, vocabulary, weights, TWIN, zeros=zeros)
                 _judge(TWIN, carried, compare(twin, tokens_NT, reference_NTV, context.scratch))
                 twin.unlink()
-            path = folder / f"model-{file_type}.gguf"
+            path = context.scratch / f"model-{file_type}.gguf"  # in its place only when it is shown to be right
             context.progress(0.6, f"gguf: writing {path.name}")
             account = write_file(path, carried, vocabulary, weights, file_type, exact=exact, zeros=zeros)
         if exact and account.changed:
             raise StepError(f"{account.changed} of {account.weights} weights are not in {path.name} as they are")
         context.progress(0.8, "gguf: running llama.cpp")
-        check_tokens(path, model, context.scratch)
         measured = compare(path, tokens_NT, reference_NTV, context.scratch)
         if file_type in PLAIN or not account.changed:
             _judge(file_type, carried, measured)
+        check_tokens(path, model, context.scratch)
+        path = Path(shutil.move(path, folder / path.name))
         return {
             **measured,
             "bytes": path.stat().st_size,
