@@ -212,6 +212,7 @@ def test_a_file_that_is_another_model_is_never_left(
         ("phi3", {"sliding_window": 8}, "sliding window"),
         ("llama", {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
         ("qwen3", {"rope_parameters": LLAMA3}, "rope type 'llama3'"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "a rope on 0.5 of each head"),
         ("qwen3", {"attention_bias": True}, "biases in the attention of qwen3"),
         ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
         ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar: 24, for which llama.cpp takes 32"),

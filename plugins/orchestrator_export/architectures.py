@@ -127,6 +127,11 @@ class Carried:
         kind = found.get("rope_type", found.get("type", "default"))
         return {**found, "rope_type": kind, "rope_theta": found.get("rope_theta", self._get("rope_theta", default=1e4))}
 
+    @property
+    def _rotated(self) -> float:
+        """The share of each head that the rope turns."""
+        return float(self._rope().get("partial_rotary_factor") or self._get("partial_rotary_factor", default=1.0))
+
     def _faults(self) -> Iterator[str]:
         family, config = self.family, self.config
         activation = self._get("hidden_act", "hidden_activation", "activation_function", default=family.activation)
@@ -141,6 +146,8 @@ class Carried:
         known = ("default", "linear", "llama3") if family.arch == "llama" else ("default", "linear")
         if self.kind != "gpt2" and self._rope()["rope_type"] not in known:
             yield f"the rope type {self._rope()['rope_type']!r} of {self.kind}"
+        if self._rotated != 1 and self.kind != "phi3":
+            yield f"a rope on {self._rotated:g} of each head of {self.kind}"
         if self.kind in ("gemma2", "gemma3_text"):
             yield from self._gemma_faults()
         if self.kind in ("qwen2_moe", "qwen3_moe"):
@@ -205,12 +212,11 @@ class Carried:
         if self.kind == "gpt2":
             return [*found, ("add_layer_norm_eps", float(self._get("layer_norm_epsilon", default=1e-5)))]
         rope = self._rope()
-        share = float(rope.get("partial_rotary_factor") or self._get("partial_rotary_factor", default=1.0))
         found += [
             ("add_key_length", self.head_dim),
             ("add_value_length", self.head_dim),
             ("add_layer_norm_rms_eps", float(self._get("rms_norm_eps", default=1e-6))),
-            ("add_rope_dimension_count", int(share * self.head_dim)),
+            ("add_rope_dimension_count", int(self._rotated * self.head_dim)),
             ("add_rope_freq_base", float(rope["rope_theta"])),
         ]
         if rope["rope_type"] == "linear":

@@ -7,7 +7,7 @@ exports llama.cpp's C functions, of which these are called (llama.h and ggml.h o
 * ``llama_decode`` and ``llama_tokenize``: a file loaded and run as its users do, in a process of its own, because
   llama.cpp ends the process where it finds a file it cannot use.
 
-        python -m orchestrator_export.llama_cpp logits|tokenize MODEL INPUT OUTPUT
+        python -m orchestrator_export.llama_cpp logits|tokenize MODEL INPUT OUTPUT THREADS
 
 Parameter structures grow from version to version. They are passed through as the library's own defaults, of which only
 the first three fields of the context's (n_ctx, n_batch, n_ubatch) are set, after their defaults have been recognized.
@@ -152,7 +152,10 @@ def tokenize(model: Path, texts: Sequence[str], scratch: Path) -> list[list[int]
 
 
 def _call(verb: str, model: Path, given: Path, result: Path) -> None:
-    command = [sys.executable, "-m", __name__, verb, str(model), str(given), str(result)]
+    import torch
+
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-m", __name__, verb, str(model), str(given), str(result), threads]
     paths = os.pathsep.join(path for path in sys.path if path)  # also where this package itself was found
     environment = os.environ | {"PYTHONPATH": paths}
     done = subprocess.run(command, capture_output=True, timeout=_PIPE_SECONDS, check=False, env=environment)
@@ -193,6 +196,7 @@ class _Runner:
         library.llama_get_logits_ith.restype = POINTER(c_float)
         library.llama_get_logits_ith.argtypes = [c_void_p, c_int32]
         library.llama_vocab_n_tokens.argtypes = [c_void_p]
+        library.llama_set_n_threads.argtypes = [c_void_p, c_int32, c_int32]
         library.llama_tokenize.argtypes = [
             c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool
         ]  # fmt: skip
@@ -211,7 +215,7 @@ class _Runner:
             raise SystemExit(f"error: {-count} tokens for {len(data)} bytes")
         return list(room[:count])
 
-    def logits(self, given: Path, result: Path) -> None:
+    def logits(self, given: Path, result: Path, threads: int) -> None:
         import numpy as np
 
         tokens_NT = np.load(given)
@@ -225,6 +229,7 @@ class _Runner:
         context = self.library.llama_init_from_model(self.model, params)
         if not context:
             raise SystemExit("error: llama.cpp makes no context")
+        self.library.llama_set_n_threads(context, threads, threads)
         batch = self.library.llama_batch_init(length, 0, 1)
         out_NTV = np.lib.format.open_memmap(
             result, mode="w+", dtype=np.float32, shape=(num_sequences, length, num_vocab)
@@ -246,10 +251,10 @@ class _Runner:
 
 def main() -> int:
     """Do what the command line says; llama.cpp's own log goes to stderr."""
-    verb, model, given, result = sys.argv[1:]
+    verb, model, given, result, threads = sys.argv[1:]
     runner = _Runner(Path(model))
     if verb == "logits":
-        runner.logits(Path(given), Path(result))
+        runner.logits(Path(given), Path(result), int(threads))
     else:
         texts = json.loads(Path(given).read_text(encoding="utf-8"))
         Path(result).write_text(json.dumps([runner.tokenize(text) for text in texts]), encoding="utf-8")

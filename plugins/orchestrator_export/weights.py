@@ -43,8 +43,8 @@ class Weights:
         self._stack.close()
 
     def on_grid(self, target: Target) -> bool:
-        """Whether what the target is made of is stored as packed integers."""
-        return target.sources[0] in self._packed
+        """Whether all that the target is made of is stored as packed integers."""
+        return all(name in self._packed for name in target.sources)
 
     def dense(self, name: str, target: Target) -> NDArray[np.float32]:
         """A stored tensor as float32, arranged as the file wants it; a packed layer as engines compute it."""
