@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -133,6 +136,28 @@ def test_a_format_that_fails_leaves_no_release(
     with pytest.raises(StepError, match=said):
         run_locally(path, methods, Settings(tmp_path / "home", tracking_uri), Watcher())
     assert not [file for file in (tmp_path / "home").rglob("*") if file.name in ("notes.json", "release.json")]
+
+
+def test_a_killed_export_leaves_nothing_and_is_done_again(
+    spec: Callable[..., Path], methods: Methods, tmp_path: Path, tracking_uri: str
+) -> None:
+    head = SPEC[: SPEC.index("  - calibrate")]
+    path = spec(f"{head}  - register: release\n    formats: [{{gguf: {{type: q4_0}}}}]\n")
+    settings = Settings(tmp_path / "home", tracking_uri)
+    environment = {**os.environ, "ORCHESTRATOR_HOME": str(settings.home), "MLFLOW_TRACKING_URI": tracking_uri}
+    command = [sys.executable, "-m", "orchestrator", "run", str(path), "--local"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if list(settings.home.glob("staging/**/*.gguf")):
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (settings.home / "releases").exists()
+    document = run_locally(path, methods, settings, Watcher()).document()
+    assert "formats/gguf/model-q4_0.gguf" in {file["key"] for file in document["release"]["files"]}
+    assert not list((settings.home / "staging").iterdir())
 
 
 def test_planning_tells_a_format_what_the_chain_makes(
