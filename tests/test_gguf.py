@@ -62,6 +62,7 @@ CARRIED: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 32},
     "phi3": {"sliding_window": None},
     "gpt2": {},
+    "gpt_neox": {},
 }
 ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
 LLAMA3 = {**ROPE, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -335,6 +336,15 @@ def test_a_grid_keeps_its_integers_and_scales(
                 wanted = wanted[np.arange(32).reshape(2, 2, 8).swapaxes(1, 2).reshape(-1)]
             assert held[f"blk.1.{place}.weight"][0] == kind
             np.testing.assert_array_equal(held[f"blk.1.{place}.weight"][1], wanted)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_neox", "phi3"])
+def test_grids_of_experts_and_fused_layers_are_carried(build: Builder, tmp_path: Path, architecture: str) -> None:
+    model = compressed(build(architecture, torch.bfloat16), RTN(num_bits=8, group_size=32), tmp_path / "quantized")
+    path, measured = export(model, tmp_path)
+    assert measured["changed_weights"] == 0 and measured["kl_median"] < 0.05
+    kinds = {name: kind for name, (kind, _) in tensors_of(path).items() if name.startswith("blk.1.ffn_down")}
+    assert {kind for name, kind in kinds.items() if name.endswith("weight")} == {"q8_0"}
 
 
 def test_a_grid_as_float16_keeps_its_points(build: Builder, tmp_path: Path) -> None:

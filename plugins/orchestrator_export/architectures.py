@@ -16,7 +16,7 @@ from orchestrator.api import PreflightError
 
 REMEDY = "leave gguf out of `formats`"
 Entry = tuple[str, Any]  # a method of gguf.GGUFWriter and its argument
-Arrangement = Literal["", "rotary", "transposed", "plus one", "flat"]
+Arrangement = Literal["", "rotary", "by kind", "transposed", "plus one", "flat"]
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 _IGNORED = re.compile(r".+\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")  # buffers that old files hold
 
@@ -49,6 +49,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": Family("gemma2", "gelu_pytorch_tanh", window=True, norms_plus_one=True),
     "gemma3_text": Family("gemma3", "gelu_pytorch_tanh", window=True, norms_plus_one=True),
     "phi3": Family("phi3"),
+    "gpt_neox": Family("gptneox", "gelu", biased=True),
     "gpt2": Family("gpt2", "gelu_new", biased=True, transposed=True),
 }
 
@@ -97,8 +98,12 @@ class Carried:
 
     @property
     def kv_heads(self) -> int:
-        """Number of heads of keys and values; GPT-2 has one for each head, whatever else its configuration says."""
-        return self.heads if self.kind == "gpt2" else int(self._get("num_key_value_heads", default=self.heads))
+        """Number of heads of keys and values; both GPTs have one for each head, whatever their configuration says."""
+        return (
+            self.heads
+            if self.kind in ("gpt2", "gpt_neox")
+            else int(self._get("num_key_value_heads", default=self.heads))
+        )
 
     @property
     def head_dim(self) -> int:
@@ -146,7 +151,7 @@ class Carried:
         known = ("default", "linear", "llama3") if family.arch == "llama" else ("default", "linear")
         if self.kind != "gpt2" and self._rope()["rope_type"] not in known:
             yield f"the rope type {self._rope()['rope_type']!r} of {self.kind}"
-        if self._rotated != 1 and self.kind != "phi3":
+        if self._rotated != 1 and self.kind not in ("phi3", "gpt_neox"):
             yield f"a rope on {self._rotated:g} of each head of {self.kind}"
         if self.kind in ("gemma2", "gemma3_text"):
             yield from self._gemma_faults()
@@ -209,16 +214,21 @@ class Carried:
             ("add_head_count_kv", self.kv_heads),
             ("add_vocab_size", int(self._get("vocab_size"))),
         ]
+        if self.kind == "gpt_neox":
+            found += [("add_parallel_residual", bool(self._get("use_parallel_residual", default=True)))]
         if self.kind == "gpt2":
             return [*found, ("add_layer_norm_eps", float(self._get("layer_norm_epsilon", default=1e-5)))]
         rope = self._rope()
         found += [
             ("add_key_length", self.head_dim),
             ("add_value_length", self.head_dim),
-            ("add_layer_norm_rms_eps", float(self._get("rms_norm_eps", default=1e-6))),
             ("add_rope_dimension_count", int(self._rotated * self.head_dim)),
             ("add_rope_freq_base", float(rope["rope_theta"])),
         ]
+        if self.kind == "gpt_neox":
+            found += [("add_layer_norm_eps", float(self._get("layer_norm_eps", default=1e-5)))]
+        else:
+            found += [("add_layer_norm_rms_eps", float(self._get("rms_norm_eps", default=1e-6)))]
         if rope["rope_type"] == "linear":
             from gguf import RopeScalingType
 
@@ -275,7 +285,7 @@ class Carried:
         names = gguf.get_tensor_name_map(arch, self.layers)
         gathered: dict[str, list[str]] = {}
         for name in sorted(shapes, key=_natural):
-            if _IGNORED.fullmatch(name) or (self.tied and name == "lm_head.weight"):
+            if _IGNORED.fullmatch(name) or (self.tied and name in ("lm_head.weight", "embed_out.weight")):
                 continue
             match = _EXPERT.fullmatch(name)
             gathered.setdefault(f"{match[1]}.{match[3]}" if match else name, []).append(name)
@@ -295,6 +305,8 @@ class Carried:
         heads = 0
         if self.family.rotary and re.search(r"\.attn_[qk]\.", place):
             arrangement, heads = "rotary", self.heads if ".attn_q." in place else self.kv_heads
+        elif self.kind == "gpt_neox" and ".attn_qkv." in place:
+            arrangement, heads = "by kind", self.heads
         elif self.family.norms_plus_one and place.endswith("norm.weight"):
             arrangement = "plus one"
         elif self.family.transposed and re.search(r"\.(attn|ffn)_[a-z]+\.weight$", place) and len(shape) == 2:

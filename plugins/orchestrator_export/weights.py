@@ -61,20 +61,27 @@ class Weights:
         """A packed layer as integers and scales, rows in the file's order."""
         assert self.scheme is not None
         weight = unpack(self._read, self._packed[name], self.scheme)
-        if target.arrangement != "rotary":
-            return weight
         zero = weight.zero_point_OG
         return replace(
             weight,
-            q_OI=_interleaved(weight.q_OI, target.heads).contiguous(),
-            scale_OG=_interleaved(weight.scale_OG, target.heads).contiguous(),
-            zero_point_OG=None if zero is None else _interleaved(zero, target.heads).contiguous(),
+            q_OI=_arranged(weight.q_OI, target).contiguous(),
+            scale_OG=_arranged(weight.scale_OG, target).contiguous(),
+            zero_point_OG=None if zero is None else _arranged(zero, target).contiguous(),
         )
 
 
 def _arranged(tensor: Any, target: Target) -> Any:
+    """Rows, or numbers, as the file wants them; packed layers only ever have rows moved.
+
+    "rotary": the two halves of a head, which Transformers rotates against each other, as neighbours. "by kind":
+    queries, keys and values of each head (GPT-NeoX) as all queries, all keys, all values.
+    """
     if target.arrangement == "rotary":
-        return _interleaved(tensor, target.heads)
+        parts = tensor.reshape(target.heads, 2, tensor.shape[0] // target.heads // 2, *tensor.shape[1:])
+        return parts.transpose(1, 2).reshape(tensor.shape)
+    if target.arrangement == "by kind":
+        parts = tensor.reshape(target.heads, 3, tensor.shape[0] // target.heads // 3, *tensor.shape[1:])
+        return parts.transpose(0, 1).reshape(tensor.shape)
     if target.arrangement == "transposed":
         return tensor.T
     if target.arrangement == "plus one":
@@ -82,11 +89,3 @@ def _arranged(tensor: Any, target: Target) -> Any:
     if target.arrangement == "flat":
         return tensor.reshape(-1)
     return tensor
-
-
-def _interleaved(tensor: Any, heads: int) -> Any:
-    """Rows in the order of llama.cpp's rotary embedding: the halves of a head, which Transformers rotates against each
-    other, as neighbours.
-    """
-    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-    return halves.transpose(1, 2).reshape(tensor.shape)
