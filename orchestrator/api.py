@@ -19,6 +19,7 @@ from orchestrator.method import (
     Calibrator,
     Context,
     Evaluator,
+    InputMode,
     Invariant,
     LayerMethod,
     LayerResult,
@@ -35,7 +36,7 @@ from orchestrator.method import (
 )
 from orchestrator.parallel import in_parallel
 from orchestrator.plugins import API_VERSION, hookimpl
-from orchestrator.scheme import QuantizedWeight, QuantScheme
+from orchestrator.scheme import FLOAT8_MAX, InputScheme, QuantizedWeight, QuantScheme
 from orchestrator.serving import KVPlan, ModelShape
 from orchestrator.sources import check_source, read_documents
 from orchestrator.statistics import InputMoment
@@ -45,6 +46,7 @@ from orchestrator.work import ModelFacts, Work
 
 __all__ = [
     "API_VERSION",
+    "FLOAT8_MAX",
     "MAX_RAISES",
     "CalibrationSet",
     "Calibrator",
@@ -53,7 +55,9 @@ __all__ = [
     "Evaluator",
     "GateError",
     "HessianFactor",
+    "InputMode",
     "InputMoment",
+    "InputScheme",
     "Invariant",
     "KVPlan",
     "LayerMethod",

@@ -274,7 +274,7 @@ def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: N
         unpackable = check_scheme(scheme)
         if unpackable:
             note(SpecError(unpackable), (*draft.location, "with"))
-        for place, what, remedy in unquantizable(source.config, names, draft.spec.skip, symmetric=scheme.symmetric):
+        for place, what, remedy in unquantizable(source.config, names, draft.spec.skip, scheme):
             note(SpecError(what, remedy=remedy), (*draft.location, *place) if place else draft.place)
     refused: dict[tuple[str, str], list[str]] = {}
     for layer in remaining:

@@ -102,7 +102,7 @@ class LayerCompressor:
 
     def _store(self, name: str, result: LayerResult, weight_OI: torch.Tensor) -> tuple[torch.Tensor, str]:
         """Write the result; return the weight [O, I] as it will be loaded, in the checkpoint's dtype, and a digest."""
-        expected = self._writer.scheme is not None
+        expected = name in self._writer.schemes
         if (result.encoding is not None) != expected:
             raise StepError(f"{self._method.name} returned {'no' if expected else 'an'} encoding for {name}")
         if result.weight_OI.shape != weight_OI.shape:

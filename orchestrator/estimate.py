@@ -11,15 +11,14 @@ Shape legend: I = in features.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.capture import BATCH_TOKENS, KEPT_BYTES
 from orchestrator.checkpoint import Checkpoint
-from orchestrator.export import config_text, result_specs
-from orchestrator.layers import ignored_layers
+from orchestrator.export import config_text, ignored_in, result_specs, schemes_by_layer
 from orchestrator.method import Evaluator, InputMode, LayerMethod, Needs, ScalingMethod
-from orchestrator.packing import quantization_config
+from orchestrator.quantized import quantization_config
 from orchestrator.scheme import QuantScheme
 from orchestrator.shards import Shards
 from orchestrator.work import FLOAT32, KEPT_PIECE_BYTES, BlockFacts, InputGroup, ModelFacts, Work
@@ -210,24 +209,21 @@ def _measuring(size: WalkSize) -> Work:
 
 def result_bytes(checkpoint: Checkpoint, scheme: QuantScheme | None, skip: Sequence[str]) -> int:
     """Bytes of the artifact that a layer method gives: exact but for the numbers that are reported of each layer."""
-    layers = checkpoint.block_layers()
-    names = [layer.name for layer in layers]
-    ignored = sorted({*ignored_layers(names, skip), *checkpoint.dense_layers()})
+    schemes = schemes_by_layer(checkpoint, scheme, skip)
     config = dict(checkpoint.config)
-    if scheme is not None:
-        config["quantization_config"] = quantization_config(scheme, ignored)
-    report = sum(len(name) + _LAYER_REPORT_BYTES for name in names)
-    return model_bytes(checkpoint, scheme, ignored, config) + report
+    if schemes:
+        config["quantization_config"] = quantization_config(schemes, ignored_in(checkpoint, skip))
+    report = sum(len(layer.name) + _LAYER_REPORT_BYTES for layer in checkpoint.block_layers())
+    return model_bytes(checkpoint, schemes, config) + report
 
 
 def model_bytes(
     checkpoint: Checkpoint,
-    scheme: QuantScheme | None = None,
-    ignored: Sequence[str] = (),
+    schemes: Mapping[str, QuantScheme] | None = None,
     config: dict[str, object] | None = None,
 ) -> int:
     """Bytes of a model folder with the tensors, or their packed successors, and the companions of `checkpoint`."""
-    shards = Shards(checkpoint.path, result_specs(checkpoint, scheme, ignored))
+    shards = Shards(checkpoint.path, result_specs(checkpoint, schemes or {}))
     companions = sum((checkpoint.path / name).stat().st_size for name in checkpoint.companion_files())
     text = config_text(checkpoint, checkpoint.config if config is None else config)
     return shards.num_bytes + shards.index_bytes + companions + len(text.encode())
@@ -235,9 +231,7 @@ def model_bytes(
 
 def packed_weight_bytes(checkpoint: Checkpoint, scheme: QuantScheme | None, skip: Sequence[str]) -> int:
     """Bytes of the weight files alone."""
-    names = [layer.name for layer in checkpoint.block_layers()]
-    ignored = {*ignored_layers(names, skip), *checkpoint.dense_layers()}
-    return Shards(checkpoint.path, result_specs(checkpoint, scheme, ignored)).num_bytes
+    return Shards(checkpoint.path, result_specs(checkpoint, schemes_by_layer(checkpoint, scheme, skip))).num_bytes
 
 
 def report_bytes(evaluator: Evaluator) -> int:

@@ -84,7 +84,7 @@ def _calibrate(method: Calibrator, inputs: StepInputs, folder: Path) -> StepFact
 
 def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder: Path) -> StepFacts:
     from orchestrator.export import ModelWriter
-    from orchestrator.invariants import check_artifact
+    from orchestrator.invariants import check_artifact, grid_fact
     from orchestrator.job import WalkSettings
     from orchestrator.records import RecordStore, limit_from
     from orchestrator.walk import walk
@@ -117,8 +117,8 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
     claims: dict[str, Any] = {}
     if Invariant.ZEROS in method.provides:
         claims["zeros"] = {"pattern": method.sparsity_pattern(), "skip": list(step.skip)}
-    if scheme:
-        claims["grid"] = scheme.weight_args()
+    if writer.schemes:
+        claims["grid"] = grid_fact(writer.schemes)
     invariants = check_artifact(inputs.model, Checkpoint(folder), kept=inputs.invariants, claims=claims)
     (folder / "layers.json").write_bytes(canonical_json(report.layers))
     return StepFacts("model", _finite(method.name, report.metrics), invariants)

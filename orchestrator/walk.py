@@ -165,7 +165,7 @@ class _Walk:
 
     def check_ignored(self) -> None:
         """Every layer that stays dense in a quantized model must be declared so, or nobody could load it."""
-        if self.writer.scheme is not None:
+        if self.writer.schemes:
             done = {name for names in self.targets.values() for name in names}
             for name in self.model.linear_names():
                 if (name in done) == (name in self.writer.ignored):

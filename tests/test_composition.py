@@ -33,6 +33,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "quantize gptq": {"group_size": 32},
     "quantize sparse_gptq": {"group_size": 32, "pattern": "2:4"},
     "quantize awq": {"group_size": 32},
+    "quantize smoothquant": {"activations": "static"},
+    "quantize fp8": {},
 }
 
 
@@ -101,4 +103,5 @@ def test_a_pair_keeps_its_invariants_or_is_refused(first: str, second: str, plac
             patterns = [artifact.manifest["invariants"]["zeros"]["pattern"] for artifact in (before, after)]
             assert patterns[0] == patterns[1]
     if Invariant.GRID in classes[second].provides:
-        assert after.manifest["invariants"]["grid"]["num_bits"] == 4
+        bits = 8 if second in ("quantize smoothquant", "quantize fp8") else 4
+        assert after.manifest["invariants"]["grid"]["num_bits"] == bits

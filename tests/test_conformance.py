@@ -51,6 +51,8 @@ FIRST_PARTY: dict[str, list[dict[str, object]]] = {
         {"group_size": 32},
         {"group_size": None, "symmetric": False, "num_bits": 3, "duo_scaling": False, "clip": "mse", "alphas": 3},
     ],
+    "quantize smoothquant": [{}, {"activations": "static", "strength": 0.8, "scale_dtype": "float16"}],
+    "quantize fp8": [{}, {"scale_dtype": "float32"}],
     "quantize hqq": [{}, {"num_bits": 3, "group_size": 32, "symmetric": True, "scale_dtype": "float16"}],
     "validate perplexity": [_WINDOWS],
     "validate fidelity": [_WINDOWS],
