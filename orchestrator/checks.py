@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from orchestrator.allocation import planned_schemes
 from orchestrator.checkpoint import Checkpoint, TensorInfo
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 from orchestrator.layers import is_skipped, split_fused_groups, unquantizable, unsupported
@@ -17,6 +18,7 @@ from orchestrator.method import (
     Invariant,
     LayerMethod,
     Method,
+    MixedMethod,
     ModelMethod,
     Needs,
     Publisher,
@@ -262,19 +264,24 @@ def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: N
         note(SpecError("every layer is skipped", remedy="skip fewer"), (*draft.location, "skip"))
     with plugin_fault(draft.installed, "sparsity_pattern"):
         method.sparsity_pattern()  # asked for again when the result is checked: better that it fails now
-    with plugin_fault(draft.installed, "scheme"):
-        scheme = method.scheme()
-        if scheme is not None and not isinstance(scheme, QuantScheme):
-            raise TypeError(f"it returned {type(scheme).__name__}, not a QuantScheme")
-    if scheme:
+    schemes = _schemes(draft, method)
+    if schemes:
         splits = split_fused_groups(names, draft.spec.skip)
         if splits:
             more = f" (and {len(splits) - 1} more layers)" if len(splits) > 1 else ""
             note(SpecError(splits[0] + more), (*draft.location, "skip"))
-        unpackable = check_scheme(scheme)
-        if unpackable:
+        for unpackable in dict.fromkeys(filter(None, map(check_scheme, schemes))):
             note(SpecError(unpackable), (*draft.location, "with"))
-        for place, what, remedy in unquantizable(source.config, names, draft.spec.skip, scheme):
+        problems = [problem for s in schemes for problem in unquantizable(source.config, names, draft.spec.skip, s)]
+        if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
+            problems.append(
+                (
+                    ("with",),
+                    "Transformers loads several schemes beside each other only if none has zero points",
+                    "set symmetric: true",
+                )
+            )
+        for place, what, remedy in dict.fromkeys(problems):
             note(SpecError(what, remedy=remedy), (*draft.location, *place) if place else draft.place)
     refused: dict[tuple[str, str], list[str]] = {}
     for layer in remaining:
@@ -286,3 +293,27 @@ def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: N
     for (parameter, what), where in refused.items():
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
         note(SpecError(f"{what} of {where[0]}{more}"), (*draft.location, "with", parameter))
+    if isinstance(method, MixedMethod) and remaining and not refused:
+        with plugin_fault(draft.installed, "choose"):
+            try:
+                planned_schemes(source, method, draft.spec.skip)
+            except SpecError as error:
+                note(error, (*draft.location, "with"))
+
+
+def _schemes(draft: Draft, method: LayerMethod) -> list[QuantScheme]:
+    """Return the scheme of the result, or of every option; none of a method that does not quantize."""
+    parts: Sequence[LayerMethod] = [method]
+    if isinstance(method, MixedMethod):
+        with plugin_fault(draft.installed, "options"):
+            parts = list(method.options())
+    found = []
+    with plugin_fault(draft.installed, "scheme"):
+        for part in parts:
+            scheme = part.scheme()
+            if scheme is None and part is method:
+                return []
+            if not isinstance(scheme, QuantScheme):
+                raise TypeError(f"it returned {type(scheme).__name__}, not a QuantScheme")
+            found.append(scheme)
+    return found

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.capture import BATCH_TOKENS, KEPT_BYTES
 from orchestrator.checkpoint import Checkpoint
-from orchestrator.export import config_text, ignored_in, result_specs, schemes_by_layer
+from orchestrator.export import Schemes, config_text, ignored_in, result_specs, schemes_by_layer
 from orchestrator.method import Evaluator, InputMode, LayerMethod, Needs, ScalingMethod
 from orchestrator.quantized import quantization_config
 from orchestrator.scheme import QuantScheme
@@ -207,7 +207,7 @@ def _measuring(size: WalkSize) -> Work:
     return total.then(Work(moved_bytes=hidden * (2 + 3 * passes)))
 
 
-def result_bytes(checkpoint: Checkpoint, scheme: QuantScheme | None, skip: Sequence[str]) -> int:
+def result_bytes(checkpoint: Checkpoint, scheme: Schemes, skip: Sequence[str]) -> int:
     """Bytes of the artifact that a layer method gives: exact but for the numbers that are reported of each layer."""
     schemes = schemes_by_layer(checkpoint, scheme, skip)
     config = dict(checkpoint.config)
@@ -229,7 +229,7 @@ def model_bytes(
     return shards.num_bytes + shards.index_bytes + companions + len(text.encode())
 
 
-def packed_weight_bytes(checkpoint: Checkpoint, scheme: QuantScheme | None, skip: Sequence[str]) -> int:
+def packed_weight_bytes(checkpoint: Checkpoint, scheme: Schemes, skip: Sequence[str]) -> int:
     """Bytes of the weight files alone."""
     return Shards(checkpoint.path, result_specs(checkpoint, schemes_by_layer(checkpoint, scheme, skip))).num_bytes
 

@@ -22,13 +22,17 @@ from orchestrator.layers import ignored_layers
 from orchestrator.packing import SCALE_SUFFIX, pack, packed_specs
 from orchestrator.quantized import quantization_config
 from orchestrator.reader import FLOAT_DTYPES, TORCH_DTYPES, TensorReader, bytes_of
+from orchestrator.scheme import QuantScheme
 from orchestrator.shards import MAX_SHARD_BYTES, Shards, TensorSpec
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from orchestrator.scheme import QuantizedWeight, QuantScheme
+    from orchestrator.scheme import QuantizedWeight
+
+# How layers are quantized: all alike, by name, or not at all.
+Schemes = QuantScheme | Mapping[str, QuantScheme] | None
 
 
 class ModelWriter:
@@ -44,7 +48,7 @@ class ModelWriter:
         checkpoint: Checkpoint,
         folder: Path,
         *,
-        scheme: QuantScheme | Mapping[str, QuantScheme] | None = None,
+        scheme: Schemes = None,
         skip: Sequence[str] = (),
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
@@ -142,9 +146,7 @@ def ignored_in(checkpoint: Checkpoint, skip: Sequence[str]) -> list[str]:
     return sorted({*ignored_layers(names, skip), *checkpoint.dense_layers()})
 
 
-def schemes_by_layer(
-    checkpoint: Checkpoint, scheme: QuantScheme | Mapping[str, QuantScheme] | None, skip: Sequence[str]
-) -> dict[str, QuantScheme]:
+def schemes_by_layer(checkpoint: Checkpoint, scheme: Schemes, skip: Sequence[str]) -> dict[str, QuantScheme]:
     """Return the scheme of every layer that is to be quantized: of all that `skip` does not match, or those named."""
     if scheme is None or isinstance(scheme, Mapping):
         return dict(scheme or {})

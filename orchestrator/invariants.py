@@ -18,7 +18,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
 from orchestrator.layers import is_skipped
 from orchestrator.packing import unpack
-from orchestrator.quantized import schemes_of
+from orchestrator.quantized import MIXED_FORMAT
 from orchestrator.reader import FLOAT_DTYPES, TensorReader
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class _Weights:
 
     def __init__(self, checkpoint: Checkpoint, read: TensorReader) -> None:
         self._read = read
-        self._schemes = schemes_of(checkpoint)
+        self._schemes = checkpoint.schemes()
         self._transposed = checkpoint.stores_transposed
         self.layers = sorted({layer.name for layer in checkpoint.block_layers()} | self._schemes.keys())
 
@@ -107,7 +107,7 @@ def _check_finite(checkpoint: Checkpoint, read: TensorReader) -> None:
 def _check_grid(
     after: Checkpoint, kept: Mapping[str, Any] | None, claimed: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    schemes = schemes_of(after)
+    schemes = after.schemes()
     if not schemes:
         if kept is None and claimed is None:
             return None
@@ -126,7 +126,11 @@ def grid_fact(schemes: Mapping[str, QuantScheme]) -> dict[str, Any]:
     if len(facts) == 1:
         return facts[0]
     several = [{**fact, "layers": layers} for fact, layers in zip(facts, count.values(), strict=True)]
-    return {"format": "mixed-precision", "schemes": sorted(several, key=lambda fact: canonical_json(fact))}
+    formats = {fact["format"] for fact in facts}
+    return {
+        "format": formats.pop() if len(formats) == 1 else MIXED_FORMAT,
+        "schemes": sorted(several, key=lambda fact: canonical_json(fact)),
+    }
 
 
 def _check_kept_zeros(

@@ -262,6 +262,73 @@ class ScalingMethod(LayerMethod):
         """
 
 
+@dataclass(frozen=True)
+class LayerCosts:
+    """What each option of a `MixedMethod` costs in one set of layers that engines fuse, so that all must get the same.
+
+    num_weights: of all layers of the set. sizes: bytes of their stored tensors, for each option.
+    losses: by how much the KL divergence of the model's next tokens is estimated to grow, nats per token
+        (`orchestrator.sensitivity`); of several layers they add up.
+    """
+
+    layers: tuple[str, ...]
+    num_weights: int
+    sizes: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+class MixedMethod(LayerMethod):
+    """A `LayerMethod` that compresses different layers differently, within a budget of bytes.
+
+    Every option is tried on every layer, on the inputs of the uncompressed model, and what it costs is kept; the method
+    chooses; each layer is then compressed by the option chosen for it. Costs are kept with the statistics, so
+    that another budget is a matter of choosing again. An option is no `ScalingMethod`.
+    """
+
+    needs: ClassVar[Needs] = Needs.INPUT_MOMENT
+
+    @abstractmethod
+    def options(self) -> Sequence[LayerMethod]:
+        """Return what a layer can be compressed by, each with a scheme of its own."""
+
+    @abstractmethod
+    def capacity(self, fixed_bytes: int, num_weights: int) -> int:
+        """Return how many bytes the compressed layers may take.
+
+        fixed_bytes: of the weight files, without those layers. num_weights: of those layers.
+        """
+
+    @abstractmethod
+    def beyond(self, capacity: int, smallest: int, fixed_bytes: int) -> tuple[str, str]:
+        """Return (parameter name, what is wrong) for a capacity below the smallest that can be chosen, bytes."""
+
+    @abstractmethod
+    def choose(self, costs: Sequence[LayerCosts], capacity: int) -> Sequence[int]:
+        """Return the number of an option for each set of layers; their sizes add up to at most `capacity`. Pure."""
+
+    def check_layer(self, layer: LayerShape) -> tuple[str, str] | None:
+        """Refuse what an option refuses."""
+        return next(filter(None, (option.check_layer(layer) for option in self.options())), None)
+
+    def working_bytes(self, rows: int, in_features: int) -> int:
+        """Options are tried one after the other; an error and its product with H come to it."""
+        largest = max(option.working_bytes(rows, in_features) for option in self.options())
+        return largest + 2 * FLOAT32 * rows * in_features
+
+    def effort(self, rows: int, in_features: int) -> Work:
+        """All options once, with the product of each error with H, and the chosen one again."""
+        efforts = [option.effort(rows, in_features) for option in self.options()]
+        product = Work(operations=2.0 * rows * in_features**2, moved_bytes=24.0 * rows * in_features, calls=6)
+        total = max(efforts, key=lambda work: work.operations)
+        for work in efforts:
+            total = total.then(work).then(product)
+        return total
+
+    def compress(self, weight_OI: torch.Tensor, statistic: InputMoment | None) -> LayerResult:
+        """Not to be asked: which option a layer gets depends on the others."""
+        raise TypeError(f"{type(self).__name__} compresses by one of its options")
+
+
 class ModelMethod(Method):
     """Changes a whole model, for instance by training it."""
 

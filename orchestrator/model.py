@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import PreflightError
 from orchestrator.interrupts import interrupts_later
 from orchestrator.packing import unpack
-from orchestrator.quantized import schemes_or_none
+from orchestrator.quantized import schemes_of
 from orchestrator.reader import TensorReader
 from orchestrator.usage import reuse_memory
 
@@ -48,7 +48,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None) -
     weights = checkpoint.weight_files  # refuses pickles and missing files before Transformers looks for them
     options: dict[str, Any] = {} if config is None else {"config": config}
     folder: Path | None = checkpoint.path
-    schemes = schemes_or_none(checkpoint) if checkpoint.is_quantized else None
+    schemes = schemes_of(checkpoint.config, checkpoint.tensors) if checkpoint.is_quantized else None
     try:
         with quiet():
             kind: Any = AutoModelForCausalLM

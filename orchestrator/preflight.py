@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.allocation import planned_schemes
 from orchestrator.artifact import Artifact
 from orchestrator.canonical import digest_of
 from orchestrator.errors import OrchestratorError, PreflightError, Problem
@@ -127,9 +128,9 @@ def estimate_steps(
                 allowed = max(0, machine.memory_bytes - max(0, base - resident_bytes()))
                 allowed = allowed if limit is None else min(allowed, limit)
                 estimate = _walk(plan, step, method, calibration, machine, experience, allowed, gone)
-                scheme = method.scheme()
-                if scheme is not None:
-                    stored = packed_weight_bytes(plan.source, scheme, step.skip)
+                schemes = planned_schemes(plan.source, method, step.skip)
+                if schemes:
+                    stored = packed_weight_bytes(plan.source, schemes, step.skip)
                     model = replace(model, quantized=True, stored_bytes=stored)
             else:
                 estimate = _other(plan, step, model, dense, calibration, machine, experience)
@@ -206,7 +207,10 @@ def _walk(
         recorded=key in experience.recorded,
     )
     workers = most_workers(size, machine.threads, allowed)
-    work = replace(walk_work(size, workers), disk_bytes=result_bytes(plan.source, method.scheme(), step.skip))
+    work = replace(
+        walk_work(size, workers),
+        disk_bytes=result_bytes(plan.source, planned_schemes(plan.source, method, step.skip), step.skip),
+    )
     nominal = nominal_seconds(work)
     return Estimate(
         experience.predict(step.label, nominal),

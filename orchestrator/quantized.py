@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from orchestrator.errors import PreflightError
 from orchestrator.packing import PACKED, SCALE_SUFFIX, check_scheme
 from orchestrator.scheme import InputScheme, QuantScheme
 
-if TYPE_CHECKING:
-    from orchestrator.checkpoint import Checkpoint
-
-_MIXED = "mixed-precision"
+MIXED_FORMAT = "mixed-precision"
 
 
 def quantization_config(schemes: Mapping[str, QuantScheme], ignored: Collection[str]) -> dict[str, Any]:
@@ -44,7 +40,7 @@ def quantization_config(schemes: Mapping[str, QuantScheme], ignored: Collection[
     alone = len(order) == 1 and order[0].format == PACKED
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else _MIXED,
+        "format": formats.pop() if len(formats) == 1 else MIXED_FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(ignored),
@@ -52,33 +48,19 @@ def quantization_config(schemes: Mapping[str, QuantScheme], ignored: Collection[
     }
 
 
-def schemes_of(checkpoint: Checkpoint) -> dict[str, QuantScheme]:
-    """Return the scheme of every quantized layer of a checkpoint; {} for a dense one.
+def schemes_of(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, QuantScheme] | None:
+    """Return the scheme of every quantized layer of a checkpoint with these tensors; {} for a dense one.
 
-    Raises `PreflightError` for a quantization other than what `quantization_config` writes: other formats, quantized
-    outputs, groups of layers that overlap.
+    None for a quantization other than what `quantization_config` writes: other formats, quantized outputs, groups of
+    layers that overlap.
     """
-    if not checkpoint.is_quantized:
+    if config.get("quantization_config") is None:
         return {}
-    found = schemes_or_none(checkpoint)
-    if found is None:
-        entry = checkpoint.config.get("quantization_config") or {}
-        raise PreflightError(
-            f"the model is quantized in a way this version does not read: {entry.get('quant_method')!r},"
-            f" format {entry.get('format')!r}",
-            remedy="start from the model before quantization",
-        )
-    return found
-
-
-def schemes_or_none(checkpoint: Checkpoint) -> dict[str, QuantScheme] | None:
-    """Return what `schemes_of` returns, or None where it raises."""
-    groups = read_groups(checkpoint.config)
+    groups = read_groups(config)
     if groups is None:
         return None
-    layers = sorted(n.removesuffix(SCALE_SUFFIX) for n in checkpoint.tensors if n.endswith(SCALE_SUFFIX))
     found: dict[str, QuantScheme] = {}
-    for name in layers:
+    for name in sorted(n.removesuffix(SCALE_SUFFIX) for n in tensors if n.endswith(SCALE_SUFFIX)):
         fitting = [scheme for targets, scheme in groups if _targeted(name, targets)]
         if len(fitting) != 1:
             return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ class Skeleton:
         self.is_known = config.model_type in KNOWN  # if not, `orchestrator.proof` has to vouch for it
         self._make_buffers_real(model)
         self._ignored = (*_IGNORED, *(model._keys_to_ignore_on_load_unexpected or ()))
+        self._whole: Any = model
         self.base = model.base_model
         inner = set(self.base.modules())
         try:
@@ -142,6 +144,46 @@ class Skeleton:
             yield module
         finally:
             module._parameters["weight"], module.padding_idx = before, padding
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of the logits V."""
+        return int(self._whole.get_output_embeddings().out_features)
+
+    @contextmanager
+    def head(self, device: str, *, in_tuple: bool) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Give what makes logits [B, T, V] of what the last block puts out [B, T, D]: the model's norm and head.
+
+        in_tuple: whether blocks put out a tuple. May be called from several threads.
+        """
+        inside = {module for block in self.blocks for module in block.module.modules()}
+        outside = inside | {self.base.get_input_embeddings()}
+        entries = [entry for entry in _tensors(self.model, "") if entry[0] not in outside]
+        for owner, leaf, full in entries:
+            self._fill(owner, leaf, full if full in self.checkpoint.tensors else self._tied[full], device)
+
+        current = threading.local()
+        embedding_width = self.base.get_input_embeddings().embedding_dim  # OPT's can be another than D
+
+        def stand_in(*inputs: Any, **kwargs: Any) -> Any:
+            return (current.hidden_BTD,) if in_tuple else current.hidden_BTD
+
+        def logits(hidden_BTD: torch.Tensor) -> torch.Tensor:
+            # The model's own forward pass, in which blocks put out what is given instead of what they would.
+            current.hidden_BTD = hidden_BTD
+            ignored_BTE = hidden_BTD.new_zeros((*hidden_BTD.shape[:2], embedding_width))
+            output = self._whole(inputs_embeds=ignored_BTE, use_cache=False)
+            return output.logits  # type: ignore[no-any-return]
+
+        for block in self.blocks:
+            block.module.forward = stand_in
+        try:
+            yield logits
+        finally:
+            for block in self.blocks:
+                del block.module.forward
+            for owner, leaf, _ in entries:
+                _put(owner, leaf, getattr(owner, leaf).detach().to("meta"))
 
     def release(self, name: str) -> None:
         """Forget the parameters of the module called `name`."""

@@ -16,8 +16,9 @@ from orchestrator.canonical import canonical_json
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
 from orchestrator.layers import is_skipped
-from orchestrator.method import Calibrator, Context, Evaluator, Invariant, LayerMethod, ModelMethod
+from orchestrator.method import Calibrator, Context, Evaluator, Invariant, LayerMethod, MixedMethod, ModelMethod
 from orchestrator.plan import Step
+from orchestrator.scheme import QuantScheme
 
 METRICS_FILE = "metrics.json"
 
@@ -83,13 +84,13 @@ def _calibrate(method: Calibrator, inputs: StepInputs, folder: Path) -> StepFact
 
 
 def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder: Path) -> StepFacts:
+    from orchestrator.allocation import SURVEY_SHARE, Allocation, allocate
     from orchestrator.export import ModelWriter
     from orchestrator.invariants import check_artifact, grid_fact
     from orchestrator.job import WalkSettings
     from orchestrator.records import RecordStore, limit_from
     from orchestrator.walk import walk
 
-    scheme = method.scheme()
     _check_widths(step, method, inputs)
     settings = WalkSettings(
         inputs=step.calibrated_on or method.inputs,
@@ -103,6 +104,20 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
             "environment": step.identity["environment"],
         },
     )
+    allocation = Allocation({}, {})
+    scheme: QuantScheme | Mapping[str, QuantScheme] | None = method.scheme()
+    progress = inputs.progress
+    if isinstance(method, MixedMethod):
+        allocation = allocate(
+            inputs.model,
+            method,
+            inputs.calibration,
+            skip=step.skip,
+            settings=settings,
+            scratch=inputs.scratch,
+            progress=_part(progress, 0.0, SURVEY_SHARE),
+        )
+        scheme, progress = allocation.schemes(), _part(progress, SURVEY_SHARE, 1.0)
     with closing(ModelWriter(inputs.model, folder, scheme=scheme, skip=step.skip)) as writer:
         report = walk(
             inputs.model,
@@ -110,8 +125,9 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
             inputs.calibration,
             writer,
             skip=step.skip,
-            progress=inputs.progress,
+            progress=progress,
             settings=settings,
+            methods=allocation.methods,
         )
         writer.finish()
     claims: dict[str, Any] = {}
@@ -121,7 +137,12 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
         claims["grid"] = grid_fact(writer.schemes)
     invariants = check_artifact(inputs.model, Checkpoint(folder), kept=inputs.invariants, claims=claims)
     (folder / "layers.json").write_bytes(canonical_json(report.layers))
-    return StepFacts("model", _finite(method.name, report.metrics), invariants)
+    return StepFacts("model", _finite(method.name, {**report.metrics, **allocation.metrics}), invariants)
+
+
+def _part(progress: Callable[[float, str], None], begin: float, end: float) -> Callable[[float, str], None]:
+    """Progress of a part of a step, as progress of the step."""
+    return lambda fraction, message: progress(begin + (end - begin) * fraction, message)
 
 
 def _check_widths(step: Step, method: LayerMethod, inputs: StepInputs) -> None:

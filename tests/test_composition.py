@@ -35,6 +35,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "quantize awq": {"group_size": 32},
     "quantize smoothquant": {"activations": "static"},
     "quantize fp8": {},
+    "quantize mixed": {"bits_per_weight": 5.5, "num_bits": [2, 4, 8], "group_size": 32},
 }
 
 
@@ -103,5 +104,8 @@ def test_a_pair_keeps_its_invariants_or_is_refused(first: str, second: str, plac
             patterns = [artifact.manifest["invariants"]["zeros"]["pattern"] for artifact in (before, after)]
             assert patterns[0] == patterns[1]
     if Invariant.GRID in classes[second].provides:
-        bits = 8 if second in ("quantize smoothquant", "quantize fp8") else 4
-        assert after.manifest["invariants"]["grid"]["num_bits"] == bits
+        grid = after.manifest["invariants"]["grid"]
+        if second == "quantize mixed":
+            assert {scheme["num_bits"] for scheme in grid["schemes"]} <= {2, 4, 8} and len(grid["schemes"]) > 1
+        else:
+            assert grid["num_bits"] == (8 if second in ("quantize smoothquant", "quantize fp8") else 4)

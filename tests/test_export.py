@@ -23,7 +23,6 @@ from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
 from orchestrator.export import ModelWriter, save_model
-from orchestrator.quantized import schemes_of
 from orchestrator.reader import TensorReader
 from orchestrator.shards import Shards
 from orchestrator.walk import walk
@@ -294,6 +293,6 @@ def test_stock_transformers_quantizes_the_inputs_that_the_pipeline_quantized(tmp
         read = TensorReader(result)
         layer = "model.layers.1.mlp.down_proj"
         assert read(f"{layer}.weight").dtype in (torch.int8, torch.float8_e4m3fn)
-        inputs = schemes_of(result)[layer].input_activations
+        inputs = result.schemes()[layer].input_activations
         assert inputs is not None and (f"{layer}.input_scale" in result.tensors) != inputs.dynamic
         read.close()

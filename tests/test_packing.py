@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import PreflightError
 from orchestrator.packing import check_scheme, pack, pack_integers, packed_specs, unpack, unpack_integers
-from orchestrator.quantized import quantization_config, read_groups, schemes_of
+from orchestrator.quantized import quantization_config, read_groups
 from orchestrator.scheme import InputScheme, QuantizedWeight, QuantScheme
 from tests.layer_methods import round_weight
 from tests.tiny import edit_config, make_model
@@ -96,7 +96,7 @@ def test_other_quantizations_are_refused_not_misread(entry: dict[str, object], t
     folder = make_model(tmp_path / "model")
     edit_config(folder, quantization_config=entry)
     with pytest.raises(PreflightError, match=r"does not read.*before quantization"):
-        schemes_of(Checkpoint(folder))
+        Checkpoint(folder).schemes()
 
 
 def test_layers_that_two_groups_claim_are_refused(tmp_path: Path) -> None:
@@ -107,11 +107,11 @@ def test_layers_that_two_groups_claim_are_refused(tmp_path: Path) -> None:
     tensors = {f"{name}.weight_scale": torch.ones(1) for name in names}
     save_file({**load_file(folder / "model.safetensors"), **tensors}, folder / "model.safetensors")
     edit_config(folder, quantization_config=entry)
-    assert schemes_of(Checkpoint(folder)) == names
+    assert Checkpoint(folder).schemes() == names
     entry["config_groups"]["group_0"]["targets"].append(r"re:.*layers\.1\..*")
     edit_config(folder, quantization_config=entry)
     with pytest.raises(PreflightError, match="does not read"):
-        schemes_of(Checkpoint(folder))
+        Checkpoint(folder).schemes()
 
 
 STATIC = InputScheme(strategy="tensor", dynamic=False)

@@ -33,6 +33,7 @@ CHECKS: Mapping[str, str] = {
     "L14 check_layer": "`check_layer` accepts some usual shape and names a parameter when it refuses one",
     "L15 for_dtype": "`for_dtype` returns the method or raises SpecError, and scales are stored in the model's dtype",
     "L16 input_scale": "`input_scale` returns a finite, positive float32 [I] and is pure",
+    "L17 mixed": "`options` are methods with schemes; `choose` is pure and keeps to the capacity",
     "M1 runs": "`apply` works and returns a ModelResult with finite metrics",
     "M2 saves": "the result can be saved, loads with stock Transformers, and gives the same finite logits",
     "M3 keeps what it claims": "the invariants in `keeps` hold in the saved model",
