@@ -11,16 +11,14 @@ plan are known before it runs.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import ValidationError
+from typing import Any
 
 from orchestrator.canonical import digest_of
-from orchestrator.checkpoint import Checkpoint, expand_home, locate_model
+from orchestrator.checkpoint import Checkpoint, locate_model
 from orchestrator.checks import (
     Draft,
     Note,
@@ -44,9 +42,9 @@ from orchestrator.method import (
     ServingEngine,
     Stage,
 )
+from orchestrator.parameters import parameterize, parameters_of
 from orchestrator.plugins import InstalledMethod, Methods, package_digest
-from orchestrator.sources import PREFIX, InputFile, check_source, resolve_source, source_digest
-from orchestrator.spec import Location, ModelSpec, SpecFile, SpecText, StepSpec, read_spec, validate_strictly
+from orchestrator.spec import Location, ModelSpec, SpecFile, SpecText, StepSpec, read_spec
 
 SOURCE = -1  # stands for the source model where an input is the index of a step
 _SHOWING = (
@@ -168,7 +166,7 @@ def _settle_dtype(draft: Draft, source: Checkpoint, digests: FileDigests, note: 
             method = draft.method.for_dtype(source.dtype_name)
             if not isinstance(method, LayerMethod):
                 raise TypeError(f"it returned {type(method).__name__}, not a LayerMethod")
-        draft.method, draft.parameters = method, _parameters(draft.installed, method, digests)
+        draft.method, draft.parameters = method, parameters_of(draft.installed, method, digests)
     except PluginFaultError as error:
         note(error, draft.place)
     except OrchestratorError as error:
@@ -214,7 +212,7 @@ def _draft(
     except SpecError as error:
         note(error, here)
         return None
-    method = _parameterize(file, installed, step.with_, (*location, "with"), home, note)
+    method = parameterize(file, installed, step.with_, (*location, "with"), home, note)
     engines: list[tuple[InstalledMethod, ServingEngine]] = []
     complete = method is not None
     for index, entry in enumerate(step.engines):
@@ -230,7 +228,7 @@ def _draft(
                 continue
             if any(name == other.name for _, other in engines):
                 note(SpecError(f'the engine "{name}" is listed twice', remedy="use one register step for each"), place)
-            engine = _parameterize(file, found, values or {}, place, home, note)
+            engine = parameterize(file, found, values or {}, place, home, note)
             if isinstance(engine, ServingEngine):
                 engines.append((found, engine))
             else:
@@ -262,7 +260,7 @@ def _draft(
             return None
         with plugin_fault(installed, "preflight"):
             method.preflight()
-        parameters = _parameters(installed, method, digests)
+        parameters = parameters_of(installed, method, digests)
     except PluginFaultError as error:
         note(error, here)
         return None
@@ -270,71 +268,6 @@ def _draft(
         note(error, (*location, "with"))
         return None
     return Draft(step, location, installed, method, engines, parameters)
-
-
-def _parameterize(
-    file: SpecText,
-    installed: InstalledMethod,
-    values: Mapping[str, Any],
-    location: Location,
-    home: Path,
-    note: Note,
-) -> Method | None:
-    """Build the method from its `with` mapping, paths made absolute."""
-    values = dict(values)
-    usable = True  # a fault is noted, and the rest is checked all the same
-    for name in sorted(set(_source_fields(installed.cls)) & set(values)):
-        if isinstance(values[name], str):
-            try:
-                values[name] = resolve_source(values[name], file.folder)
-                check_source(values[name])
-            except OrchestratorError as error:
-                note(error, (*location, name))
-                usable = False
-    if issubclass(installed.cls, Publisher):
-        uri = values.get("uri")
-        if uri is None:
-            values["uri"] = (home / "releases").absolute().as_uri()
-        elif isinstance(uri, str) and "://" not in uri:
-            try:
-                values["uri"] = (file.folder / expand_home(uri)).absolute().as_uri()
-            except PreflightError as error:
-                note(error, (*location, "uri"))
-                usable = False
-    try:
-        with plugin_fault(installed, "__init__"):
-            try:
-                method = validate_strictly(installed.cls, values)
-                return method if usable else None
-            except ValidationError as error:
-                raise SpecError(file.problems(error, location, list(installed.cls.model_fields))) from None
-    except SpecError as error:
-        note(error, location)
-        return None
-
-
-def _source_fields(cls: type[Method]) -> Iterator[str]:
-    """The fields that name a text source."""
-    for name, info in cls.model_fields.items():
-        if _is_marked(info.metadata) or _is_marked(get_args(info.annotation)):
-            yield name
-
-
-def _is_marked(parts: Iterable[Any]) -> bool:
-    """Whether `InputFile` is among the parts of an annotation, or of one of its alternatives."""
-    return any(isinstance(part, InputFile) or _is_marked(getattr(part, "__metadata__", ())) for part in parts)
-
-
-def _parameters(installed: InstalledMethod, method: Method, digests: FileDigests) -> dict[str, Any]:
-    """The parameters as they enter the fingerprint: text sources by content, not by path."""
-    with plugin_fault(installed, "model_dump"):
-        parameters = method.model_dump(mode="json")
-    for name in _source_fields(type(method)):
-        value = parameters[name]
-        if value is not None:
-            digest = source_digest(value) if value.startswith(PREFIX) else digests.sha256(Path(value))
-            parameters[name] = {"sha256": digest}
-    return parameters
 
 
 @cache
