@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.blocks import decoder_blocks
 from orchestrator.errors import PreflightError
 from orchestrator.layers import is_router, unsupported
 from orchestrator.model import COPY_AGAIN, load_config, quiet
@@ -246,10 +247,12 @@ class Skeleton:
     def _find_blocks(self, count: int, same_input: tuple[tuple[str, ...], ...]) -> list[Block]:
         from torch import nn
 
-        from orchestrator.architectures import decoder_blocks
-
         blocks: list[Block] = []
-        for name in decoder_blocks(self.model, count):
+        try:
+            names = decoder_blocks(self.model, count)
+        except PreflightError as error:
+            raise self._refusal(error.problems[0].what) from None
+        for name in names:
             module = self.model.get_submodule(name)
             linears = {
                 f"{name}.{inner}": layer

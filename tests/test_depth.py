@@ -458,7 +458,7 @@ def test_what_config_json_would_lose_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_layers_that_are_no_single_list_are_refused(tmp_path: Path) -> None:
     model: Any = Checkpoint(make_model(tmp_path / "model", layers=2, tokenizer=False)).load()
     model.model.others = nn.ModuleList([nn.Identity(), nn.Identity()])
-    with pytest.raises(StepError, match="2 lists of 2 modules"):
+    with pytest.raises(PreflightError, match="2 lists of 2 modules"):
         DecoderLayers(model)
 
 

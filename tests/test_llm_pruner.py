@@ -30,7 +30,7 @@ from orchestrator.run import Execution, run_locally
 from orchestrator_pruning import block_gradients as gradients_module
 from orchestrator_pruning import llm_pruner as pruner_module
 from orchestrator_pruning.block_gradients import block_gradients
-from orchestrator_pruning.dependency_groups import PROBES, Call, GroupSet, decoder_blocks, make_probe, trace
+from orchestrator_pruning.dependency_groups import PROBES, Call, GroupSet, blocks_of, make_probe, trace
 from orchestrator_pruning.llm_pruner import LLMPruner
 from tests.test_run import Watcher
 from tests.tiny import edit_config, make_model, make_tokens
@@ -50,7 +50,7 @@ def context(folder: Path, dense: Checkpoint, tokens_NT: torch.Tensor | None = No
 
 
 def traced(model: Any) -> dict[str, tuple[GroupSet, ...]]:
-    blocks = decoder_blocks(model)
+    blocks = blocks_of(model)
     probe = make_probe(model, list(blocks.values()))
     calls = zip(blocks.items(), probe.calls, strict=True)
     return {name: trace(block, name, call, probe.hidden_BTD) for (name, block), call in calls}
@@ -191,7 +191,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(
     monkeypatch.setattr(gradients_module, "CHUNK_ELEMENTS", 5 * 256)  # the head in three chunks
     model = Checkpoint(make_model(tmp_path, architecture, dtype=torch.float32, tokenizer=False)).load(torch.float64)
     tokens_NT = make_tokens(3, 14)
-    blocks = decoder_blocks(model)
+    blocks = blocks_of(model)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = dict(block_gradients(model, blocks, LAYERS, tokens_NT, tmp_path, squares=True))
     assert list(found) == list(reversed(blocks))
@@ -212,9 +212,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(
 
 def test_without_squares_none_are_kept(tmp_path: Path) -> None:
     model = Checkpoint(make_model(tmp_path, tokenizer=False)).load(torch.float32)
-    for _, gradients in block_gradients(
-        model, decoder_blocks(model), LAYERS, make_tokens(2, 8), tmp_path, squares=False
-    ):
+    for _, gradients in block_gradients(model, blocks_of(model), LAYERS, make_tokens(2, 8), tmp_path, squares=False):
         assert all(gradient.square_OI is None for gradient in gradients.values())
 
 
@@ -253,7 +251,7 @@ def test_importances_are_those_of_the_equations(importance: str, order: str, gra
     chosen = method(importance=importance, order=order, granularity=granularity)
     folder = make_model(tmp_path, dtype=torch.float32, layers=1, intermediate_size=24, tokenizer=False)
     model = Checkpoint(folder).load(torch.float64)
-    tokens_NT, blocks = make_tokens(3, 10), decoder_blocks(model)
+    tokens_NT, blocks = make_tokens(3, 10), blocks_of(model)
     windows = windows_of(model, tokens_NT, [f"model.layers.0.{layer}" for layer in LAYERS])
     windows = {layer: windows[f"model.layers.0.{layer}"] for layer in LAYERS}
     weights = {layer: model.get_submodule(f"model.layers.0.{layer}").weight.detach() for layer in LAYERS}

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.api import StepError
+from orchestrator.api import StepError, decoder_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -35,26 +35,14 @@ _REMEDY = "prune weights instead, or use a model whose layers are alike"
 class DecoderLayers:
     """The decoder layers of a causal language model of Transformers.
 
-    Raises `StepError` if they cannot be found.
+    Raises `PreflightError` if they cannot be found.
     """
 
     def __init__(self, model: Any) -> None:
-        from torch import nn
-
         self._model = model
-        count = getattr(model.config, "num_hidden_layers", None)
-        found: list[str] = []
-        for name, module in model.named_modules():
-            inside = any(name.startswith(f"{outer}.") for outer in found)
-            if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
-                found.append(name)
-        if len(found) != 1:
-            raise StepError(
-                f"the decoder layers were not found: {len(found)} lists of {count} modules",
-                remedy="use a decoder-only model whose layers are one list",
-            )
-        self._name = found[0]
-        self._modules: list[nn.Module] = list(model.get_submodule(found[0]))
+        names = decoder_blocks(model, model.config.num_hidden_layers)
+        self._name = names[0].rpartition(".")[0]
+        self._modules: list[nn.Module] = [model.get_submodule(name) for name in names]
         self._in_tuples = False  # whether layers put out a tuple that begins with the hidden states
 
     def __len__(self) -> int:

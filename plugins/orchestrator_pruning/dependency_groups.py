@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from orchestrator.api import StepError
+from orchestrator.api import StepError, decoder_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -80,20 +80,9 @@ class GroupSet:
         return self.members[-1].layer
 
 
-def decoder_blocks(model: Any) -> dict[str, nn.Module]:
-    """Return the decoder blocks by name: the only outermost list of as many modules as config.json gives blocks."""
-    from torch import nn
-
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers and not inside:
-            found[name] = module
-    if len(found) != 1:
-        count = model.config.num_hidden_layers
-        raise StepError(f"{len(found)} lists of {count} modules could be its decoder blocks", remedy=REMEDY)
-    ((name, blocks),) = found.items()
-    return {f"{name}.{index}": block for index, block in enumerate(blocks)}
+def blocks_of(model: Any) -> dict[str, nn.Module]:
+    """Return the decoder blocks by name. Raises `PreflightError` if they cannot be found."""
+    return {name: model.get_submodule(name) for name in decoder_blocks(model, model.config.num_hidden_layers)}
 
 
 @contextmanager

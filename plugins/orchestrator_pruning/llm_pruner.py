@@ -47,7 +47,7 @@ from orchestrator.api import (
     Work,
 )
 from orchestrator_pruning.block_gradients import CHUNK_ELEMENTS, Gradient, block_gradients
-from orchestrator_pruning.dependency_groups import GroupSet, Probe, decoder_blocks, make_probe, trace
+from orchestrator_pruning.dependency_groups import GroupSet, Probe, blocks_of, make_probe, trace
 from orchestrator_pruning.low_rank import recover
 from orchestrator_pruning.patterns import require_finite
 from orchestrator_pruning.removal import (
@@ -169,7 +169,7 @@ class LLMPruner(ModelMethod):
         """
         held_out_NT, used_NT = self._windows(context)
         with _widened(model) as dtypes:
-            blocks = decoder_blocks(model)
+            blocks = blocks_of(model)
             probe = make_probe(model, list(blocks.values()))
             traced = _trace_all(blocks, probe)
             removal = self._removal(model.config, next(iter(traced.values())))
