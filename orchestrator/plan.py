@@ -10,10 +10,8 @@ plan are known before it runs.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from orchestrator.checks import (
 )
 from orchestrator.digests import FileDigests
 from orchestrator.errors import OrchestratorError, PreflightError, Problem, SpecError
+from orchestrator.foreseen import Foresight
 from orchestrator.method import (
     Calibrator,
     Evaluator,
@@ -43,7 +42,7 @@ from orchestrator.method import (
     Stage,
 )
 from orchestrator.parameters import parameterize, parameters_of
-from orchestrator.plugins import InstalledMethod, Methods, package_digest
+from orchestrator.plugins import InstalledMethod, Methods, library_versions, package_digest
 from orchestrator.spec import Location, ModelSpec, SpecFile, SpecText, StepSpec, read_spec
 
 SOURCE = -1  # stands for the source model where an input is the index of a step
@@ -58,9 +57,8 @@ _SHOWING = (
     "testing.py",
     "usage.py",
 )
-_FORESEEING = ("estimate.py", "facts.py", "machine.py", "preflight.py", "work.py")
+_FORESEEING = ("estimate.py", "facts.py", "foreseen.py", "machine.py", "preflight.py", "work.py")
 NOT_COMPUTING = (*_SHOWING, *_FORESEEING)  # files of the core that decide no result
-COMPUTING_LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,7 @@ class Step:
 
     calibrated_on: what a layer method's blocks see; None where it sees none. device: "cpu" or "cuda".
     inputs: role ("model", "dense", "calibration") -> index of the step that gives it, or `SOURCE`.
+    reads, gives: the model before and after the step, as far as it is foreseen: configuration and dense shapes.
     identity: everything that went into the fingerprint.
     """
 
@@ -81,6 +80,8 @@ class Step:
     require: Mapping[str, Mapping[str, float]]
     engines: tuple[ServingEngine, ...]
     inputs: Mapping[str, int]
+    reads: Checkpoint
+    gives: Checkpoint
     identity: Mapping[str, Any]
     fingerprint: str
 
@@ -143,18 +144,24 @@ def make_plan(
     source = _open_source(file, file.model, digests, note) if file.model else None
     if file.spec and len(drafts) == len(file.spec.steps):
         check_chain(drafts, note)
+    reads: list[Checkpoint] = []
     if source:
-        gone = 0
+        foresight = Foresight(home)
+        model = source[0]
         for draft in drafts:
             _settle_dtype(draft, source[0], digests, note)
-            gone += check_against_model(draft, source[0], note, gone)
+            check_against_model(draft, model, note)
+            reads.append(model)
+            model = foresight.after(draft, model, note)
+        reads.append(model)
+        foresight.save()
     digests.save()
     if problems:
         kind = SpecError if any(kind is SpecError for kind, _ in problems) else PreflightError
         raise kind(sorted((problem for _, problem in problems), key=file.line_of))
     if source is None:
         raise PreflightError("the model cannot be used")
-    return _fingerprinted(file.whole(), drafts, *source, tracking_uri)
+    return _fingerprinted(file.whole(), drafts, reads, *source, tracking_uri)
 
 
 def _settle_dtype(draft: Draft, source: Checkpoint, digests: FileDigests, note: Note) -> None:
@@ -270,13 +277,13 @@ def _draft(
     return Draft(step, location, installed, method, engines, parameters)
 
 
-@cache
-def _environment() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in COMPUTING_LIBRARIES}
-
-
 def _fingerprinted(
-    file: SpecFile, drafts: Sequence[Draft], source: Checkpoint, source_digest: str, tracking_uri: str | None
+    file: SpecFile,
+    drafts: Sequence[Draft],
+    reads: Sequence[Checkpoint],
+    source: Checkpoint,
+    source_digest: str,
+    tracking_uri: str | None,
 ) -> Plan:
     spec = file.spec
     steps: list[Step] = []
@@ -305,7 +312,7 @@ def _fingerprinted(
             "parameters": draft.parameters,
             "plugin": _plugin_identity(draft.installed),
             "core": core,
-            "environment": _environment(),
+            "environment": library_versions(),
             "inputs": {role: reference(at) for role, at in inputs.items()},
         }
         if not isinstance(method, LayerMethod | Publisher):
@@ -338,6 +345,8 @@ def _fingerprinted(
                 require={name: bound.model_dump(exclude_none=True) for name, bound in draft.spec.require.items()},
                 engines=tuple(engine for _, engine in draft.engines),
                 inputs=inputs,
+                reads=reads[index],
+                gives=reads[index + 1],
                 identity=identity,
                 fingerprint=digest_of(identity),
             )

@@ -23,14 +23,13 @@ from orchestrator.api import CalibrationSet, Checkpoint, Context, ModelFacts, Pr
 from orchestrator.export import save_model
 from orchestrator.facts import facts_of
 from orchestrator.home import Settings
-from orchestrator.plan import make_plan
 from orchestrator.plugins import discover
-from orchestrator.preflight import foresee
 from orchestrator.run import Execution, run_locally
 from orchestrator_pruning import block_gradients as gradients_module
 from orchestrator_pruning import llm_pruner as pruner_module
 from orchestrator_pruning.block_gradients import block_gradients
 from orchestrator_pruning.dependency_groups import PROBES, Call, GroupSet, blocks_of, make_probe, trace
+from orchestrator_pruning.importance import Importance
 from orchestrator_pruning.llm_pruner import LLMPruner
 from tests.test_run import Watcher
 from tests.tiny import edit_config, make_model, make_tokens
@@ -259,7 +258,8 @@ def test_importances_are_those_of_the_equations(importance: str, order: str, gra
     if importance != "taylor":
         gradients = {}
     for groups in traced(model)[name]:
-        ours_G = chosen.score(blocks[name], groups, gradients, torch.Generator())
+        judge = Importance(chosen.importance, chosen.order, chosen.granularity)
+        ours_G = judge.score(blocks[name], groups, gradients, torch.Generator())
         plain_G = [plain_importance(weights, windows, group, chosen) for group in as_lists(groups)]
         torch.testing.assert_close(ours_G, torch.tensor(plain_G, dtype=torch.float64), rtol=1e-9, atol=0.0)
 
@@ -468,8 +468,6 @@ def test_the_estimate_grows_with_what_is_done(tmp_path: Path) -> None:
     assert by_size.operations < recovered.operations
     assert by_size.memory_bytes < taylor.memory_bytes == more.memory_bytes
     assert more.scratch_bytes == 2 * taylor.scratch_bytes == 4 * 16 * 16 * 64 * 4
-    with pytest.raises(PreflightError, match="leaves none"):
-        method(ratio=0.9).estimate(facts, facts, sizes)
 
 
 # Recovery.
@@ -482,7 +480,7 @@ def repeated_tokens(windows: int = 16, length: int = 16) -> torch.Tensor:
 
 def test_recovery_lowers_the_loss_and_is_merged(tmp_path: Path) -> None:
     checkpoint = Checkpoint(make_model(tmp_path / "model"))
-    chosen = method(lora_rank=4, lora_updates=30, lora_learning_rate=5e-3)
+    chosen = method(lora_rank=4, lora_updates=30, lora_learning_rate=5e-3, lora_objective="text")
     seen: list[tuple[float, str]] = []
     watched = replace(
         context(tmp_path, checkpoint, repeated_tokens()), progress=lambda share, text: seen.append((share, text))
@@ -579,19 +577,5 @@ def test_the_example_runs_from_calibration_to_a_quantized_model(tmp_path: Path, 
     assert quantized.is_quantized and quantized.config["intermediate_size"] == 64
     assert quantized.tensors["model.layers.0.mlp.down_proj.weight_packed"].shape[0] == 64
     metrics = execution.outcomes[1].metrics
-    assert metrics["loss_recovered"] < metrics["loss_pruned"]
+    assert metrics["kl_recovered"] < metrics["kl_pruned"]
     assert execution.outcomes[3].metrics["perplexity"] > 1
-
-
-def test_a_group_size_that_the_new_widths_do_not_fill_is_told_in_a_sentence(tmp_path: Path, tracking_uri: str) -> None:
-    path = example(tmp_path, prune={"round_to": 8, "ratio": 0.4, "attention": False, "lora_rank": 0})
-    with pytest.raises(StepError, match=r"32 does not divide in_features 80 of model\.layers\.0\.mlp\.down_proj"):
-        run(path, tracking_uri)
-
-
-def test_a_ratio_that_leaves_no_head_is_refused_before_any_step(tmp_path: Path) -> None:
-    path = example(tmp_path, prune={"ratio": 0.9})
-    plan = make_plan(path, discover(), tmp_path / "home")
-    with pytest.raises(PreflightError, match=r"ratio 0\.9 of 2 KV groups of a block leaves none") as caught:
-        foresee(plan, tmp_path / "home", [None] * len(plan.steps))
-    assert caught.value.problems[0].where == plan.steps[1].place

@@ -14,8 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.api import StepError, decoder_blocks
@@ -47,21 +46,6 @@ class DecoderLayers:
 
     def __len__(self) -> int:
         return len(self._modules)
-
-    @contextmanager
-    def in_float32(self) -> Iterator[None]:
-        """Widen the parameters for as long as this is open; what they get back is what they had, bit for bit."""
-        import torch
-
-        narrow = [p for p in self._model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-        dtypes = [parameter.dtype for parameter in narrow]
-        try:
-            for parameter in narrow:
-                parameter.data = parameter.data.float()
-            yield
-        finally:
-            for parameter, dtype in zip(narrow, dtypes, strict=True):
-                parameter.data = parameter.data.to(dtype)
 
     def run(self, tokens_BT: torch.Tensor, removed: Collection[int], see: See | None = None) -> torch.Tensor:
         """Return the logits [B, T, V] of the model without the layers `removed`.
