@@ -90,20 +90,30 @@ def with_blocks(model: Checkpoint, kept: Sequence[int]) -> Foreseen:
     return left
 
 
-def foresee_model(method: ModelMethod, model: Checkpoint, find: Find) -> Checkpoint:
+def foresee_model(
+    method: ModelMethod,
+    model: Checkpoint,
+    find: Find,
+    calling: Callable[[str], contextlib.AbstractContextManager[None]] = lambda name: contextlib.nullcontext(),
+) -> Checkpoint:
     """Return what the method will make of `model`. Raises what the method raises, and `SpecError` if no block is left.
 
     find: called with the configuration of the result for the shapes, if the method has a say in them.
+    calling: open while a function of the method's, of that name, is at work.
     """
-    depth, removed = len(model.layers_by_block()), method.blocks_removed()
-    if type(removed) is not int or removed < 0:
-        raise TypeError(f"blocks_removed returned {removed!r}, not a number of blocks")
+    depth = len(model.layers_by_block())
+    with calling("blocks_removed"):
+        removed = method.blocks_removed()
+        if type(removed) is not int or removed < 0:
+            raise TypeError(f"it returned {removed!r}, not a number of blocks")
     if 0 < depth <= removed:  # what has no known blocks is told of when the step looks for them
         what = f"{method.stage} {method.name} would remove {removed} decoder layers of a model that has {depth}"
         raise SpecError(f"{what} at this point", remedy=f"remove at most {depth - 1}")
-    config = dict(method.config_after(model.config))
+    with calling("config_after"):
+        config = dict(method.config_after(model.config))
     if config != model.config or type(method).check_model is not ModelMethod.check_model:
-        shapes = find(config)
+        with calling("check_model"):
+            shapes = find(config)
         model = Foreseen(model, config, shapes) if config != model.config else model
     return with_blocks(model, _largest(model, removed)) if removed and depth else model
 
@@ -146,8 +156,12 @@ class Foresight:
         if not isinstance(method, ModelMethod):
             return model
         try:
-            with plugin_fault(draft.installed, "planning"):
-                return foresee_model(method, model, lambda config: self._shapes(draft, method, model, config))
+            return foresee_model(
+                method,
+                model,
+                lambda config: self._shapes(draft, method, model, config),
+                lambda name: plugin_fault(draft.installed, name),
+            )
         except PluginFaultError as error:
             note(error, draft.place)
         except SpecError as error:

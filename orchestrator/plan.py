@@ -56,6 +56,7 @@ _SHOWING = (
     "report.py",
     "testing.py",
     "usage.py",
+    "zeros.py",
 )
 _FORESEEING = ("estimate.py", "facts.py", "foreseen.py", "machine.py", "preflight.py", "work.py")
 NOT_COMPUTING = (*_SHOWING, *_FORESEEING)  # files of the core that decide no result
