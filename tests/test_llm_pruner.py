@@ -579,3 +579,30 @@ def test_the_example_runs_from_calibration_to_a_quantized_model(tmp_path: Path, 
     metrics = execution.outcomes[1].metrics
     assert metrics["kl_recovered"] < metrics["kl_pruned"]
     assert execution.outcomes[3].metrics["perplexity"] > 1
+
+
+def test_recovery_trains_on_a_text_of_its_own(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(make_model(tmp_path / "model"))
+    (tmp_path / "text.txt").write_text("seven wizards quietly judge my vow, layer by layer\n" * 400)
+    found = []
+    for source in (None, str(tmp_path / "text.txt")):
+        chosen = method(importance="l2", lora_rank=2, lora_updates=4, source=source, sequences=8)
+        result = chosen.apply(checkpoint.load(), context(tmp_path, checkpoint, repeated_tokens()))
+        assert result.metrics["kl_recovered"] < result.metrics["kl_pruned"]
+        found.append(dict(result.metrics))
+    assert found[0]["kl_pruned"] == found[1]["kl_pruned"]  # measured on the calibration windows all the same
+    assert found[0]["kl_recovered"] != found[1]["kl_recovered"]
+
+
+def test_what_recovery_follows_is_the_divergence_from_the_dense_model(tmp_path: Path) -> None:
+    """Against the definition, in float64."""
+    checkpoint = Checkpoint(make_model(tmp_path, dtype=torch.float32, tokenizer=False))
+    tokens_NT = repeated_tokens(24)
+    model = method(importance="l2").apply(checkpoint.load(), context(tmp_path, checkpoint, tokens_NT)).model
+    result = method(importance="l2", lora_rank=1, lora_updates=1).apply(
+        checkpoint.load(), context(tmp_path, checkpoint, tokens_NT)
+    )
+    with torch.no_grad():
+        p_NTV, q_NTV = (m(tokens_NT[:3]).logits.double().softmax(-1) for m in (checkpoint.load(), model))
+    expected = float((p_NTV * (p_NTV.log() - q_NTV.log())).sum(-1).mean())
+    assert result.metrics["kl_pruned"] == pytest.approx(expected, rel=1e-5)

@@ -133,6 +133,7 @@ def _of_block(
             mean_OI.add_(gradient_OI, alpha=1 / len(calls))
             if square_OI is not None:
                 square_OI.addcmul_(gradient_OI, gradient_OI, value=1 / len(calls))
+        del gradients, gradient_OI  # before those of the next window come
     for weight_OI, before in zip(weights, required, strict=True):
         weight_OI.requires_grad_(before)
     found = (Gradient(mean_OI, square_OI) for mean_OI, square_OI in zip(means, mean_squares, strict=True))

@@ -21,7 +21,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -37,7 +36,9 @@ from orchestrator.api import (
     PreflightError,
     Stage,
     StepError,
+    TextSource,
     Work,
+    token_windows,
 )
 from orchestrator_pruning.block_gradients import CHUNK_ELEMENTS, Gradient, block_gradients
 from orchestrator_pruning.dependency_groups import REMEDY, GroupSet, blocks_of, make_probe, trace_all
@@ -45,7 +46,7 @@ from orchestrator_pruning.hollow import hollow
 from orchestrator_pruning.importance import Granularity, Importance, Kind, Order
 from orchestrator_pruning.low_rank import Objective, divergence, recover
 from orchestrator_pruning.patterns import require_finite
-from orchestrator_pruning.precision import in_float32
+from orchestrator_pruning.precision import frozen, in_float32
 from orchestrator_pruning.removal import (
     Removal,
     as_configured,
@@ -107,6 +108,13 @@ class LLMPruner(ModelMethod):
     )
     lora_rank: int = Field(8, ge=0, le=4096, description="Rank of the low-rank updates; 0: no recovery.")
     lora_alpha: float = Field(16.0, gt=0, le=65536, description="The updates are scaled by lora_alpha / lora_rank.")
+    source: TextSource | None = Field(
+        None,
+        description="Text that recovery trains on: a file, or hub:OWNER/NAME:SPLIT@REVISION. Default: the calibration "
+        "set. The more it has seen, the better it does on other text.",
+    )
+    field: str = Field("text", min_length=1, description="Key or column of JSON lines, Parquet or hub rows with text.")
+    sequences: int = Field(2048, ge=2, le=10_000_000, description="Windows drawn from `source`; no use without it.")
     lora_objective: Objective = Field(
         "dense",
         description="What recovery trains on: the dense model's predictions (forward KL), or the next tokens of the "
@@ -189,7 +197,7 @@ class LLMPruner(ModelMethod):
         config.json cannot say, and for a layer that tracing cannot place; later for numbers that are not finite.
         """
         held_out_NT, used_NT = self._windows(context)
-        with _frozen(model), in_float32(model):
+        with frozen(model), in_float32(model):
             blocks = blocks_of(model)
             probe = make_probe(model, list(blocks.values()))
             traced = trace_all(blocks, probe)
@@ -211,7 +219,8 @@ class LLMPruner(ModelMethod):
             numbers |= {"parameters_after": _num_parameters(model), **after}
             numbers |= _loss("loss_pruned", model, held_out_NT)
             if self.lora_rank and used_NT is not None and held_out_NT is not None:
-                model, followed = self._recover(model, blocks, used_NT, held_out_NT, context)
+                trained_on_NT = used_NT if self.source is None else self._drawn(self.source, context)
+                model, followed = self._recover(model, blocks, trained_on_NT, held_out_NT, context)
                 numbers |= followed
                 numbers |= _loss("loss_recovered", model, held_out_NT)
         return ModelResult(model, numbers)
@@ -233,6 +242,18 @@ class LLMPruner(ModelMethod):
             )
         held_out = min(_HELD_OUT_MOST, max(1, len(tokens_NT) // _HELD_OUT_SHARE))
         return tokens_NT[:held_out], tokens_NT[held_out:]
+
+    def _drawn(self, source: str, context: Context) -> torch.Tensor:
+        """Windows [N, T] of the text for recovery."""
+        return token_windows(
+            source,
+            context.dense.load_tokenizer(),
+            num_sequences=self.sequences,
+            length=self.length_tokens,
+            seed=context.seed,
+            field=self.field,
+            random=True,
+        ).tokens_NT
 
     def _nearest(self, count: int, multiple: int) -> int:
         """The multiple that is nearest to the share of `count` that stays."""
@@ -341,25 +362,10 @@ class LLMPruner(ModelMethod):
         if self.lora_objective == "text":
             return train(None), {}
         teacher = context.dense.load()
-        with _frozen(teacher), in_float32(teacher):
+        with frozen(teacher), in_float32(teacher):
             before = divergence(model, teacher, held_out_NT)
             recovered = train(teacher)
             return recovered, {"kl_pruned": before, "kl_recovered": divergence(recovered, teacher, held_out_NT)}
-
-
-@contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Turn dropout off, and gradients by the parameters, for as long as this is open."""
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained.get(name, False))  # if recovery failed, its updates are still there
-        for module, mode in modes:
-            module.training = mode
 
 
 def _num_parameters(model: nn.Module) -> float:

@@ -59,6 +59,21 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Turn dropout off, and gradients by the parameters, for as long as this is open."""
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained.get(name, False))  # if recovery failed, its updates are still there
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def widened(module: nn.Module) -> Iterator[None]:
     """Hold a module's own parameters in float32 for as long as this is open, for instance to take their gradients.
 
