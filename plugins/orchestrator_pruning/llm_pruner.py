@@ -121,7 +121,13 @@ class LLMPruner(ModelMethod):
         "calibration text, as the authors do on far more text.",
     )
     lora_updates: int = Field(200, ge=1, le=10_000_000, description="Optimizer steps of the recovery.")
-    lora_learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of the recovery.")
+    lora_learning_rate: float = Field(
+        1e-3,
+        gt=0,
+        le=1,
+        description="Peak learning rate of the recovery. The default suits some million parameters; for billions the "
+        "authors take 1e-4.",
+    )
     batch_sequences: int = Field(4, ge=1, le=65536, description="Windows per optimizer step.")
 
     @model_validator(mode="after")
