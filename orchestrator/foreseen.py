@@ -253,7 +253,7 @@ def main() -> int:
         kind = "fault" if isinstance(error, PluginFaultError) else "spec" if isinstance(error, SpecError) else "model"
         answer = {"kind": kind, "problems": [vars(problem) for problem in error.problems]}
         sys.stdout.write(f"\n{json.dumps(answer)}")
-        return StepError.exit_code if kind == "model" else error.exit_code
+        return error.exit_code
     sys.stdout.write(f"\n{json.dumps(found)}")
     return 0
 

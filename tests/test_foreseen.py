@@ -120,8 +120,18 @@ def test_an_engine_that_only_the_smaller_cache_fits_is_accepted(tmp_path: Path) 
 
 def of_olmo(folder: Path) -> None:
     """Norms over all heads tie the heads together."""
+    of_stock(folder, "olmo2")
+
+
+def of_minicpm(folder: Path) -> None:
+    """Latent attention: layers that read what other layers put out, and are read by a third."""
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    of_stock(folder, "minicpm3", num_key_value_heads=4, **latent)
+
+
+def of_stock(folder: Path, architecture: str, **more: Any) -> None:
     sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = AutoConfig.for_model("olmo2", **sizes, num_attention_heads=4)
+    config = AutoConfig.for_model(architecture, **sizes, num_attention_heads=4, **more)
     source = Checkpoint(make_model(folder / "llama", layers=2))
     save_model(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), source, folder / "model")
     edit_config(folder / "model", **config.to_dict())
@@ -141,6 +151,7 @@ REFUSED = [
     (of("gpt2"), {}, "of a 'gpt2' model gives no num_attention_heads", "attention: false"),
     (of("gpt2"), {"attention": False}, "of a 'gpt2' model gives no intermediate_size", "use a dense model"),
     (of("gpt_neox"), {"mlp": False}, r"query_key_value|tracing found", "attention: false"),
+    (of_minicpm, {}, r"model\.layers\.0\.self_attn\.\w+ fits into no group", "use a dense model"),
     (of_olmo, {}, r"found 1 groups around self_attn\.o_proj", "attention: false"),
 ]
 
