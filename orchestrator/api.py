@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.blocks import decoder_blocks
 from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.columns import Removal, SaliencyMask, lowest, solve_columns
@@ -36,6 +37,7 @@ from orchestrator.method import (
     Stage,
     TextSource,
 )
+from orchestrator.nm import require_own_sparsity, run_of, unfilled_runs
 from orchestrator.parallel import in_parallel
 from orchestrator.plugins import API_VERSION, hookimpl
 from orchestrator.scheme import FLOAT8_MAX, InputScheme, QuantizedWeight, QuantScheme
@@ -92,11 +94,15 @@ __all__ = [
     "TextSource",
     "Work",
     "check_source",
+    "decoder_blocks",
     "hookimpl",
     "in_parallel",
     "lowest",
     "open_store",
     "read_documents",
+    "require_own_sparsity",
+    "run_of",
     "solve_columns",
     "token_windows",
+    "unfilled_runs",
 ]

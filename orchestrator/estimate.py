@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from orchestrator.capture import BATCH_TOKENS, KEPT_BYTES
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.export import Schemes, config_text, ignored_in, result_specs, schemes_by_layer
-from orchestrator.method import Evaluator, InputMode, LayerMethod, Needs, ScalingMethod
+from orchestrator.method import Evaluator, InputMode, LayerMethod, MixedMethod, Needs, ScalingMethod
 from orchestrator.quantized import quantization_config
 from orchestrator.scheme import QuantScheme
+from orchestrator.sensitivity import LOGITS_AT_ONCE
 from orchestrator.shards import Shards
 from orchestrator.work import FLOAT32, KEPT_PIECE_BYTES, BlockFacts, InputGroup, ModelFacts, Work
 
@@ -63,13 +64,27 @@ class WalkSize:
     @property
     def together(self) -> bool:
         """Whether layers that share an input are compressed as one."""
-        return type(self.method).compress_together is not LayerMethod.compress_together
+        parts = self.method.options() if isinstance(self.method, MixedMethod) else [self.method]
+        return any(type(part).compress_together is not LayerMethod.compress_together for part in parts)
 
 
 def walk_memory(size: WalkSize, workers: int) -> int:
     """Most bytes of a walk beside the interpreter and its libraries."""
     over_blocks = max((_block_memory(size, block, workers) for block in size.model.blocks), default=0)
+    if isinstance(size.method, MixedMethod):
+        over_blocks = max(over_blocks, _gradient_memory(size, workers))
     return max(over_blocks, _ending_memory(size.model)) + 8 * size.tokens
+
+
+def _gradient_memory(size: WalkSize, workers: int) -> int:
+    """Of `orchestrator.sensitivity`: the head and some logits, or a block and what it keeps for its backward pass."""
+    model = size.model
+    tokens = min(size.batch_tokens, size.tokens)
+    logits = 4 * FLOAT32 * min(LOGITS_AT_ONCE, tokens * model.vocabulary)
+    head = model.vocabulary * model.hidden * (FLOAT32 + model.item_bytes)
+    block = max((block.parameters for block in model.blocks), default=0) * FLOAT32
+    kept = 2 * model.saved_bytes(tokens) // max(1, len(model.blocks))
+    return max(head + workers * logits, block + workers * kept)
 
 
 def _block_memory(size: WalkSize, block: BlockFacts, workers: int) -> int:
@@ -110,7 +125,7 @@ def _slack_bytes(size: WalkSize, batch_bytes: int) -> int:
 
 def _in_stages(size: WalkSize, block: BlockFacts) -> bool:
     """Whether the layers of a block are measured and compressed one input after the other."""
-    at_once = size.inputs == "dense" or isinstance(size.method, ScalingMethod)
+    at_once = size.inputs == "dense" or isinstance(size.method, MixedMethod | ScalingMethod)
     return not at_once and all(group.share == 1.0 for group in block.groups)
 
 

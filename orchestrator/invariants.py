@@ -70,16 +70,6 @@ def check_artifact(
     return {name: fact for name, fact in (("zeros", zeros), ("grid", grid)) if fact is not None}
 
 
-def check_depth(before: Checkpoint, after: Checkpoint, removed: int) -> None:
-    """Raise `StepError` unless `after` has `removed` decoder blocks fewer: planning has reckoned with that number."""
-    num_before, num_after = len(before.layers_by_block()), len(after.layers_by_block())
-    if num_before - num_after != removed and not before.is_quantized:  # packed layers are not counted
-        raise StepError(
-            f"{num_after} of {num_before} decoder blocks are left, though the method says that it removes {removed}",
-            where=str(after.path),
-        )
-
-
 class _Weights:
     """The linear layers in a checkpoint's blocks, plain or packed, as numbers."""
 

@@ -340,6 +340,21 @@ class ModelMethod(Method):
         """How many decoder blocks the result has fewer than the input; planning checks and estimates with it."""
         return 0
 
+    def config_after(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the config.json of the result from that of the input, but for the blocks that go.
+
+        Called while planning, without torch: later steps are held against the shapes that follow from it. Default: the
+        same. Raises `StepError` for a model that `apply` would refuse, as far as its configuration shows.
+        """
+        return config
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Refuse, before any step, a model that `apply` would refuse, as far as its modules show. Raises `StepError`.
+
+        model: as Transformers makes it from config.json, its parameters on the meta device. `plan` calls this in a
+        process of its own.
+        """
+
     def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
         """One pass of the calibration set through both models, held in float32."""
         tokens = calibration[0] * calibration[1]

@@ -13,6 +13,7 @@ from orchestrator.plan import Plan, Step
 from orchestrator.published import PUBLISHED_FILE
 from orchestrator.record import RunRecord
 from orchestrator.steps import StepFacts, StepInputs
+from orchestrator.zeros import zeros_note
 
 
 def release_step(
@@ -34,6 +35,7 @@ def release_step(
     bundle = inputs.scratch / "bundle"
     bundle.mkdir()
     inputs.progress(0.0, "bundling")
+    note = zeros_note(inputs.model, inputs.invariants)
     content = write_bundle(inputs.model, step.engines, bundle)
     manifest = {
         "schema": 1,
@@ -42,6 +44,7 @@ def release_step(
         "content": content,
         "lineage": list(lineage),
         "invariants": dict(inputs.invariants),
+        **({"zeros": note} if note else {}),
     }
     name = f"{plan.name}/{content[:16]}"
     inputs.progress(0.2, "publishing")

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # Gradients settle with far fewer tokens than H: each gives one number, where H has I^2.
 TOKENS = 8192
-_CHUNK_ELEMENTS = 1 << 24  # logits that exist at a time: 64 MiB in float32
+LOGITS_AT_ONCE = 1 << 24  # 64 MiB in float32
 
 
 def output_sensitivity(
@@ -114,7 +114,7 @@ def _behind_blocks(
     from torch.nn.functional import cross_entropy
 
     hidden = stream.entering(len(skeleton.blocks))
-    chunk = max(1, _CHUNK_ELEMENTS // skeleton.vocabulary)
+    chunk = max(1, LOGITS_AT_ONCE // skeleton.vocabulary)
     with skeleton.head(device, in_tuple=in_tuple) as head:
 
         def run(index: int) -> None:

@@ -15,7 +15,7 @@ from orchestrator.calibration import CalibrationSet
 from orchestrator.canonical import canonical_json
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
-from orchestrator.layers import is_skipped
+from orchestrator.foreseen import check_foreseen
 from orchestrator.method import Calibrator, Context, Evaluator, Invariant, LayerMethod, MixedMethod, ModelMethod
 from orchestrator.plan import Step
 from orchestrator.scheme import QuantScheme
@@ -64,7 +64,7 @@ def perform(step: Step, inputs: StepInputs, folder: Path) -> StepFacts:
     if isinstance(method, LayerMethod):
         return _compress_layers(step, method, inputs, folder)
     if isinstance(method, ModelMethod):
-        return _change_model(method, inputs, folder)
+        return _change_model(step, method, inputs, folder)
     if isinstance(method, Evaluator):
         return _evaluate(method, inputs, folder)
     raise TypeError(f"{type(method).__name__} is not performed here")
@@ -91,7 +91,6 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
     from orchestrator.records import RecordStore, limit_from
     from orchestrator.walk import walk
 
-    _check_widths(step, method, inputs)
     settings = WalkSettings(
         inputs=step.calibrated_on or method.inputs,
         device=step.device,
@@ -145,27 +144,14 @@ def _part(progress: Callable[[float, str], None], begin: float, end: float) -> C
     return lambda fraction, message: progress(begin + (end - begin) * fraction, message)
 
 
-def _check_widths(step: Step, method: LayerMethod, inputs: StepInputs) -> None:
-    """Ask the method again about layers whose shapes a step before has changed: planning saw those of the source."""
-    planned = set(inputs.dense.block_layers())
-    for layer in inputs.model.block_layers():
-        if layer not in planned and not is_skipped(layer.name, step.skip):
-            fault = method.check_layer(layer)
-            if fault:
-                raise StepError(
-                    f"{fault[0]}: {fault[1]} of {layer.name}, which a step before has made",
-                    remedy=f"choose another {fault[0]}, or other widths in the step that prunes",
-                )
-
-
-def _change_model(method: ModelMethod, inputs: StepInputs, folder: Path) -> StepFacts:
+def _change_model(step: Step, method: ModelMethod, inputs: StepInputs, folder: Path) -> StepFacts:
     from orchestrator.export import save_model
-    from orchestrator.invariants import check_artifact, check_depth
+    from orchestrator.invariants import check_artifact
 
     result = method.apply(inputs.model.load(), inputs.context())
     save_model(result.model, inputs.model, folder)
     changed = Checkpoint(folder)
-    check_depth(inputs.model, changed, method.blocks_removed())
+    check_foreseen(step.gives, changed, result.blocks)
     invariants = check_artifact(inputs.model, changed, kept=inputs.invariants, blocks=result.blocks)
     return StepFacts("model", _finite(method.name, result.metrics), invariants)
 

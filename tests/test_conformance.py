@@ -102,7 +102,7 @@ BUGS = {
     seeded_bugs.SeedsGlobally: "C7 surroundings",
     seeded_bugs.WritesTeacher: "C9 inputs untouched",
     seeded_bugs.PercentProgress: "M4 progress",
-    seeded_bugs.LosesBlock: "M5 depth",
+    seeded_bugs.LosesBlock: "M5 foreseen",
     seeded_bugs.IgnoresSeed: "S3 seed",
     seeded_bugs.Int32Tokens: "S2 tokens",
     seeded_bugs.PadsWithMinusOne: "S2 tokens",

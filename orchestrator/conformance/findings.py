@@ -38,7 +38,7 @@ CHECKS: Mapping[str, str] = {
     "M2 saves": "the result can be saved, loads with stock Transformers, and gives the same finite logits",
     "M3 keeps what it claims": "the invariants in `keeps` hold in the saved model",
     "M4 progress": "progress is a fraction from 0 to 1 with a message",
-    "M5 depth": "the saved model has as many decoder blocks fewer as `blocks_removed` says",
+    "M5 foreseen": "the saved model has the blocks and shapes that `blocks_removed` and `config_after` say",
     "S1 runs": "`sample` works and returns a CalibrationSet",
     "S2 tokens": "tokens are int64 [N, T], N and T at least 1, all of them in the vocabulary",
     "S3 seed": "another seed draws other tokens",

@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def _plan(request: dict[str, Any]) -> None:
-    from orchestrator.errors import SpecError
+    from orchestrator.errors import OrchestratorError, SpecError
     from orchestrator.method import LayerMethod, LayerShape, ModelMethod, ServingEngine
     from orchestrator.serving import ModelShape, plan_kv
     from orchestrator.spec import validate_strictly
@@ -48,6 +48,8 @@ def _plan(request: dict[str, Any]) -> None:
     elif isinstance(method, ModelMethod):
         method.needs_calibration()
         method.blocks_removed()
+        with contextlib.suppress(OrchestratorError):  # it may refuse this model
+            method.config_after(request["config"])
     elif isinstance(method, ServingEngine):
         shape = ModelShape.from_config(request["config"])
         method.render(shape, plan_kv(shape, weight_bytes=0, **method.budget()))
