@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.blocks import decoder_blocks
 from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.columns import Removal, SaliencyMask, lowest, solve_columns
@@ -14,18 +15,20 @@ from orchestrator.errors import (
     SpecError,
     StepError,
 )
+from orchestrator.export_format import ExportFacts, ExportFormat
 from orchestrator.factor import MAX_RAISES, HessianFactor
 from orchestrator.method import (
     Calibrator,
     Context,
     Evaluator,
-    ExportFacts,
-    ExportFormat,
+    InputMode,
     Invariant,
+    LayerCosts,
     LayerMethod,
     LayerResult,
     LayerShape,
     Method,
+    MixedMethod,
     ModelMethod,
     ModelResult,
     Needs,
@@ -35,11 +38,12 @@ from orchestrator.method import (
     Stage,
     TextSource,
 )
-from orchestrator.packing import read_scheme, unpack
+from orchestrator.nm import require_own_sparsity, run_of, unfilled_runs
+from orchestrator.packing import unpack
 from orchestrator.parallel import in_parallel
 from orchestrator.plugins import API_VERSION, hookimpl
 from orchestrator.reader import TensorReader
-from orchestrator.scheme import QuantizedWeight, QuantScheme
+from orchestrator.scheme import FLOAT8_MAX, InputScheme, QuantizedWeight, QuantScheme
 from orchestrator.serving import KVPlan, ModelShape
 from orchestrator.sources import check_source, read_documents
 from orchestrator.statistics import InputMoment
@@ -49,6 +53,7 @@ from orchestrator.work import ModelFacts, Work
 
 __all__ = [
     "API_VERSION",
+    "FLOAT8_MAX",
     "MAX_RAISES",
     "CalibrationSet",
     "Calibrator",
@@ -59,13 +64,17 @@ __all__ = [
     "ExportFormat",
     "GateError",
     "HessianFactor",
+    "InputMode",
     "InputMoment",
+    "InputScheme",
     "Invariant",
     "KVPlan",
+    "LayerCosts",
     "LayerMethod",
     "LayerResult",
     "LayerShape",
     "Method",
+    "MixedMethod",
     "ModelFacts",
     "ModelMethod",
     "ModelResult",
@@ -91,13 +100,16 @@ __all__ = [
     "TextSource",
     "Work",
     "check_source",
+    "decoder_blocks",
     "hookimpl",
     "in_parallel",
     "lowest",
     "open_store",
     "read_documents",
-    "read_scheme",
+    "require_own_sparsity",
+    "run_of",
     "solve_columns",
     "token_windows",
+    "unfilled_runs",
     "unpack",
 ]

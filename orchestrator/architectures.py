@@ -126,18 +126,6 @@ def stored_state(model: Any, state: dict[str, torch.Tensor], stored: Collection[
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
-def decoder_blocks(root: nn.Module, count: int) -> list[str]:
-    """Return the names of the decoder blocks: the only outermost list of `count` modules. Raises `UnfitError`."""
-    found: list[str] = []
-    for name, module in root.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
-            found.append(name)
-    if len(found) != 1:
-        raise UnfitError(f"its decoder blocks were not found: {len(found)} lists of {count} modules")
-    return [f"{found[0]}.{index}" for index in range(count)]
-
-
 def _without_missing_prefix(model: Any, stored: Collection[str]) -> tuple[nn.Module, dict[str, str]]:
     """Return the module whose names are the stored ones: the base model, where its name is left out.
 

@@ -102,6 +102,19 @@ class Stream:
         while self._passed:
             self._passed.pop().remove()
 
+    def entering(self, number: int) -> HiddenStates:
+        """The hidden states that entered a block which the tokens have passed, until `discard_passed`, or will enter
+        next. Raises `ValueError` for others.
+        """
+        for states in (*self._passed, self._hidden):
+            if states is not None and states.number == number:
+                return states
+        raise ValueError(f"nothing is kept of what entered block {number}")
+
+    def beside(self, name: str) -> HiddenStates:
+        """A file of the same form as the hidden states, in their folder."""
+        return self._file(name, -1, self.skeleton.width)
+
     def folds(self, block: Block, leader_of: Mapping[str, str]) -> dict[str, Fold]:
         """Find out where scales of the loaded block's inputs can go (see `orchestrator.folding`)."""
         return folds_of(block, leader_of, partial(self._probe, block), (self._probe_tokens, self.skeleton.width))
@@ -178,7 +191,7 @@ class Stream:
         def run(index: int) -> torch.Tensor | None:
             current.batch = index
             try:
-                output_BTD = self._output(block, hidden.read(index).to(self._device))
+                output_BTD = self.output(block, hidden.read(index).to(self._device))
             except _Enough:
                 return None
             for builder in builders.values():
@@ -254,7 +267,8 @@ class Stream:
             self._probe_arguments = [_to(one, self._device) for one in arguments]
         return block.run(hidden_BTD, self._probe_arguments[block.index])  # type: ignore[no-any-return]
 
-    def _output(self, block: Block, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    def output(self, block: Block, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Run a batch through a loaded block. Raises `StepError` if it puts out no hidden states."""
         import torch
 
         output = block.run(hidden_BTD, self._arguments[block.index])

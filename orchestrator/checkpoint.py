@@ -17,6 +17,8 @@ from orchestrator.canonical import digest_of, file_sha256
 from orchestrator.errors import PreflightError
 from orchestrator.layers import is_embedding, is_router, stores_transposed
 from orchestrator.method import LayerShape
+from orchestrator.quantized import schemes_of
+from orchestrator.scheme import QuantScheme
 
 if TYPE_CHECKING:
     import torch
@@ -182,6 +184,21 @@ class Checkpoint:
     def is_quantized(self) -> bool:
         """Whether the weights are stored as packed integers."""
         return self.config.get("quantization_config") is not None
+
+    def schemes(self) -> dict[str, QuantScheme]:
+        """Return the scheme of every quantized layer; {} for a dense model.
+
+        Raises `PreflightError` for a quantization other than those that this project writes.
+        """
+        found = schemes_of(self.config, self.tensors)
+        if found is None:
+            entry = self.config.get("quantization_config") or {}
+            raise PreflightError(
+                f"the model is quantized in a way this version does not read: {entry.get('quant_method')!r},"
+                f" format {entry.get('format')!r}",
+                remedy="start from the model before quantization",
+            )
+        return found
 
     @cached_property
     def stored_dtype(self) -> str:

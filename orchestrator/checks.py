@@ -5,19 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.allocation import planned_schemes
 from orchestrator.checkpoint import Checkpoint, TensorInfo
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
+from orchestrator.export_format import ExportFormat
 from orchestrator.layers import is_skipped, split_fused_groups, unquantizable, unsupported
 from orchestrator.method import (
     Calibrator,
     Evaluator,
-    ExportFormat,
     Invariant,
     LayerMethod,
     Method,
+    MixedMethod,
     ModelMethod,
     Needs,
     Publisher,
@@ -181,23 +183,16 @@ def _contradictions(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
         yield f"num_attention_heads as {heads}, but self_attn.q_proj.weight has {rows} rows"
 
 
-def check_against_model(draft: Draft, source: Checkpoint, note: Note, gone: int = 0) -> int:
-    """Check what depends on the model's shapes: layers, skip patterns, the engines' context length.
-
-    gone: decoder blocks that the steps before remove. Returns those that this one does.
-    """
+def check_against_model(draft: Draft, model: Checkpoint, note: Note) -> None:
+    """Check what depends on the shapes of the model that the step reads: layers, skip patterns, context length."""
     method = draft.method
-    removed = 0
     try:
         if isinstance(method, LayerMethod):
-            _check_layers(draft, method, source, note, gone)
-        if isinstance(method, ModelMethod):
-            removed = _check_depth(draft, method, len(source.layers_by_block()) - gone, note)
+            _check_layers(draft, method, model, note)
         for index, (installed, engine) in enumerate(draft.engines):
             location = (*draft.location, "engines", index, engine.name)
             try:
-                shape = ModelShape.from_config(source.config)
-                shape = replace(shape, num_layers=shape.num_layers - gone, windows=shape.windows[gone:])
+                shape = ModelShape.from_config(model.config)
                 # Weights that take no room at all: what is refused here no compression can make fit.
                 plan = plan_kv(shape, weight_bytes=0, **engine.budget())
                 with plugin_fault(installed, "render"):
@@ -208,31 +203,15 @@ def check_against_model(draft: Draft, source: Checkpoint, note: Note, gone: int 
         note(error, draft.place)
     except PreflightError as error:
         note(error, ("model", "id"))
-    return removed
 
 
-def _check_depth(draft: Draft, method: ModelMethod, depth: int, note: Note) -> int:
-    """Return the number of decoder blocks that the step removes of `depth`; 0 if that cannot be (and was noted)."""
-    with plugin_fault(draft.installed, "blocks_removed"):
-        removed = method.blocks_removed()
-        if type(removed) is not int or removed < 0:
-            raise TypeError(f"it returned {removed!r}, not a number of blocks")
-    if 0 < depth <= removed:  # what has no known blocks is told of when the step looks for them
-        what = f"{draft.label} would remove {removed} decoder layers of a model that has {depth} at this point"
-        note(SpecError(what, remedy=f"remove at most {depth - 1}"), (*draft.location, "with"))
-        return 0
-    return removed
-
-
-def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: Note, gone: int) -> None:
+def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: Note) -> None:
     fault = unsupported(source.config)
     if fault:
         note(PreflightError(fault[0], remedy=fault[1]), ("model", "id"))
         return
-    # Blocks that are left are numbered from 0: the last names are gone, whichever blocks went.
-    blocks = list(source.layers_by_block().values())
-    names = [name for block in blocks[: len(blocks) - gone] for name in block]
-    layers = [layer for layer in source.block_layers() if layer.name in set(names)]
+    layers = source.block_layers()
+    names = [layer.name for layer in layers]
     if not layers:
         note(
             PreflightError(
@@ -264,19 +243,24 @@ def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: N
         note(SpecError("every layer is skipped", remedy="skip fewer"), (*draft.location, "skip"))
     with plugin_fault(draft.installed, "sparsity_pattern"):
         method.sparsity_pattern()  # asked for again when the result is checked: better that it fails now
-    with plugin_fault(draft.installed, "scheme"):
-        scheme = method.scheme()
-        if scheme is not None and not isinstance(scheme, QuantScheme):
-            raise TypeError(f"it returned {type(scheme).__name__}, not a QuantScheme")
-    if scheme:
+    schemes = possible_schemes(draft, method)
+    if schemes:
         splits = split_fused_groups(names, draft.spec.skip)
         if splits:
             more = f" (and {len(splits) - 1} more layers)" if len(splits) > 1 else ""
             note(SpecError(splits[0] + more), (*draft.location, "skip"))
-        unpackable = check_scheme(scheme)
-        if unpackable:
+        for unpackable in dict.fromkeys(filter(None, map(check_scheme, schemes))):
             note(SpecError(unpackable), (*draft.location, "with"))
-        for place, what, remedy in unquantizable(source.config, names, draft.spec.skip, symmetric=scheme.symmetric):
+        problems = [problem for s in schemes for problem in unquantizable(source.config, names, draft.spec.skip, s)]
+        if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
+            problems.append(
+                (
+                    ("with",),
+                    "Transformers loads several schemes beside each other only if none has zero points",
+                    "set symmetric: true",
+                )
+            )
+        for place, what, remedy in dict.fromkeys(problems):
             note(SpecError(what, remedy=remedy), (*draft.location, *place) if place else draft.place)
     refused: dict[tuple[str, str], list[str]] = {}
     for layer in remaining:
@@ -288,3 +272,27 @@ def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: N
     for (parameter, what), where in refused.items():
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
         note(SpecError(f"{what} of {where[0]}{more}"), (*draft.location, "with", parameter))
+    if isinstance(method, MixedMethod) and remaining and not refused:
+        with plugin_fault(draft.installed, "choose"):
+            try:
+                planned_schemes(source, method, draft.spec.skip)
+            except SpecError as error:
+                note(error, (*draft.location, "with"))
+
+
+def possible_schemes(draft: Draft, method: LayerMethod) -> list[QuantScheme]:
+    """Return the scheme of the result, or of every option; none of a method that does not quantize."""
+    parts: Sequence[LayerMethod] = [method]
+    if isinstance(method, MixedMethod):
+        with plugin_fault(draft.installed, "options"):
+            parts = list(method.options())
+    found = []
+    with plugin_fault(draft.installed, "scheme"):
+        for part in parts:
+            scheme = part.scheme()
+            if scheme is None and part is method:
+                return []
+            if not isinstance(scheme, QuantScheme):
+                raise TypeError(f"it returned {type(scheme).__name__}, not a QuantScheme")
+            found.append(scheme)
+    return found

@@ -198,6 +198,7 @@ def show(
     """Show an artifact: how it was made, its metrics, invariants and files."""
     from orchestrator.home import Settings
     from orchestrator.report import shown
+    from orchestrator.zeros import zeros_of
 
     settings = Settings.from_environment()
     artifact, registered = _find(reference, settings)
@@ -212,6 +213,9 @@ def show(
     _print(f"  fingerprint  {manifest['fingerprint']}")
     for role, digest in manifest["inputs"].items():
         _print(f"  made from    {role} {digest}")
+    note = zeros_of(artifact) if manifest["kind"] == "model" else None
+    if note:
+        _print(f"  zeros        {note}")
     for title in ("parameters", "invariants", "metrics"):
         values = manifest["identity"]["parameters"] if title == "parameters" else manifest[title]
         if values:
@@ -328,6 +332,8 @@ def _print_result(document: Mapping[str, Any], settings: Settings) -> None:
     models = [step for step in document["steps"] if step["stage"] in ("prune", "distill", "quantize")]
     if models:
         _print(f"model     {models[-1]['artifact']['path']}")
+        if "zeros" in models[-1]:
+            _print(f"zeros     {models[-1]['zeros']}")
     release = document["release"]
     if release:
         alias = f" @{release['alias']}" if release.get("alias") else ""

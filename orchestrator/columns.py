@@ -23,6 +23,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from orchestrator.nm import run_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -145,9 +147,9 @@ class SaliencyMask:
         self._given_IO = self.zero_IO.clone()
         self._pivots_I = pivots_I.float()
         self._share = sparsity
-        kept, _, width = pattern.partition(":")
-        self._kept = int(kept) if width else None
-        self.width = int(width) if width else block_size  # columns that are chosen among at a time
+        run = run_of(pattern)
+        self._kept = run[0] if run else None
+        self.width = run[1] if run else block_size  # columns that are chosen among at a time
 
     def choose(self, column: int, updated: Callable[[int], torch.Tensor]) -> None:
         """Choose among the `width` columns from `column` on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import OrchestratorError, Problem, StepError
@@ -19,7 +20,7 @@ from orchestrator.usage import give_back_memory
 if TYPE_CHECKING:
     import torch
 
-    from orchestrator.export import ModelWriter
+    from orchestrator.job import Job
     from orchestrator.skeleton import Block, Skeleton
     from orchestrator.stored import StoredLayers
 
@@ -44,32 +45,40 @@ class WalkReport:
 
 
 class LayerCompressor:
-    """Applies a method to layers. `layers`: what it reported of each; may be filled in from an earlier run."""
+    """Applies methods to layers. `layers`: what it reported of each; may be filled in from an earlier run."""
 
-    def __init__(self, method: LayerMethod, writer: ModelWriter, model: Skeleton | StoredLayers) -> None:
-        self._method = method
-        self._writer = writer
+    def __init__(self, job: Job, model: Skeleton | StoredLayers) -> None:
+        self._job = job
+        self._writer = job.writer
         self._model = model
-        self._with_hessian = method.needs is Needs.INPUT_MOMENT
+        self._with_hessian = job.method.needs is Needs.INPUT_MOMENT
         self.layers: dict[str, Mapping[str, float]] = {}
         self.facts: dict[str, Mapping[str, float]] = {}  # what else is to be reported of a layer
 
     def compress(self, block: Block, names: Sequence[str], record: InputMoment | None) -> dict[str, str]:
         """Compress layers that share an input, write them, and leave the results in the modules."""
-        facts: dict[str, float] = {}
-        if record is not None:
-            expert, num_in = names[0] in block.experts, len(record.sum_I)
-            if expert and record.num_tokens == 0:
-                facts, record = {UNSEEN: 1, "tokens": 0}, alike(record)
-            elif record.num_tokens < num_in:
-                facts = {RANK_DEFICIENT: 1} if self._with_hessian else {}
-                facts |= {STARVED: 1} if expert else {}
+        record, facts = self._usable(block, names, record)
         written: dict[str, str] = {}
         for some, results in self._results(block, names, record):
             pairs = zip(some, results, strict=True)
             written |= dict(in_parallel([partial(self._finish, block, name, result, facts) for name, result in pairs]))
         give_back_memory()
         return written
+
+    def _usable(
+        self, block: Block, names: Sequence[str], record: InputMoment | None
+    ) -> tuple[InputMoment | None, dict[str, float]]:
+        """Return the record, or what stands for one of an expert without tokens, and what is to be said of it."""
+        if record is None:
+            return None, {}
+        expert = names[0] in block.experts
+        if expert and record.num_tokens == 0:
+            return alike(record), {UNSEEN: 1, "tokens": 0}
+        facts: dict[str, float] = {}
+        if record.num_tokens < len(record.sum_I):
+            facts = {RANK_DEFICIENT: 1} if self._with_hessian else {}
+            facts |= {STARVED: 1} if expert else {}
+        return record, facts
 
     def _finish(self, block: Block, name: str, result: LayerResult, facts: Mapping[str, float]) -> tuple[str, str]:
         """Write a layer's result and put it into the module; return its name and a digest of what was written."""
@@ -82,36 +91,22 @@ class LayerCompressor:
     def _results(
         self, block: Block, names: Sequence[str], record: InputMoment | None
     ) -> Iterator[tuple[Sequence[str], list[LayerResult]]]:
-        """Yield names and compressed layers, all at once if the method gains by it, else one by one."""
-        weights = [block.linears[name].weight.data for name in names]
-        together = type(self._method).compress_together is not LayerMethod.compress_together
-        for part in [slice(None)] if together else [slice(i, i + 1) for i in range(len(names))]:
-            try:
-                results = self._method.compress_together(weights[part], record)
-            except OrchestratorError as error:
-                where = f"layer {', '.join(names[part])}"
-                raise type(error)(
-                    [Problem(f"{p.what} ({where})", p.where, p.remedy) for p in error.problems]
-                ) from error
-            except Exception as error:
-                error.add_note(f"while {self._method.name} compressed {', '.join(names[part])}")
-                raise
-            if len(results) != len(weights[part]):
-                raise StepError(f"{self._method.name} returned {len(results)} layers for {len(weights[part])}")
-            yield names[part], results
+        """Yield names and compressed layers, method by method."""
+        for method, alike_names in groupby(names, self._job.method_of):
+            yield from results_of(method, block, list(alike_names), record)
 
     def _store(self, name: str, result: LayerResult, weight_OI: torch.Tensor) -> tuple[torch.Tensor, str]:
         """Write the result; return the weight [O, I] as it will be loaded, in the checkpoint's dtype, and a digest."""
-        expected = self._writer.scheme is not None
+        expected = name in self._writer.schemes
         if (result.encoding is not None) != expected:
-            raise StepError(f"{self._method.name} returned {'no' if expected else 'an'} encoding for {name}")
+            raise StepError(f"{self._job.method.name} returned {'no' if expected else 'an'} encoding for {name}")
         if result.weight_OI.shape != weight_OI.shape:
             shapes = f"{tuple(result.weight_OI.shape)} instead of {tuple(weight_OI.shape)}"
-            raise StepError(f"{self._method.name} returned shape {shapes} for {name}")
+            raise StepError(f"{self._job.method.name} returned shape {shapes} for {name}")
         dtype = self._model.checkpoint.torch_dtype
         stored_OI = result.weight_OI.to(dtype) if result.encoding is None else result.encoding.dequantize(dtype)
         if not stored_OI.isfinite().all():
-            raise StepError(f"{self._method.name} made {name} not finite")
+            raise StepError(f"{self._job.method.name} made {name} not finite")
         if result.encoding is None:
             return stored_OI, self._writer.add(f"{name}.weight", self._model.as_stored(name, stored_OI))
         return stored_OI, self._writer.add_quantized(name, result.encoding)
@@ -124,7 +119,7 @@ class LayerCompressor:
         metrics: dict[str, float] = {"layers": len(layers), "weights": sum(sizes.values())}
         if self._with_hessian:
             metrics[RANK_DEFICIENT] = 0
-        if self._method.needs is not Needs.WEIGHT and any(block.experts for block in self._model.blocks):
+        if self._job.method.needs is not Needs.WEIGHT and any(block.experts for block in self._model.blocks):
             metrics |= {STARVED: 0, UNSEEN: 0}
         for name in sorted({name for values in layers.values() for name in values}):
             found = {layer: values[name] for layer, values in layers.items() if name in values}
@@ -138,3 +133,23 @@ class LayerCompressor:
             else:
                 metrics[name] = sum(found.values())
         return WalkReport(metrics, layers)
+
+
+def results_of(
+    method: LayerMethod, block: Block, names: Sequence[str], record: InputMoment | None
+) -> Iterator[tuple[Sequence[str], list[LayerResult]]]:
+    """Yield names and compressed layers, all at once if the method gains by it, else one by one."""
+    weights = [block.linears[name].weight.data for name in names]
+    together = type(method).compress_together is not LayerMethod.compress_together
+    for part in [slice(None)] if together else [slice(i, i + 1) for i in range(len(names))]:
+        try:
+            results = method.compress_together(weights[part], record)
+        except OrchestratorError as error:
+            where = f"layer {', '.join(names[part])}"
+            raise type(error)([Problem(f"{p.what} ({where})", p.where, p.remedy) for p in error.problems]) from error
+        except Exception as error:
+            error.add_note(f"while {method.name} compressed {', '.join(names[part])}")
+            raise
+        if len(results) != len(weights[part]):
+            raise StepError(f"{method.name} returned {len(results)} layers for {len(weights[part])}")
+        yield names[part], results

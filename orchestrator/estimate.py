@@ -11,16 +11,16 @@ Shape legend: I = in features.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.capture import BATCH_TOKENS, KEPT_BYTES
 from orchestrator.checkpoint import Checkpoint
-from orchestrator.export import config_text, result_specs
-from orchestrator.layers import ignored_layers
-from orchestrator.method import Evaluator, InputMode, LayerMethod, Needs, ScalingMethod
-from orchestrator.packing import quantization_config
+from orchestrator.export import Schemes, config_text, ignored_in, result_specs, schemes_by_layer
+from orchestrator.method import Evaluator, InputMode, LayerMethod, MixedMethod, Needs, ScalingMethod
+from orchestrator.quantized import quantization_config
 from orchestrator.scheme import QuantScheme
+from orchestrator.sensitivity import LOGITS_AT_ONCE
 from orchestrator.shards import Shards
 from orchestrator.work import FLOAT32, KEPT_PIECE_BYTES, BlockFacts, InputGroup, ModelFacts, Work
 
@@ -64,13 +64,27 @@ class WalkSize:
     @property
     def together(self) -> bool:
         """Whether layers that share an input are compressed as one."""
-        return type(self.method).compress_together is not LayerMethod.compress_together
+        parts = self.method.options() if isinstance(self.method, MixedMethod) else [self.method]
+        return any(type(part).compress_together is not LayerMethod.compress_together for part in parts)
 
 
 def walk_memory(size: WalkSize, workers: int) -> int:
     """Most bytes of a walk beside the interpreter and its libraries."""
     over_blocks = max((_block_memory(size, block, workers) for block in size.model.blocks), default=0)
+    if isinstance(size.method, MixedMethod):
+        over_blocks = max(over_blocks, _gradient_memory(size, workers))
     return max(over_blocks, _ending_memory(size.model)) + 8 * size.tokens
+
+
+def _gradient_memory(size: WalkSize, workers: int) -> int:
+    """Of `orchestrator.sensitivity`: the head and some logits, or a block and what it keeps for its backward pass."""
+    model = size.model
+    tokens = min(size.batch_tokens, size.tokens)
+    logits = 4 * FLOAT32 * min(LOGITS_AT_ONCE, tokens * model.vocabulary)
+    head = model.vocabulary * model.hidden * (FLOAT32 + model.item_bytes)
+    block = max((block.parameters for block in model.blocks), default=0) * FLOAT32
+    kept = 2 * model.saved_bytes(tokens) // max(1, len(model.blocks))
+    return max(head + workers * logits, block + workers * kept)
 
 
 def _block_memory(size: WalkSize, block: BlockFacts, workers: int) -> int:
@@ -111,7 +125,7 @@ def _slack_bytes(size: WalkSize, batch_bytes: int) -> int:
 
 def _in_stages(size: WalkSize, block: BlockFacts) -> bool:
     """Whether the layers of a block are measured and compressed one input after the other."""
-    at_once = size.inputs == "dense" or isinstance(size.method, ScalingMethod)
+    at_once = size.inputs == "dense" or isinstance(size.method, MixedMethod | ScalingMethod)
     return not at_once and all(group.share == 1.0 for group in block.groups)
 
 
@@ -208,36 +222,31 @@ def _measuring(size: WalkSize) -> Work:
     return total.then(Work(moved_bytes=hidden * (2 + 3 * passes)))
 
 
-def result_bytes(checkpoint: Checkpoint, scheme: QuantScheme | None, skip: Sequence[str]) -> int:
+def result_bytes(checkpoint: Checkpoint, scheme: Schemes, skip: Sequence[str]) -> int:
     """Bytes of the artifact that a layer method gives: exact but for the numbers that are reported of each layer."""
-    layers = checkpoint.block_layers()
-    names = [layer.name for layer in layers]
-    ignored = sorted({*ignored_layers(names, skip), *checkpoint.dense_layers()})
+    schemes = schemes_by_layer(checkpoint, scheme, skip)
     config = dict(checkpoint.config)
-    if scheme is not None:
-        config["quantization_config"] = quantization_config(scheme, ignored)
-    report = sum(len(name) + _LAYER_REPORT_BYTES for name in names)
-    return model_bytes(checkpoint, scheme, ignored, config) + report
+    if schemes:
+        config["quantization_config"] = quantization_config(schemes, ignored_in(checkpoint, skip))
+    report = sum(len(layer.name) + _LAYER_REPORT_BYTES for layer in checkpoint.block_layers())
+    return model_bytes(checkpoint, schemes, config) + report
 
 
 def model_bytes(
     checkpoint: Checkpoint,
-    scheme: QuantScheme | None = None,
-    ignored: Sequence[str] = (),
+    schemes: Mapping[str, QuantScheme] | None = None,
     config: dict[str, object] | None = None,
 ) -> int:
     """Bytes of a model folder with the tensors, or their packed successors, and the companions of `checkpoint`."""
-    shards = Shards(checkpoint.path, result_specs(checkpoint, scheme, ignored))
+    shards = Shards(checkpoint.path, result_specs(checkpoint, schemes or {}))
     companions = sum((checkpoint.path / name).stat().st_size for name in checkpoint.companion_files())
     text = config_text(checkpoint, checkpoint.config if config is None else config)
     return shards.num_bytes + shards.index_bytes + companions + len(text.encode())
 
 
-def packed_weight_bytes(checkpoint: Checkpoint, scheme: QuantScheme | None, skip: Sequence[str]) -> int:
+def packed_weight_bytes(checkpoint: Checkpoint, scheme: Schemes, skip: Sequence[str]) -> int:
     """Bytes of the weight files alone."""
-    names = [layer.name for layer in checkpoint.block_layers()]
-    ignored = {*ignored_layers(names, skip), *checkpoint.dense_layers()}
-    return Shards(checkpoint.path, result_specs(checkpoint, scheme, ignored)).num_bytes
+    return Shards(checkpoint.path, result_specs(checkpoint, schemes_by_layer(checkpoint, scheme, skip))).num_bytes
 
 
 def report_bytes(evaluator: Evaluator) -> int:

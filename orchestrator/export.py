@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,22 +19,27 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
 from orchestrator.layers import ignored_layers
-from orchestrator.packing import pack, packed_specs, quantization_config
+from orchestrator.packing import SCALE_SUFFIX, pack, packed_specs
+from orchestrator.quantized import quantization_config
 from orchestrator.reader import FLOAT_DTYPES, TORCH_DTYPES, TensorReader, bytes_of
+from orchestrator.scheme import QuantScheme
 from orchestrator.shards import MAX_SHARD_BYTES, Shards, TensorSpec
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from orchestrator.scheme import QuantizedWeight, QuantScheme
+    from orchestrator.scheme import QuantizedWeight
+
+# How layers are quantized: all alike, by name, or not at all.
+Schemes = QuantScheme | Mapping[str, QuantScheme] | None
 
 
 class ModelWriter:
     """Writes the tensors of a model to their places as they come; `finish` makes the folder complete.
 
     checkpoint: the source, from which everything not added is copied.
-    scheme: how added layers are quantized; None for a dense result.
+    scheme: how added layers are quantized, all alike or by name; None for a dense result.
     skip: patterns (see `orchestrator.layers.is_skipped`) of the layers that stay dense in a quantized result.
     """
 
@@ -43,15 +48,15 @@ class ModelWriter:
         checkpoint: Checkpoint,
         folder: Path,
         *,
-        scheme: QuantScheme | None = None,
+        scheme: Schemes = None,
         skip: Sequence[str] = (),
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         self.checkpoint = checkpoint
         self.folder = Path(folder)
-        self.scheme = scheme
         self.layers = {layer.name: layer for layer in checkpoint.block_layers()}
-        self.ignored = sorted({*ignored_layers(self.layers, skip), *checkpoint.dense_layers()})
+        self.ignored = ignored_in(checkpoint, skip)
+        self.schemes = schemes_by_layer(checkpoint, scheme, skip)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.scale_dtype: str | None = None  # of quantized layers; known once the first one is there
         self._max_shard_bytes = max_shard_bytes
@@ -69,12 +74,12 @@ class ModelWriter:
     def add_quantized(self, layer: str, weight: QuantizedWeight) -> str:
         """Write the weight of a quantized layer; return a digest of its bytes.
 
-        Raises `StepError` if it does not fit the scheme of the result.
+        Raises `StepError` if it does not fit the scheme that was announced.
         """
-        if weight.scheme != self.scheme:
-            raise StepError(f"{layer} is quantized as {weight.scheme}, the model as {self.scheme}")
-        if layer in self.ignored:
+        if layer not in self.schemes:
             raise StepError(f"{layer} is quantized, although it is to stay as it is")
+        if weight.scheme != self.schemes[layer]:
+            raise StepError(f"{layer} is quantized as {weight.scheme}, not as {self.schemes[layer]}")
         scale_dtype = str(weight.scale_OG.dtype).removeprefix("torch.")
         shards = self._open(scale_dtype)
         if scale_dtype != self.scale_dtype:
@@ -93,8 +98,8 @@ class ModelWriter:
         shards = self._open(scale_dtype)
         layer = self.layers.get(written)
         names = [written] if layer is None else [f"{written}.weight"]
-        if layer is not None and self.scheme is not None:
-            parts = packed_specs(layer.out_features, layer.in_features, self.scheme)
+        if layer is not None and written in self.schemes:
+            parts = packed_specs(layer.out_features, layer.in_features, self.schemes[written])
             names = [f"{written}.{part}" for part in parts]
         if _digest({name: shards.read(name) for name in names}) != digest:
             return False
@@ -108,10 +113,9 @@ class ModelWriter:
 
     def finish(self) -> None:
         """Copy what was not added, write config.json and the companions. Raises `StepError` for a missing layer."""
-        if self.scheme is not None:
-            missing = [n for n in self.layers if f"{n}.weight" not in self._replaced and n not in self.ignored]
-            if missing:
-                raise StepError(f"{missing[0]} was not quantized ({len(missing)} layers in all)")
+        missing = [name for name in self.schemes if f"{name}.weight" not in self._replaced]
+        if missing:
+            raise StepError(f"{missing[0]} was not quantized ({len(missing)} layers in all)")
         shards = self._open()
         with TensorReader(self.checkpoint) as read:
             for name in self.checkpoint.tensors:
@@ -120,8 +124,8 @@ class ModelWriter:
                         shards.write_part(name, first, _cast(piece, self.checkpoint))
         shards.close()
         config = dict(self.checkpoint.config)
-        if self.scheme is not None:
-            config["quantization_config"] = quantization_config(self.scheme, self.ignored)
+        if self.schemes:
+            config["quantization_config"] = quantization_config(self.schemes, self.ignored)
         _write_rest(self.checkpoint, self.folder, config)
 
     def _open(self, scale_dtype: str | None = None) -> Shards:
@@ -129,31 +133,44 @@ class ModelWriter:
         with self._opening:
             if self._shards is None:
                 self.scale_dtype = scale_dtype
-                specs = result_specs(self.checkpoint, self.scheme, self.ignored, scale_dtype)
+                specs = result_specs(self.checkpoint, self.schemes, scale_dtype)
                 shards = Shards(self.folder, specs, max_bytes=self._max_shard_bytes)
                 shards.create()
                 self._shards = shards
             return self._shards
 
 
+def ignored_in(checkpoint: Checkpoint, skip: Sequence[str]) -> list[str]:
+    """Return the linear layers that stay dense in a quantized result, sorted."""
+    names = [layer.name for layer in checkpoint.block_layers()]
+    return sorted({*ignored_layers(names, skip), *checkpoint.dense_layers()})
+
+
+def schemes_by_layer(checkpoint: Checkpoint, scheme: Schemes, skip: Sequence[str]) -> dict[str, QuantScheme]:
+    """Return the scheme of every layer that is to be quantized: of all that `skip` does not match, or those named."""
+    if scheme is None or isinstance(scheme, Mapping):
+        return dict(scheme or {})
+    ignored = set(ignored_in(checkpoint, skip))
+    return {layer.name: scheme for layer in checkpoint.block_layers() if layer.name not in ignored}
+
+
 def result_specs(
-    checkpoint: Checkpoint, scheme: QuantScheme | None, ignored: Collection[str], scale_dtype: str | None = None
+    checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], scale_dtype: str | None = None
 ) -> dict[str, TensorSpec]:
     """Return what will be stored, by name: plain tensors in the checkpoint's dtype, or packed ones. Imports no torch.
 
-    scale_dtype: of quantized layers; None: the checkpoint's.
+    schemes: of quantized layers, by name. scale_dtype: of their scales; None: the checkpoint's.
     """
     specs = {}
     for name, info in checkpoint.tensors.items():
         floating = info.dtype in FLOAT_DTYPES
         specs[name] = TensorSpec(checkpoint.dtype_name if floating else TORCH_DTYPES[info.dtype], info.shape)
-    if scheme is not None:
-        for layer in checkpoint.block_layers():
-            if layer.name not in ignored:
-                del specs[f"{layer.name}.weight"]
-                packed = packed_specs(layer.out_features, layer.in_features, scheme)
-                for part, (dtype, shape) in packed.items():
-                    specs[f"{layer.name}.{part}"] = TensorSpec(dtype or scale_dtype or checkpoint.dtype_name, shape)
+    for layer in checkpoint.block_layers():
+        if layer.name in schemes:
+            del specs[f"{layer.name}.weight"]
+            packed = packed_specs(layer.out_features, layer.in_features, schemes[layer.name])
+            for part, (dtype, shape) in packed.items():
+                specs[f"{layer.name}.{part}"] = TensorSpec(dtype or scale_dtype or checkpoint.dtype_name, shape)
     return specs
 
 
@@ -177,7 +194,7 @@ def save_model(
     state = stored_state(model, {name: state[name] for name in state.keys() - tied}, checkpoint.tensors.keys())
     specs = {}
     for name in sorted(state):
-        if name.endswith((".weight_packed", ".weight_scale")):
+        if name.endswith(SCALE_SUFFIX):
             raise StepError(f"{name.rpartition('.')[0]} is still packed; a dense model was expected")
         floating = state[name].is_floating_point()
         dtype = checkpoint.dtype_name if floating else str(state[name].dtype).removeprefix("torch.")

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint import Checkpoint
-from orchestrator.checks import Draft, Note, PluginFaultError, plugin_fault
+from orchestrator.checks import Draft, Note, PluginFaultError, plugin_fault, possible_schemes
 from orchestrator.errors import OrchestratorError, SpecError, StepError
+from orchestrator.export_format import ExportFacts, ExportFormat
 from orchestrator.layers import is_skipped
 from orchestrator.method import (
     Context,
-    ExportFacts,
-    ExportFormat,
     Invariant,
     LayerMethod,
     Method,
@@ -65,23 +64,25 @@ def listed_methods(
     return listed
 
 
-def check_formats(drafts: Sequence[Draft], source: Checkpoint, note: Note) -> None:
-    """Ask every format whether it can be written here, and carry what the steps before it will have made."""
+def check_formats(drafts: Sequence[Draft], reads: Sequence[Checkpoint], note: Note) -> None:
+    """Ask every format whether it can be written here, and carry what the steps before it will have made.
+
+    reads: by step, the model that it reads, as foreseen.
+    """
     held: set[Invariant] = set()
-    scheme: QuantScheme | None = None
-    skip: tuple[str, ...] = ()
-    for draft in drafts:
-        if isinstance(draft.method, LayerMethod | ModelMethod):
-            held |= draft.method.provides
-        try:
-            if isinstance(draft.method, LayerMethod):
-                with plugin_fault(draft.installed, "scheme"):
-                    found = draft.method.scheme()
-                scheme, skip = (found, draft.spec.skip) if found else (scheme, skip)
-        except OrchestratorError:
-            continue  # noted where the step's layers are checked
-        layers = tuple(layer for layer in source.block_layers() if not (scheme and is_skipped(layer.name, skip)))
-        facts = ExportFacts(source, layers, frozenset(held), scheme)
+    schemes: dict[str, tuple[QuantScheme, ...]] = {}
+    for draft, model in zip(drafts, reads, strict=False):
+        method = draft.method
+        if isinstance(method, LayerMethod | ModelMethod):
+            held |= method.provides
+        if isinstance(method, LayerMethod):
+            try:
+                found = tuple(possible_schemes(draft, method))
+            except OrchestratorError:
+                return  # noted where the step's layers are checked
+            layers = [layer.name for layer in model.block_layers()]
+            schemes |= {name: found for name in layers if found and not is_skipped(name, draft.spec.skip)}
+        facts = ExportFacts(model, frozenset(held), dict(schemes))
         for index, (installed, export) in enumerate(draft.formats):
             try:
                 with plugin_fault(installed, "preflight"):

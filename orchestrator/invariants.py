@@ -9,17 +9,22 @@ Shape legend: O = out features, I = in features, M = neighbouring weights of an 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.canonical import canonical_json
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
 from orchestrator.layers import is_skipped
-from orchestrator.packing import FORMAT, PACKED_SUFFIX, read_scheme, unpack
+from orchestrator.packing import unpack
+from orchestrator.quantized import MIXED_FORMAT
 from orchestrator.reader import FLOAT_DTYPES, TensorReader
 
 if TYPE_CHECKING:
     import torch
+
+    from orchestrator.scheme import QuantScheme
 
 # A layer with fewer zeros was not pruned: trained weights hold a zero here and there by chance.
 _PRUNED_FROM = 0.01
@@ -47,7 +52,8 @@ def check_artifact(
     The result has these entries, each only if it applies:
     zeros: `fraction` of the weights of all linear layers in blocks; `pattern`: "2:4", "4:8", "row" (every row of a
         pruned layer has as many zeros) or None; `layers`: number of pruned layers.
-    grid: the scheme in the words of compressed-tensors, and its `format`.
+    grid: the scheme in the words of compressed-tensors, and its `format`; of several the `schemes`, each with the
+        number of its `layers`.
 
     Raises `StepError` when a zero was lost, a pattern or the grid does not hold, or a number is not finite.
     """
@@ -64,33 +70,20 @@ def check_artifact(
     return {name: fact for name, fact in (("zeros", zeros), ("grid", grid)) if fact is not None}
 
 
-def check_depth(before: Checkpoint, after: Checkpoint, removed: int) -> None:
-    """Raise `StepError` unless `after` has `removed` decoder blocks fewer: planning has reckoned with that number."""
-    num_before, num_after = len(before.layers_by_block()), len(after.layers_by_block())
-    if num_before - num_after != removed and not before.is_quantized:  # packed layers are not counted
-        raise StepError(
-            f"{num_after} of {num_before} decoder blocks are left, though the method says that it removes {removed}",
-            where=str(after.path),
-        )
-
-
 class _Weights:
     """The linear layers in a checkpoint's blocks, plain or packed, as numbers."""
 
     def __init__(self, checkpoint: Checkpoint, read: TensorReader) -> None:
         self._read = read
-        self._stored = checkpoint.tensors
-        self._scheme = read_scheme(checkpoint.config) if checkpoint.is_quantized else None
+        self._schemes = checkpoint.schemes()
         self._transposed = checkpoint.stores_transposed
-        packed = {name.removesuffix(PACKED_SUFFIX) for name in self._stored if name.endswith(PACKED_SUFFIX)}
-        self.layers = sorted({layer.name for layer in checkpoint.block_layers()} | packed)
+        self.layers = sorted({layer.name for layer in checkpoint.block_layers()} | self._schemes.keys())
 
     def __call__(self, layer: str) -> torch.Tensor:
         """Return the weight [O, I]."""
-        if f"{layer}{PACKED_SUFFIX}" in self._stored:
-            assert self._scheme is not None
-            scale = self._read(f"{layer}.weight_scale")
-            return unpack(self._read, layer, self._scheme).dequantize(scale.dtype)
+        if layer in self._schemes:
+            quantized = unpack(self._read, layer, self._schemes[layer])
+            return quantized.dequantize(quantized.scale_OG.dtype)
         weight = self._read(f"{layer}.weight")
         return weight.T if self._transposed else weight
 
@@ -104,14 +97,30 @@ def _check_finite(checkpoint: Checkpoint, read: TensorReader) -> None:
 def _check_grid(
     after: Checkpoint, kept: Mapping[str, Any] | None, claimed: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    grid = {**read_scheme(after.config).weight_args(), "format": FORMAT} if after.is_quantized else None
-    wanted = {**(claimed or {}), **(kept or {})}
-    if (kept is not None or claimed is not None) and grid is None:
+    schemes = after.schemes()
+    if not schemes:
+        if kept is None and claimed is None:
+            return None
         raise StepError("the model is not quantized, though it should be", where=str(after.path))
-    for name, value in wanted.items():
-        if grid is not None and grid.get(name) != value:
+    grid = grid_fact(schemes)
+    for name, value in {**(claimed or {}), **(kept or {})}.items():
+        if grid.get(name) != value:
             raise StepError(f"{name} of the quantization is {grid.get(name)}, not {value}", where=str(after.path))
     return grid
+
+
+def grid_fact(schemes: Mapping[str, QuantScheme]) -> dict[str, Any]:
+    """Return what a manifest says of the schemes of quantized layers, by name: the one, or how many have which."""
+    count = Counter(schemes.values())
+    facts = [{**s.weight_args(), "input_activations": s.input_args(), "format": s.format} for s in count]
+    if len(facts) == 1:
+        return facts[0]
+    several = [{**fact, "layers": layers} for fact, layers in zip(facts, count.values(), strict=True)]
+    formats = {fact["format"] for fact in facts}
+    return {
+        "format": formats.pop() if len(formats) == 1 else MIXED_FORMAT,
+        "schemes": sorted(several, key=lambda fact: canonical_json(fact)),
+    }
 
 
 def _check_kept_zeros(

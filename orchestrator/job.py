@@ -44,7 +44,10 @@ class WalkSettings:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done. facts: what statistics follow from, whatever the method does with them."""
+    """What is to be done.
+
+    facts: what statistics follow from, whatever the method does with them. methods: by layer, where `method` is mixed.
+    """
 
     method: LayerMethod
     writer: ModelWriter
@@ -53,6 +56,11 @@ class Job:
     settings: WalkSettings
     tokens_NT: torch.Tensor | None
     facts: Mapping[str, Any]
+    methods: Mapping[str, LayerMethod] = field(default_factory=dict)
+
+    def method_of(self, layer: str) -> LayerMethod:
+        """Return what compresses a layer."""
+        return self.methods.get(layer, self.method)
 
     def key(self, block: str, leader: str | None = None, passed: str | None = None) -> str:
         """The name of a block's record of one input, or of its list of inputs.

@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.scheme import QuantScheme
 
 # Serving engines load each of these sets as one matrix, so its members must share one quantization scheme. Phi-3 and
 # GPT-NeoX store them as one from the start.
@@ -57,7 +60,7 @@ def unsupported(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def unquantizable(
-    config: Mapping[str, Any], names: Sequence[str], skip: Sequence[str], *, symmetric: bool
+    config: Mapping[str, Any], names: Sequence[str], skip: Sequence[str], scheme: QuantScheme
 ) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """Yield what would make a quantized model that nobody can load: where in the step, what, and what to do.
 
@@ -73,7 +76,14 @@ def unquantizable(
         )
     experts = [name for name in names if is_expert(name)]
     skipped = [name for name in experts if is_skipped(name, skip)]
-    if experts and not symmetric:
+    if experts and scheme.input_activations is not None:
+        yield (
+            (),
+            "Transformers merges the experts of a mixture while loading and then quantizes none of their inputs, so the"
+            " result could not be checked",
+            "quantize weights only (gptq, awq), or a model without experts",
+        )
+    if experts and not scheme.symmetric:
         yield (
             ("with",),
             "the experts of a mixture cannot be loaded with zero points (compressed-tensors in Transformers and vLLM)",

@@ -9,7 +9,7 @@
 | `Evaluator`     | validate        | `measure(candidate, baseline, context) -> {name: number}`|
 | `Publisher`     | register        | `publish(bundle, manifest, name) -> Release`             |
 | `ServingEngine` | register        | `render(shape, plan) -> {file name: text}`               |
-| `ExportFormat`  | register        | `write(model, folder, invariants, context) -> {name: number}` |
+| `ExportFormat`  | register        | in `orchestrator.export_format`                          |
 
 State is passed in and returned, never hidden in the method. This module imports no torch, so that a
 specification can be planned without it; method files import torch inside the functions that compute.
@@ -263,6 +263,73 @@ class ScalingMethod(LayerMethod):
         """
 
 
+@dataclass(frozen=True)
+class LayerCosts:
+    """What each option of a `MixedMethod` costs in one set of layers that engines fuse, so that all must get the same.
+
+    num_weights: of all layers of the set. sizes: bytes of their stored tensors, for each option.
+    losses: by how much the KL divergence of the model's next tokens is estimated to grow, nats per token
+        (`orchestrator.sensitivity`); of several layers they add up.
+    """
+
+    layers: tuple[str, ...]
+    num_weights: int
+    sizes: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+class MixedMethod(LayerMethod):
+    """A `LayerMethod` that compresses different layers differently, within a budget of bytes.
+
+    Every option is tried on every layer, on the inputs of the uncompressed model, and what it costs is kept; the method
+    chooses; each layer is then compressed by the option chosen for it. Costs are kept with the statistics, so
+    that another budget is a matter of choosing again. An option is no `ScalingMethod`.
+    """
+
+    needs: ClassVar[Needs] = Needs.INPUT_MOMENT
+
+    @abstractmethod
+    def options(self) -> Sequence[LayerMethod]:
+        """Return what a layer can be compressed by, each with a scheme of its own."""
+
+    @abstractmethod
+    def capacity(self, fixed_bytes: int, num_weights: int) -> int:
+        """Return how many bytes the compressed layers may take.
+
+        fixed_bytes: of the weight files, without those layers. num_weights: of those layers.
+        """
+
+    @abstractmethod
+    def beyond(self, capacity: int, smallest: int, fixed_bytes: int) -> tuple[str, str]:
+        """Return (parameter name, what is wrong) for a capacity below the smallest that can be chosen, bytes."""
+
+    @abstractmethod
+    def choose(self, costs: Sequence[LayerCosts], capacity: int) -> Sequence[int]:
+        """Return the number of an option for each set of layers; their sizes add up to at most `capacity`. Pure."""
+
+    def check_layer(self, layer: LayerShape) -> tuple[str, str] | None:
+        """Refuse what an option refuses."""
+        return next(filter(None, (option.check_layer(layer) for option in self.options())), None)
+
+    def working_bytes(self, rows: int, in_features: int) -> int:
+        """Options are tried one after the other; an error and its product with H come to it."""
+        largest = max(option.working_bytes(rows, in_features) for option in self.options())
+        return largest + 2 * FLOAT32 * rows * in_features
+
+    def effort(self, rows: int, in_features: int) -> Work:
+        """All options once, with the product of each error with H, and the chosen one again."""
+        efforts = [option.effort(rows, in_features) for option in self.options()]
+        product = Work(operations=2.0 * rows * in_features**2, moved_bytes=24.0 * rows * in_features, calls=6)
+        total = max(efforts, key=lambda work: work.operations)
+        for work in efforts:
+            total = total.then(work).then(product)
+        return total
+
+    def compress(self, weight_OI: torch.Tensor, statistic: InputMoment | None) -> LayerResult:
+        """Not to be asked: which option a layer gets depends on the others."""
+        raise TypeError(f"{type(self).__name__} compresses by one of its options")
+
+
 class ModelMethod(Method):
     """Changes a whole model, for instance by training it."""
 
@@ -273,6 +340,21 @@ class ModelMethod(Method):
     def blocks_removed(self) -> int:
         """How many decoder blocks the result has fewer than the input; planning checks and estimates with it."""
         return 0
+
+    def config_after(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the config.json of the result from that of the input, but for the blocks that go.
+
+        Called while planning, without torch: later steps are held against the shapes that follow from it. Default: the
+        same. Raises `StepError` for a model that `apply` would refuse, as far as its configuration shows.
+        """
+        return config
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Refuse, before any step, a model that `apply` would refuse, as far as its modules show. Raises `StepError`.
+
+        model: as Transformers makes it from config.json, its parameters on the meta device. `plan` calls this in a
+        process of its own.
+        """
 
     def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
         """One pass of the calibration set through both models, held in float32."""
@@ -362,38 +444,3 @@ class ServingEngine(Method):
     @abstractmethod
     def render(self, shape: ModelShape, plan: KVPlan) -> Mapping[str, str]:
         """Return {file name: content}. Raise `SpecError` for what this engine cannot honour."""
-
-
-@dataclass(frozen=True)
-class ExportFacts:
-    """What planning knows of the model that a format will be asked to carry.
-
-    source: the model before any step; its shapes are those of the result unless a step changes them.
-    layers: the linear layers of its blocks that are on the grid, if one is held, else all of them.
-    held: what steps before have established. scheme: of the grid; None if there is none, or a `ModelMethod` makes it.
-    """
-
-    source: Checkpoint
-    layers: tuple[LayerShape, ...]
-    held: frozenset[Invariant]
-    scheme: QuantScheme | None
-
-
-class ExportFormat(Method):
-    """Writes the compressed model in another file format, into a folder of the release that is the format's own."""
-
-    libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose versions decide the bytes; part of the fingerprint
-
-    @abstractmethod
-    def check(self, facts: ExportFacts) -> None:
-        """Raise `SpecError` or `PreflightError` for what the format cannot carry, as far as planning knows it."""
-
-    @abstractmethod
-    def write(
-        self, model: Checkpoint, folder: Path, invariants: Mapping[str, Any], context: Context
-    ) -> Mapping[str, float]:
-        """Write the model's files into `folder` and return numbers worth recording, e.g. sizes in bytes on disk.
-
-        invariants: of the model, as its manifest has them. The bytes follow from the model alone, and a file that
-        was not shown to be right is not left there. Raise `StepError` for what cannot be carried.
-        """

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import PreflightError
 from orchestrator.interrupts import interrupts_later
-from orchestrator.packing import scheme_or_none
+from orchestrator.packing import unpack
+from orchestrator.quantized import schemes_of
+from orchestrator.reader import TensorReader
 from orchestrator.usage import reuse_memory
 
 if TYPE_CHECKING:
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from orchestrator.checkpoint import Checkpoint
+    from orchestrator.scheme import InputScheme, QuantScheme
 
 COPY_AGAIN = "copy the model again, config.json and weights together"
 
@@ -30,28 +35,29 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None) -
 
     config: the Transformers configuration, where it is to be another than that of the checkpoint (fewer blocks).
 
-    A model that this project quantized is decompressed on loading, as its config.json asks of every user of
-    Transformers; so is one by others in the same layout if `dtype` is the one its scales are stored in (in another
-    dtype decompression rounds differently, and a stock user gets the other rounding). The logits are in all cases
-    those of ``AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)``.
+    A model that this project quantized, or others in a layout that it reads, is decompressed here, in the dtype of its
+    scales, and cast to `dtype`; where its scheme says so, its linear layers quantize their inputs, with scales in
+    float32 as in kernels (compressed-tensors: in the model's dtype). In the dtype of the scales the logits are
+    otherwise those of ``AutoModelForCausalLM.from_pretrained(folder)``. Other quantizations are left to Transformers.
 
     Raises `PreflightError` for an architecture Transformers does not know, for missing or misshapen tensors (which
     Transformers would fill with random numbers) and for unreadable files.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     weights = checkpoint.weight_files  # refuses pickles and missing files before Transformers looks for them
     options: dict[str, Any] = {} if config is None else {"config": config}
-    if checkpoint.is_quantized:
-        from transformers import CompressedTensorsConfig
-
-        if scheme_or_none(checkpoint.config) is not None and dtype == getattr(torch, checkpoint.stored_dtype):
-            options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    folder: Path | None = checkpoint.path
+    schemes = schemes_of(checkpoint.config, checkpoint.tensors) if checkpoint.is_quantized else None
     try:
         with quiet():
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                checkpoint.path,
+            kind: Any = AutoModelForCausalLM
+            if schemes is not None:  # which the automatic class does not take without a folder
+                folder, options = None, {"config": _dense_config(checkpoint, config)}
+                options["state_dict"] = _decompressed(checkpoint, schemes)
+                kind = AutoModelForCausalLM._model_mapping[type(options["config"])]
+            model, loading = kind.from_pretrained(
+                folder,
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -69,8 +75,47 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None) -
                 f" {', '.join(names[:3])}{' …' if len(names) > 3 else ''}",
                 remedy=COPY_AGAIN,
             )
+    if schemes is not None:
+        _quantize_inputs(model, checkpoint, schemes)
     model.eval()
     return model
+
+
+def _dense_config(checkpoint: Checkpoint, config: Any) -> Any:
+    config = deepcopy(config) if config is not None else load_config(checkpoint)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _decompressed(checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme]) -> dict[str, torch.Tensor]:
+    """Return all stored tensors, with plain weights for packed ones."""
+    state: dict[str, torch.Tensor] = {}
+    with TensorReader(checkpoint) as read:
+        for name in checkpoint.tensors:
+            layer, _, part = name.rpartition(".")
+            if layer not in schemes or part == "bias":
+                state[name] = read(name)
+        for layer, scheme in schemes.items():
+            quantized = unpack(read, layer, scheme)
+            state[f"{layer}.weight"] = quantized.dequantize(quantized.scale_OG.dtype)
+    return state
+
+
+def _quantize_inputs(model: PreTrainedModel, checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme]) -> None:
+    """Let linear layers see their inputs as an engine does that multiplies in eight bits."""
+    with TensorReader(checkpoint) as read:
+        for layer, scheme in schemes.items():
+            inputs = scheme.input_activations
+            if inputs is not None:
+                scale_1 = None if inputs.dynamic else read(f"{layer}.input_scale")
+
+                def quantize(
+                    module: Any, args: tuple[Any, ...], inputs: InputScheme = inputs, scale: Any = scale_1
+                ) -> tuple[Any, ...]:
+                    return (inputs.fake_quantize(args[0], scale), *args[1:])
+
+                model.get_submodule(layer).register_forward_pre_hook(quantize)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ class StepOutcome:
 
     import_seconds: the part of `seconds` in which libraries were imported.
     disk_bytes: of the artifact. predicted: the same numbers as they were foreseen; None for a cached step.
+    zeros: of a pruned model, what its zeros are worth (`orchestrator.zeros`).
     """
 
     stage: str
@@ -29,6 +30,7 @@ class StepOutcome:
     disk_bytes: int = 0
     predicted: Mapping[str, Any] | None = None
     peak_device_bytes: int | None = None
+    zeros: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The form that `run --json` prints."""
@@ -45,4 +47,5 @@ class StepOutcome:
             "predicted": None if self.predicted is None else dict(self.predicted),
             "artifact": {"digest": self.digest, "path": str(self.path)},
             "metrics": dict(self.metrics),
+            **({} if self.zeros is None else {"zeros": self.zeros}),
         }

@@ -1,10 +1,15 @@
-"""The compressed-tensors layout "pack-quantized": what stands for a quantized weight in a checkpoint.
+"""The layouts of compressed-tensors: what stands for a quantized weight in a checkpoint.
 
 A layer NAME with weight [O, I] on a grid is stored as
-    NAME.weight_packed      int32 [O, ceil(I * num_bits / 32)]  integers, offset to unsigned, packed without gaps
-    NAME.weight_scale       float [O, G]
-    NAME.weight_zero_point  int32 [ceil(O * num_bits / 32), G]  the same packing along O; asymmetric schemes only
-    NAME.weight_shape       int64 [2]                           O, I
+    "pack-quantized", for integers whose layer's inputs are not quantized:
+        NAME.weight_packed      int32 [O, ceil(I * num_bits / 32)]  integers, offset to unsigned, packed without gaps
+        NAME.weight_scale       float [O, G]
+        NAME.weight_zero_point  int32 [ceil(O * num_bits / 32), G]  the same packing along O; asymmetric schemes only
+        NAME.weight_shape       int64 [2]                           O, I
+    "int-quantized" and "float-quantized":
+        NAME.weight             int8 or float8_e4m3fn [O, I]
+        NAME.weight_scale       float [O, 1]
+        NAME.input_scale        float [1]                           static inputs only
 
 Shape legend: O = out features, I = in features, G = groups along I (1 for strategy 'channel').
 """
@@ -12,28 +17,33 @@ Shape legend: O = out features, I = in features, G = groups along I (1 for strat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from orchestrator.errors import PreflightError
 from orchestrator.scheme import QuantizedWeight, QuantScheme
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT = "pack-quantized"
-PACKED_SUFFIX = ".weight_packed"
+PACKED = "pack-quantized"
+SCALE_SUFFIX = ".weight_scale"
 PACKED_BITS = range(2, 9)
 
 
 def check_scheme(scheme: QuantScheme) -> str | None:
-    """Return why the layout cannot carry `scheme`, or None if it can. Imports no torch."""
-    if scheme.num_bits not in PACKED_BITS:
-        return f"num_bits: {scheme.num_bits} cannot be packed; {PACKED_BITS[0]} to {PACKED_BITS[-1]} can"
+    """Return why no layout can carry `scheme`, or None if one can. Imports no torch."""
     if scheme.strategy == "group" and (scheme.group_size is None or scheme.group_size < 1):
         return f"group_size: {scheme.group_size} is no group; strategy 'group' needs a positive one"
     if scheme.strategy == "channel" and scheme.group_size is not None:
         return f"group_size: {scheme.group_size} has no meaning with strategy 'channel'"
+    if scheme.format == PACKED:
+        if scheme.num_bits not in PACKED_BITS:
+            return f"num_bits: {scheme.num_bits} cannot be packed; {PACKED_BITS[0]} to {PACKED_BITS[-1]} can"
+        return None
+    if (scheme.num_bits, scheme.symmetric, scheme.strategy) != (8, True, "channel"):
+        return f"the layout {scheme.format!r} takes symmetric weights of 8 bits with one scale per output channel"
+    if scheme.input_activations and scheme.input_activations.type != scheme.type:
+        return f"weights are {scheme.type}, inputs {scheme.input_activations.type}: engines multiply one kind"
     return None
 
 
@@ -42,6 +52,9 @@ def pack(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     import torch
 
     bits = weight.scheme.num_bits
+    if weight.scheme.format != PACKED:
+        tensors = {"weight": weight.q_OI.contiguous(), "weight_scale": weight.scale_OG.contiguous()}
+        return tensors if weight.input_scale_1 is None else {**tensors, "input_scale": weight.input_scale_1}
     tensors = {
         "weight_packed": pack_integers(weight.q_OI, bits),
         "weight_scale": weight.scale_OG.contiguous(),
@@ -95,6 +108,13 @@ def unpack_integers(packed_RW: torch.Tensor, bits: int, num_columns: int) -> tor
 def packed_specs(num_out: int, num_in: int, scheme: QuantScheme) -> dict[str, tuple[str | None, tuple[int, ...]]]:
     """Return dtype (None: that of the scales) and shape of what `pack` returns for a layer. Imports no torch."""
     bits, groups = scheme.num_bits, num_in // scheme.group_width(num_in)
+    if scheme.format != PACKED:
+        stored = "float8_e4m3fn" if scheme.type == "float" else "int8"
+        plain: dict[str, tuple[str | None, tuple[int, ...]]] = {
+            "weight": (stored, (num_out, num_in)),
+            "weight_scale": (None, (num_out, groups)),
+        }
+        return plain if not _is_static(scheme) else {**plain, "input_scale": (None, (1,))}
     specs: dict[str, tuple[str | None, tuple[int, ...]]] = {
         "weight_packed": ("int32", (num_out, math.ceil(num_in * bits / 32))),
         "weight_scale": (None, (num_out, groups)),
@@ -107,7 +127,10 @@ def packed_specs(num_out: int, num_in: int, scheme: QuantScheme) -> dict[str, tu
 
 def unpack(tensor: Callable[[str], torch.Tensor], layer: str, scheme: QuantScheme) -> QuantizedWeight:
     """Read a layer back; `tensor` returns a stored tensor by its full name."""
-    scale_OG = tensor(f"{layer}.weight_scale")
+    scale_OG = tensor(f"{layer}{SCALE_SUFFIX}")
+    if scheme.format != PACKED:
+        input_scale_1 = tensor(f"{layer}.input_scale") if _is_static(scheme) else None
+        return QuantizedWeight(tensor(f"{layer}.weight"), scale_OG, None, scheme, input_scale_1)
     num_out, num_in = tensor(f"{layer}.weight_shape").tolist()
     q_OI = unpack_integers(tensor(f"{layer}.weight_packed"), scheme.num_bits, num_in)
     zero_point_OG = None
@@ -117,59 +140,5 @@ def unpack(tensor: Callable[[str], torch.Tensor], layer: str, scheme: QuantSchem
     return QuantizedWeight(q_OI, scale_OG, zero_point_OG, scheme)
 
 
-def quantization_config(scheme: QuantScheme, ignored: Collection[str]) -> dict[str, Any]:
-    """Return the `quantization_config` entry of config.json.
-
-    ``dequantize`` makes Transformers decompress while it loads. Without it a packed zero point does not load at all
-    (Transformers 5.23 with compressed-tensors 0.20 expects it unpacked), and a model loaded in another dtype than
-    that of its scales is rounded differently from one loaded in theirs. Engines that keep weights packed ignore it.
-    """
-    group = {
-        "targets": ["Linear"],
-        "weights": scheme.weight_args(),
-        "input_activations": None,
-        "output_activations": None,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": FORMAT,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": sorted(ignored),
-        "dequantize": True,
-    }
-
-
-def read_scheme(config: Mapping[str, Any]) -> QuantScheme:
-    """Return the scheme of a config.json that `quantization_config` describes.
-
-    Raises `PreflightError` for any other quantization: several schemes, quantized activations, another format.
-    """
-    scheme = scheme_or_none(config)
-    if scheme is None:
-        entry = config.get("quantization_config") or {}
-        raise PreflightError(
-            f"the model is quantized in a way this version does not read: {entry.get('quant_method')!r},"
-            f" format {entry.get('format')!r}",
-            remedy="start from the model before quantization",
-        )
-    return scheme
-
-
-def scheme_or_none(config: Mapping[str, Any]) -> QuantScheme | None:
-    """Return what `read_scheme` returns, or None where it raises."""
-    entry = config.get("quantization_config") or {}
-    groups = entry.get("config_groups") or {}
-    if entry.get("quant_method") != "compressed-tensors" or entry.get("format") != FORMAT or len(groups) != 1:
-        return None
-    (group,) = groups.values()
-    if not isinstance(group, dict) or group.get("input_activations") or group.get("output_activations"):
-        return None
-    # Files by others spell out defaults that QuantScheme does not carry (observer, dynamic, block_structure).
-    known = {name: value for name, value in (group.get("weights") or {}).items() if name in QuantScheme.model_fields}
-    if known.get("actorder") == "weight":
-        known["actorder"] = "static"  # two names of one thing in compressed-tensors
-    try:
-        return QuantScheme(**known)
-    except ValueError:
-        return None
+def _is_static(scheme: QuantScheme) -> bool:
+    return scheme.input_activations is not None and not scheme.input_activations.dynamic

@@ -10,17 +10,13 @@ plan are known before it runs.
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import ValidationError
+from typing import Any
 
 from orchestrator.canonical import digest_of
-from orchestrator.checkpoint import Checkpoint, expand_home, locate_model
+from orchestrator.checkpoint import Checkpoint, locate_model
 from orchestrator.checks import (
     Draft,
     Note,
@@ -32,11 +28,12 @@ from orchestrator.checks import (
 )
 from orchestrator.digests import FileDigests
 from orchestrator.errors import OrchestratorError, PreflightError, Problem, SpecError
+from orchestrator.export_format import ExportFormat
+from orchestrator.foreseen import Foresight
 from orchestrator.formats import check_formats, format_identity, listed_methods
 from orchestrator.method import (
     Calibrator,
     Evaluator,
-    ExportFormat,
     InputMode,
     LayerMethod,
     Method,
@@ -46,9 +43,9 @@ from orchestrator.method import (
     ServingEngine,
     Stage,
 )
-from orchestrator.plugins import InstalledMethod, Methods, package_digest
-from orchestrator.sources import PREFIX, InputFile, check_source, resolve_source, source_digest
-from orchestrator.spec import Location, ModelSpec, SpecFile, SpecText, StepSpec, read_spec, validate_strictly
+from orchestrator.parameters import parameterize, parameters_of
+from orchestrator.plugins import InstalledMethod, Methods, library_versions, package_digest
+from orchestrator.spec import Location, ModelSpec, SpecFile, SpecText, StepSpec, read_spec
 
 SOURCE = -1  # stands for the source model where an input is the index of a step
 _SHOWING = (
@@ -61,10 +58,10 @@ _SHOWING = (
     "report.py",
     "testing.py",
     "usage.py",
+    "zeros.py",
 )
-_FORESEEING = ("estimate.py", "facts.py", "machine.py", "preflight.py", "work.py")
+_FORESEEING = ("estimate.py", "facts.py", "foreseen.py", "machine.py", "preflight.py", "work.py")
 NOT_COMPUTING = (*_SHOWING, *_FORESEEING)  # files of the core that decide no result
-COMPUTING_LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "safetensors")
 # Methods that no step is, but that a register step lists.
 LISTED: tuple[tuple[type[Method], str, str], ...] = (
     (ServingEngine, "a serving engine", "engines"),
@@ -78,6 +75,7 @@ class Step:
 
     calibrated_on: what a layer method's blocks see; None where it sees none. device: "cpu" or "cuda".
     inputs: role ("model", "dense", "calibration") -> index of the step that gives it, or `SOURCE`.
+    reads, gives: the model before and after the step, as far as it is foreseen: configuration and dense shapes.
     identity: everything that went into the fingerprint.
     """
 
@@ -91,6 +89,8 @@ class Step:
     engines: tuple[ServingEngine, ...]
     formats: tuple[ExportFormat, ...]
     inputs: Mapping[str, int]
+    reads: Checkpoint
+    gives: Checkpoint
     identity: Mapping[str, Any]
     fingerprint: str
 
@@ -153,19 +153,25 @@ def make_plan(
     source = _open_source(file, file.model, digests, note) if file.model else None
     if file.spec and len(drafts) == len(file.spec.steps):
         check_chain(drafts, note)
+    reads: list[Checkpoint] = []
     if source:
-        gone = 0
+        foresight = Foresight(home)
+        model = source[0]
         for draft in drafts:
             _settle_dtype(draft, source[0], digests, note)
-            gone += check_against_model(draft, source[0], note, gone)
-        check_formats(drafts, source[0], note)
+            check_against_model(draft, model, note)
+            reads.append(model)
+            model = foresight.after(draft, model, note)
+        reads.append(model)
+        foresight.save()
+        check_formats(drafts, reads, note)
     digests.save()
     if problems:
         kind = SpecError if any(kind is SpecError for kind, _ in problems) else PreflightError
         raise kind(sorted((problem for _, problem in problems), key=file.line_of))
     if source is None:
         raise PreflightError("the model cannot be used")
-    return _fingerprinted(file.whole(), drafts, *source, tracking_uri)
+    return _fingerprinted(file.whole(), drafts, reads, *source, tracking_uri)
 
 
 def _settle_dtype(draft: Draft, source: Checkpoint, digests: FileDigests, note: Note) -> None:
@@ -177,7 +183,7 @@ def _settle_dtype(draft: Draft, source: Checkpoint, digests: FileDigests, note: 
             method = draft.method.for_dtype(source.dtype_name)
             if not isinstance(method, LayerMethod):
                 raise TypeError(f"it returned {type(method).__name__}, not a LayerMethod")
-        draft.method, draft.parameters = method, _parameters(draft.installed, method, digests)
+        draft.method, draft.parameters = method, parameters_of(draft.installed, method, digests)
     except PluginFaultError as error:
         note(error, draft.place)
     except OrchestratorError as error:
@@ -222,10 +228,10 @@ def _draft(
     except SpecError as error:
         note(error, here)
         return None
-    method = _parameterize(file, installed, step.with_, (*location, "with"), home, note)
+    method = parameterize(file, installed, step.with_, (*location, "with"), home, note)
 
     def built(found: InstalledMethod, values: Mapping[str, Any], place: Location) -> Method | None:
-        return _parameterize(file, found, values, place, home, note)
+        return parameterize(file, found, values, place, home, note)
 
     engines = listed_methods(step.engines, (*location, "engines"), ServingEngine, methods, built, note)
     formats = listed_methods(step.formats, (*location, "formats"), ExportFormat, methods, built, note)
@@ -258,7 +264,7 @@ def _draft(
             return None
         with plugin_fault(installed, "preflight"):
             method.preflight()
-        parameters = _parameters(installed, method, digests)
+        parameters = parameters_of(installed, method, digests)
     except PluginFaultError as error:
         note(error, here)
         return None
@@ -268,78 +274,13 @@ def _draft(
     return Draft(step, location, installed, method, engines, parameters, formats)
 
 
-def _parameterize(
-    file: SpecText,
-    installed: InstalledMethod,
-    values: Mapping[str, Any],
-    location: Location,
-    home: Path,
-    note: Note,
-) -> Method | None:
-    """Build the method from its `with` mapping, paths made absolute."""
-    values = dict(values)
-    usable = True  # a fault is noted, and the rest is checked all the same
-    for name in sorted(set(_source_fields(installed.cls)) & set(values)):
-        if isinstance(values[name], str):
-            try:
-                values[name] = resolve_source(values[name], file.folder)
-                check_source(values[name])
-            except OrchestratorError as error:
-                note(error, (*location, name))
-                usable = False
-    if issubclass(installed.cls, Publisher):
-        uri = values.get("uri")
-        if uri is None:
-            values["uri"] = (home / "releases").absolute().as_uri()
-        elif isinstance(uri, str) and "://" not in uri:
-            try:
-                values["uri"] = (file.folder / expand_home(uri)).absolute().as_uri()
-            except PreflightError as error:
-                note(error, (*location, "uri"))
-                usable = False
-    try:
-        with plugin_fault(installed, "__init__"):
-            try:
-                method = validate_strictly(installed.cls, values)
-                return method if usable else None
-            except ValidationError as error:
-                raise SpecError(file.problems(error, location, list(installed.cls.model_fields))) from None
-    except SpecError as error:
-        note(error, location)
-        return None
-
-
-def _source_fields(cls: type[Method]) -> Iterator[str]:
-    """The fields that name a text source."""
-    for name, info in cls.model_fields.items():
-        if _is_marked(info.metadata) or _is_marked(get_args(info.annotation)):
-            yield name
-
-
-def _is_marked(parts: Iterable[Any]) -> bool:
-    """Whether `InputFile` is among the parts of an annotation, or of one of its alternatives."""
-    return any(isinstance(part, InputFile) or _is_marked(getattr(part, "__metadata__", ())) for part in parts)
-
-
-def _parameters(installed: InstalledMethod, method: Method, digests: FileDigests) -> dict[str, Any]:
-    """The parameters as they enter the fingerprint: text sources by content, not by path."""
-    with plugin_fault(installed, "model_dump"):
-        parameters = method.model_dump(mode="json")
-    for name in _source_fields(type(method)):
-        value = parameters[name]
-        if value is not None:
-            digest = source_digest(value) if value.startswith(PREFIX) else digests.sha256(Path(value))
-            parameters[name] = {"sha256": digest}
-    return parameters
-
-
-@cache
-def _environment() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in COMPUTING_LIBRARIES}
-
-
 def _fingerprinted(
-    file: SpecFile, drafts: Sequence[Draft], source: Checkpoint, source_digest: str, tracking_uri: str | None
+    file: SpecFile,
+    drafts: Sequence[Draft],
+    reads: Sequence[Checkpoint],
+    source: Checkpoint,
+    source_digest: str,
+    tracking_uri: str | None,
 ) -> Plan:
     spec = file.spec
     steps: list[Step] = []
@@ -370,7 +311,7 @@ def _fingerprinted(
             "parameters": draft.parameters,
             "plugin": _plugin_identity(draft.installed),
             "core": core,
-            "environment": _environment(),
+            "environment": library_versions(),
             "inputs": {role: reference(at) for role, at in inputs.items()},
         }
         if not isinstance(method, LayerMethod | Publisher):
@@ -411,6 +352,8 @@ def _fingerprinted(
                 engines=tuple(engine for _, engine in draft.engines),
                 formats=tuple(export for _, export in draft.formats),
                 inputs=inputs,
+                reads=reads[index],
+                gives=reads[index + 1],
                 identity=identity,
                 fingerprint=digest_of(identity),
             )

@@ -22,7 +22,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PROJECT = "orchestrator"
 GROUP = "orchestrator.plugins"
 API_VERSION = "1.0"
+COMPUTING_LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "safetensors")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -200,7 +201,7 @@ def _check_api(declared: object) -> None:
 
 def _kinds() -> Mapping[type[Method], tuple[str, ...]]:
     """The method kinds and the stages where each makes sense."""
-    from orchestrator import method
+    from orchestrator import export_format, method
 
     return {
         method.Calibrator: ("calibrate",),
@@ -209,7 +210,7 @@ def _kinds() -> Mapping[type[Method], tuple[str, ...]]:
         method.Evaluator: ("validate",),
         method.Publisher: ("register",),
         method.ServingEngine: ("register",),
-        method.ExportFormat: ("register",),
+        export_format.ExportFormat: ("register",),
     }
 
 
@@ -263,6 +264,12 @@ def _check_kind(cls: type[Method], label: str) -> None:
             raise PluginError(f"{label} has no ClassVar 'metrics' that says what each metric means")
     if issubclass(cls, ServingEngine) and not isinstance(getattr(cls, "supported_versions", None), str):
         raise PluginError(f"{label} has no ClassVar 'supported_versions', e.g. '>=0.30,<0.34'")
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that compute."""
+    return {name: importlib.metadata.version(name) for name in COMPUTING_LIBRARIES}
 
 
 @lru_cache

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.allocation import planned_schemes
 from orchestrator.artifact import Artifact
 from orchestrator.canonical import digest_of
 from orchestrator.errors import OrchestratorError, PreflightError, Problem
@@ -92,11 +93,9 @@ def foresee(
     waiting = [(step, estimates[step.index]) for step in plan.steps if known[step.index] is None]
     if waiting:
         check_home(home)
-    problems = [
-        problem for step, estimate in waiting for problem in memory_problems(plan, step, estimate, machine, limit)
-    ]
+    problems = [problem for step, estimate in waiting for problem in memory_problems(step, estimate, machine, limit)]
     problems += [problem for step, _ in waiting for problem in device_problems(step)]
-    problems += [problem for step, _ in waiting for problem in window_problems(plan, step)]
+    problems += [problem for step, _ in waiting for problem in window_problems(step)]
     problems += disk_problems(plan, waiting, machine, home)
     if problems:
         raise PreflightError(problems)
@@ -113,8 +112,8 @@ def estimate_steps(
 ) -> tuple[Estimate, ...]:
     """What each step takes; `limit` is what a layer method may use beside interpreter and libraries."""
     dense = facts_of(plan.source)
-    model, calibration = dense, DEFAULT_CALIBRATION
-    gone = 0  # decoder blocks that steps so far remove; the bytes of results are those of the source all the same
+    packed: int | None = None  # bytes of the weight files, once they are quantized
+    calibration = DEFAULT_CALIBRATION
     imported = has_torch()
     estimates: list[Estimate] = []
     for step in plan.steps:
@@ -126,16 +125,17 @@ def estimate_steps(
             if isinstance(method, LayerMethod):
                 allowed = max(0, machine.memory_bytes - max(0, base - resident_bytes()))
                 allowed = allowed if limit is None else min(allowed, limit)
-                estimate = _walk(plan, step, method, calibration, machine, experience, allowed, gone)
-                scheme = method.scheme()
-                if scheme is not None:
-                    stored = packed_weight_bytes(plan.source, scheme, step.skip)
-                    model = replace(model, quantized=True, stored_bytes=stored)
+                estimate = _walk(step, method, calibration, machine, experience, allowed)
+                schemes = planned_schemes(step.reads, method, step.skip)
+                if schemes:
+                    packed = packed_weight_bytes(step.reads, schemes, step.skip)
             else:
-                estimate = _other(plan, step, model, dense, calibration, machine, experience)
+                model = facts_of(step.reads)
+                if packed is not None:
+                    model = replace(model, quantized=True, stored_bytes=packed)
+                estimate = _other(step, model, dense, calibration, machine, experience)
             if isinstance(method, ModelMethod):
-                gone += method.blocks_removed()
-                model = model.without_blocks(method.blocks_removed())
+                packed = None
         seconds = estimate.seconds
         if artifact is None and not imported and (step.formats or not isinstance(method, Publisher)):
             seconds, imported = seconds + experience.import_seconds, True
@@ -171,9 +171,9 @@ def device_problems(step: Step) -> list[Problem]:
     return []
 
 
-def window_problems(plan: Plan, step: Step) -> list[Problem]:
+def window_problems(step: Step) -> list[Problem]:
     """Say which windows of a text of its own a method would cut longer than the model can take."""
-    positions, length = plan.source.positions, getattr(step.method, "length_tokens", None)
+    positions, length = step.reads.positions, getattr(step.method, "length_tokens", None)
     has_text = getattr(step.method, "source", None) is not None
     if not has_text or positions is None or not isinstance(length, int) or length <= positions:
         return []
@@ -182,14 +182,12 @@ def window_problems(plan: Plan, step: Step) -> list[Problem]:
 
 
 def _walk(
-    plan: Plan,
     step: Step,
     method: LayerMethod,
     calibration: tuple[int, int],
     machine: Machine,
     experience: Experience,
     allowed: int,
-    gone: int,
 ) -> Estimate:
     calibrated = method.needs is not Needs.WEIGHT
     inputs = step.calibrated_on or method.inputs
@@ -198,7 +196,7 @@ def _walk(
         facts = ("core", "environment", "inputs", "device")
         key = digest_of([*(step.identity[name] for name in facts), method.needs is Needs.INPUT_MOMENT])
     size = WalkSize(
-        facts_of(plan.source, step.skip).without_blocks(gone),
+        facts_of(step.reads, step.skip),
         method,
         calibration if calibrated else None,
         inputs,
@@ -206,7 +204,8 @@ def _walk(
         recorded=key in experience.recorded,
     )
     workers = most_workers(size, machine.threads, allowed)
-    work = replace(walk_work(size, workers), disk_bytes=result_bytes(plan.source, method.scheme(), step.skip))
+    schemes = planned_schemes(step.reads, method, step.skip)
+    work = replace(walk_work(size, workers), disk_bytes=result_bytes(step.reads, schemes, step.skip))
     nominal = nominal_seconds(work)
     return Estimate(
         experience.predict(step.label, nominal),
@@ -223,7 +222,6 @@ def _walk(
 
 
 def _other(
-    plan: Plan,
     step: Step,
     model: ModelFacts,
     dense: ModelFacts,
@@ -234,9 +232,7 @@ def _other(
     method = step.method
     work = method.estimate(model, dense, calibration)
     if isinstance(method, ModelMethod):
-        work = replace(
-            work, disk_bytes=model_bytes(plan.source), moved_bytes=work.moved_bytes + 20 * dense.stored_bytes
-        )
+        work = replace(work, disk_bytes=model_bytes(step.gives), moved_bytes=work.moved_bytes + 20 * dense.stored_bytes)
     elif isinstance(method, Evaluator):
         work = replace(work, disk_bytes=report_bytes(method))
     for export in step.formats:
@@ -254,7 +250,7 @@ def _calibration(method: Calibrator, artifact: Artifact | None) -> tuple[int, in
     return method.expected_shape() or DEFAULT_CALIBRATION
 
 
-def memory_problems(plan: Plan, step: Step, estimate: Estimate, machine: Machine, limit: int | None) -> list[Problem]:
+def memory_problems(step: Step, estimate: Estimate, machine: Machine, limit: int | None) -> list[Problem]:
     """Say what of a step does not fit into memory, and what would."""
     needed = estimate.work.memory_bytes
     found = []
@@ -277,7 +273,7 @@ def memory_problems(plan: Plan, step: Step, estimate: Estimate, machine: Machine
         if estimate.size is not None:
             remedies += _shorter_windows(estimate.size, room)
         else:
-            remedies += _smaller(plan, step, room)
+            remedies += _smaller(step, room)
         what = f"{step.label} needs {size_text(whole)} of memory, and {size_text(free)} are to be had on this machine"
         found.append(Problem(what, step.place, ", or ".join(remedies)))
     return found
@@ -295,9 +291,9 @@ def _shorter_windows(size: WalkSize, room: int) -> list[str]:
     return []
 
 
-def _smaller(plan: Plan, step: Step, room: int) -> list[str]:
+def _smaller(step: Step, room: int) -> list[str]:
     """The largest halving of one of the method's parameters with which it fits, as a proposal."""
-    facts = facts_of(plan.source)
+    facts = facts_of(step.reads)
     for name in _LEVERS:
         value = getattr(step.method, name, None)
         while isinstance(value, int) and value > 1:

@@ -139,8 +139,12 @@ class RunRecord:
             f"dense_{row.name}": row.dense for row in rows if row.dense is not None
         }
         status: RunStatus = "FAILED" if failed else "FINISHED"
+        models = [outcome for index, outcome in sorted(outcomes.items()) if self._plan.steps[index].makes_model]
+        table = as_markdown(rows) if rows else ""
+        if models and models[-1].zeros:
+            table += f"\n{models[-1].zeros}\n"
         try:
-            self._tracker.finish_pipeline(run, status, metrics, as_markdown(rows) if rows else None)
+            self._tracker.finish_pipeline(run, status, metrics, table or None)
         except OrchestratorError:
             if not failed:  # otherwise the failure that is on its way up is the one to see
                 raise

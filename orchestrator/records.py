@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,6 +92,17 @@ class RecordStore:
             tensors["lower"] = _packed(moment.hessian_II)
         self._write(_names(key, moment.hessian_II is not None)[0], tensors)
         moment.share_factors(self.factors(key))
+
+    def load_costs(self, key: str, names: Sequence[str]) -> dict[str, list[float]] | None:
+        """Return what `save_costs` kept for these layers, its bytes verified; None if it is not there."""
+        tensors = self._read(f"{key}.costs")
+        return dict(zip(names, tensors["costs"].tolist(), strict=True)) if tensors else None
+
+    def save_costs(self, key: str, table: Mapping[str, Sequence[float]]) -> None:
+        """Keep numbers of each layer, if there is room for them."""
+        import torch
+
+        self._write(f"{key}.costs", {"costs": torch.tensor(list(table.values()), dtype=torch.float64)})
 
     def factors(self, key: str) -> FactorMemo:
         """Remember the factors of one record: in memory while it is in use, and on disk."""

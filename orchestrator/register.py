@@ -14,6 +14,7 @@ from orchestrator.plan import Plan, Step
 from orchestrator.published import PUBLISHED_FILE
 from orchestrator.record import RunRecord
 from orchestrator.steps import StepFacts, StepInputs, finite
+from orchestrator.zeros import zeros_note
 
 
 def release_step(
@@ -35,6 +36,7 @@ def release_step(
     bundle = inputs.scratch / "bundle"
     bundle.mkdir()
     inputs.progress(0.0, "bundling")
+    note = zeros_note(inputs.model, inputs.invariants)
     write_bundle(inputs.model, step.engines, bundle)
     written = write_formats(step.formats, inputs.model, bundle, inputs.invariants, inputs.context())
     measured = finite("formats", written)  # before anything is published
@@ -46,6 +48,7 @@ def release_step(
         "content": content,
         "lineage": list(lineage),
         "invariants": dict(inputs.invariants),
+        **({"zeros": note} if note else {}),
     }
     name = f"{plan.name}/{content[:16]}"
     inputs.progress(0.2, "publishing")

@@ -37,6 +37,7 @@ from orchestrator.register import release_step
 from orchestrator.status import remember
 from orchestrator.steps import StepInputs, perform
 from orchestrator.usage import Usage, base_bytes, has_torch
+from orchestrator.zeros import zeros_of
 
 _DISK_FULL_BYTES = 1 << 20
 
@@ -123,6 +124,7 @@ class Execution:
                 disk_bytes=artifact.bytes,
                 predicted=None if cached else self.estimates[index].as_dict(),
                 peak_device_bytes=usage.peak_device_bytes,
+                zeros=zeros_of(artifact) if step.makes_model else None,
             )
             self.outcomes[index] = outcome
             if isinstance(step.method, Publisher):

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestrator.errors import PreflightError, SpecError
+from orchestrator.quantized import read_groups
+from orchestrator.scheme import QuantScheme
 
 GIB = 2**30
 # Beyond these there is no accelerator, no block and no model, and floats would overflow.
@@ -55,8 +57,8 @@ class ModelShape:
     windows: per layer the sliding window in tokens, or None for full attention.
     kv_lora_rank, qk_rope_head_dim: of multi-head latent attention, else None.
     dtype: the torch name of the checkpoint's dtype, e.g. "bfloat16".
-    quantization: num_bits, group_size, strategy and symmetric of the packed weights; None for a dense checkpoint, and
-        for one that is quantized in a way this project does not write.
+    quantization: the schemes of its weights; none for a dense checkpoint, and for one that is quantized in a way this
+        project does not write.
     """
 
     model_type: str
@@ -70,7 +72,7 @@ class ModelShape:
     vocab_size: int
     dtype: str
     tied_embeddings: bool
-    quantization: Mapping[str, Any] | None = field(default=None, hash=False)
+    quantization: tuple[QuantScheme, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -105,7 +107,7 @@ class ModelShape:
             vocab_size=_count(config, "vocab_size"),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
             tied_embeddings=bool(config.get("tie_word_embeddings", family.startswith("gemma"))),
-            quantization=_quantization(config),
+            quantization=tuple(dict.fromkeys(scheme for _, scheme in read_groups(config) or ())),
         )
 
     @property
@@ -234,16 +236,6 @@ def _check_budget(
         if not fits:
             shown = f"{value:g}" if isinstance(value, float) else str(value)[:40]
             raise SpecError(f"{name} is {shown}, which is no such size", remedy=f"give {wanted}")
-
-
-def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return how the one group of a compressed-tensors checkpoint stores its weights, None for anything else."""
-    entry = config.get("quantization_config") or {}
-    groups = entry.get("config_groups") or {}
-    weights = [group.get("weights") or {} for group in groups.values()]
-    if (entry.get("quant_method"), entry.get("format"), len(weights)) != ("compressed-tensors", "pack-quantized", 1):
-        return None
-    return {name: weights[0].get(name) for name in ("num_bits", "group_size", "strategy", "symmetric")}
 
 
 def _element_dtype(shape: ModelShape, kv_cache_dtype: str) -> str:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.blocks import decoder_blocks
 from orchestrator.errors import PreflightError
 from orchestrator.layers import is_router, unsupported
 from orchestrator.model import COPY_AGAIN, load_config, quiet
@@ -68,25 +70,14 @@ class Skeleton:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
         from orchestrator.architectures import KNOWN, UnfitError, adapt
 
         self.checkpoint = checkpoint
-        fault = unsupported(checkpoint.config)
-        if fault:
-            raise PreflightError(f"{checkpoint.path}: {fault[0]}", remedy=fault[1])
         config = load_config(checkpoint)
-        try:
-            with quiet(), torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
-            raise self._refusal(f"Transformers cannot build it: {error}") from error
-        model.eval().requires_grad_(False)
+        model = build_empty(checkpoint, config)
         self.is_known = config.model_type in KNOWN  # if not, `orchestrator.proof` has to vouch for it
-        self._make_buffers_real(model)
         self._ignored = (*_IGNORED, *(model._keys_to_ignore_on_load_unexpected or ()))
+        self._whole: Any = model
         self.base = model.base_model
         inner = set(self.base.modules())
         try:
@@ -142,6 +133,46 @@ class Skeleton:
             yield module
         finally:
             module._parameters["weight"], module.padding_idx = before, padding
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of the logits V."""
+        return int(self._whole.get_output_embeddings().out_features)
+
+    @contextmanager
+    def head(self, device: str, *, in_tuple: bool) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Give what makes logits [B, T, V] of what the last block puts out [B, T, D]: the model's norm and head.
+
+        in_tuple: whether blocks put out a tuple. May be called from several threads.
+        """
+        inside = {module for block in self.blocks for module in block.module.modules()}
+        outside = inside | {self.base.get_input_embeddings()}
+        entries = [entry for entry in _tensors(self.model, "") if entry[0] not in outside]
+        for owner, leaf, full in entries:
+            self._fill(owner, leaf, full if full in self.checkpoint.tensors else self._tied[full], device)
+
+        current = threading.local()
+        embedding_width = self.base.get_input_embeddings().embedding_dim  # OPT's can be another than D
+
+        def stand_in(*inputs: Any, **kwargs: Any) -> Any:
+            return (current.hidden_BTD,) if in_tuple else current.hidden_BTD
+
+        def logits(hidden_BTD: torch.Tensor) -> torch.Tensor:
+            # The model's own forward pass, in which blocks put out what is given instead of what they would.
+            current.hidden_BTD = hidden_BTD
+            ignored_BTE = hidden_BTD.new_zeros((*hidden_BTD.shape[:2], embedding_width))
+            output = self._whole(inputs_embeds=ignored_BTE, use_cache=False)
+            return output.logits  # type: ignore[no-any-return]
+
+        for block in self.blocks:
+            block.module.forward = stand_in
+        try:
+            yield logits
+        finally:
+            for block in self.blocks:
+                del block.module.forward
+            for owner, leaf, _ in entries:
+                _put(owner, leaf, getattr(owner, leaf).detach().to("meta"))
 
     def release(self, name: str) -> None:
         """Forget the parameters of the module called `name`."""
@@ -205,23 +236,7 @@ class Skeleton:
         _put(owner, leaf, tensor.contiguous().to(device))
 
     def _refusal(self, what: str, remedy: str = REMEDY) -> PreflightError:
-        kind = self.checkpoint.config["model_type"]
-        return PreflightError(f"{self.checkpoint.path} (model_type {kind!r}): {what}", remedy=remedy)
-
-    def _make_buffers_real(self, model: Any) -> None:
-        """Fill the tables that no checkpoint stores, as Transformers does when it loads a model."""
-        import torch
-
-        for name, module in model.named_modules():
-            tables = [key for key in module._non_persistent_buffers_set if module._buffers[key] is not None]
-            for key in tables:
-                table = torch.empty_like(module._buffers[key], device="cpu")
-                module._buffers[key] = table.fill_(torch.nan) if table.is_floating_point() else table.zero_()
-            if tables:
-                with torch.no_grad():
-                    model._init_weights(module)
-            if not all(module._buffers[key].isfinite().all() for key in tables):
-                raise self._refusal(f"{name} ({type(module).__name__}) holds tables that cannot be rebuilt")
+        return _refusal(self.checkpoint, what, remedy)
 
     def _check_names(self) -> None:
         """Refuse a checkpoint whose tensors are not, name by name and shape by shape, those of the modules."""
@@ -246,10 +261,12 @@ class Skeleton:
     def _find_blocks(self, count: int, same_input: tuple[tuple[str, ...], ...]) -> list[Block]:
         from torch import nn
 
-        from orchestrator.architectures import decoder_blocks
-
         blocks: list[Block] = []
-        for name in decoder_blocks(self.model, count):
+        try:
+            names = decoder_blocks(self.model, count)
+        except PreflightError as error:
+            raise self._refusal(error.problems[0].what) from None
+        for name in names:
             module = self.model.get_submodule(name)
             linears = {
                 f"{name}.{inner}": layer
@@ -275,6 +292,63 @@ class Skeleton:
         if by_name != by_module:
             differing = sorted(name for name, _ in by_name.items() ^ by_module.items())
             raise self._refusal(f"{differing[0]} is not stored as a linear layer of its blocks")
+
+
+def build_empty(checkpoint: Checkpoint, config: Any) -> Any:
+    """Return the model that Transformers makes from a configuration: parameters on the meta device, tables real.
+
+    config: an object of Transformers, or the content of a config.json. checkpoint: whose it is, for messages.
+    Raises `PreflightError` if there is no such model, or none that is a causal language model.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    fault = unsupported(checkpoint.config)
+    if fault:
+        raise PreflightError(f"{checkpoint.path}: {fault[0]}", remedy=fault[1])
+    try:
+        with quiet():
+            if isinstance(config, Mapping):
+                config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # configurations check themselves, each in its own way
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise _refusal(checkpoint, f"Transformers cannot build it: {said[-1].strip()}") from error
+    model.eval().requires_grad_(False)
+    for name, module in model.named_modules():  # tables that no checkpoint stores, as when a model is loaded
+        tables = [key for key in module._non_persistent_buffers_set if module._buffers[key] is not None]
+        for key in tables:
+            table = torch.empty_like(module._buffers[key], device="cpu")
+            module._buffers[key] = table.fill_(torch.nan) if table.is_floating_point() else table.zero_()
+        if tables:
+            with torch.no_grad():
+                model._init_weights(module)
+        if not all(module._buffers[key].isfinite().all() for key in tables):
+            raise _refusal(checkpoint, f"{name} ({type(module).__name__}) holds tables that cannot be rebuilt")
+    return model
+
+
+def stored_shapes(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[int, ...]]:
+    """Return, by the names of the checkpoint's tensors, the shapes that the modules of `model` mean; it is changed.
+
+    model: as `build_empty` returns it, with the blocks of the checkpoint. Raises `PreflightError` for another form.
+    """
+    from orchestrator.architectures import UnfitError, adapt
+
+    try:
+        adapted = adapt(model, checkpoint.tensors.keys())
+    except UnfitError as error:
+        raise _refusal(checkpoint, str(error)) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in adapted.root.state_dict().items()}
+    for layer in adapted.transposed:
+        shapes[f"{layer}.weight"] = shapes[f"{layer}.weight"][::-1]
+    return {name: shape for name, shape in shapes.items() if name in checkpoint.tensors}
+
+
+def _refusal(checkpoint: Checkpoint, what: str, remedy: str = REMEDY) -> PreflightError:
+    kind = checkpoint.config["model_type"]
+    return PreflightError(f"{checkpoint.path} (model_type {kind!r}): {what}", remedy=remedy)
 
 
 def _tensors(module: nn.Module, prefix: str) -> list[tuple[nn.Module, str, str]]:

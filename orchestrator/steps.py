@@ -15,9 +15,10 @@ from orchestrator.calibration import CalibrationSet
 from orchestrator.canonical import canonical_json
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
-from orchestrator.layers import is_skipped
-from orchestrator.method import Calibrator, Context, Evaluator, Invariant, LayerMethod, ModelMethod
+from orchestrator.foreseen import check_foreseen
+from orchestrator.method import Calibrator, Context, Evaluator, Invariant, LayerMethod, MixedMethod, ModelMethod
 from orchestrator.plan import Step
+from orchestrator.scheme import QuantScheme
 
 METRICS_FILE = "metrics.json"
 
@@ -63,7 +64,7 @@ def perform(step: Step, inputs: StepInputs, folder: Path) -> StepFacts:
     if isinstance(method, LayerMethod):
         return _compress_layers(step, method, inputs, folder)
     if isinstance(method, ModelMethod):
-        return _change_model(method, inputs, folder)
+        return _change_model(step, method, inputs, folder)
     if isinstance(method, Evaluator):
         return _evaluate(method, inputs, folder)
     raise TypeError(f"{type(method).__name__} is not performed here")
@@ -83,14 +84,13 @@ def _calibrate(method: Calibrator, inputs: StepInputs, folder: Path) -> StepFact
 
 
 def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder: Path) -> StepFacts:
+    from orchestrator.allocation import SURVEY_SHARE, Allocation, allocate
     from orchestrator.export import ModelWriter
-    from orchestrator.invariants import check_artifact
+    from orchestrator.invariants import check_artifact, grid_fact
     from orchestrator.job import WalkSettings
     from orchestrator.records import RecordStore, limit_from
     from orchestrator.walk import walk
 
-    scheme = method.scheme()
-    _check_widths(step, method, inputs)
     settings = WalkSettings(
         inputs=step.calibrated_on or method.inputs,
         device=step.device,
@@ -103,6 +103,20 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
             "environment": step.identity["environment"],
         },
     )
+    allocation = Allocation({}, {})
+    scheme: QuantScheme | Mapping[str, QuantScheme] | None = method.scheme()
+    progress = inputs.progress
+    if isinstance(method, MixedMethod):
+        allocation = allocate(
+            inputs.model,
+            method,
+            inputs.calibration,
+            skip=step.skip,
+            settings=settings,
+            scratch=inputs.scratch,
+            progress=_part(progress, 0.0, SURVEY_SHARE),
+        )
+        scheme, progress = allocation.schemes(), _part(progress, SURVEY_SHARE, 1.0)
     with closing(ModelWriter(inputs.model, folder, scheme=scheme, skip=step.skip)) as writer:
         report = walk(
             inputs.model,
@@ -110,41 +124,34 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
             inputs.calibration,
             writer,
             skip=step.skip,
-            progress=inputs.progress,
+            progress=progress,
             settings=settings,
+            methods=allocation.methods,
         )
         writer.finish()
     claims: dict[str, Any] = {}
     if Invariant.ZEROS in method.provides:
         claims["zeros"] = {"pattern": method.sparsity_pattern(), "skip": list(step.skip)}
-    if scheme:
-        claims["grid"] = scheme.weight_args()
+    if writer.schemes:
+        claims["grid"] = grid_fact(writer.schemes)
     invariants = check_artifact(inputs.model, Checkpoint(folder), kept=inputs.invariants, claims=claims)
     (folder / "layers.json").write_bytes(canonical_json(report.layers))
-    return StepFacts("model", finite(method.name, report.metrics), invariants)
+    return StepFacts("model", finite(method.name, {**report.metrics, **allocation.metrics}), invariants)
 
 
-def _check_widths(step: Step, method: LayerMethod, inputs: StepInputs) -> None:
-    """Ask the method again about layers whose shapes a step before has changed: planning saw those of the source."""
-    planned = set(inputs.dense.block_layers())
-    for layer in inputs.model.block_layers():
-        if layer not in planned and not is_skipped(layer.name, step.skip):
-            fault = method.check_layer(layer)
-            if fault:
-                raise StepError(
-                    f"{fault[0]}: {fault[1]} of {layer.name}, which a step before has made",
-                    remedy=f"choose another {fault[0]}, or other widths in the step that prunes",
-                )
+def _part(progress: Callable[[float, str], None], begin: float, end: float) -> Callable[[float, str], None]:
+    """Progress of a part of a step, as progress of the step."""
+    return lambda fraction, message: progress(begin + (end - begin) * fraction, message)
 
 
-def _change_model(method: ModelMethod, inputs: StepInputs, folder: Path) -> StepFacts:
+def _change_model(step: Step, method: ModelMethod, inputs: StepInputs, folder: Path) -> StepFacts:
     from orchestrator.export import save_model
-    from orchestrator.invariants import check_artifact, check_depth
+    from orchestrator.invariants import check_artifact
 
     result = method.apply(inputs.model.load(), inputs.context())
     save_model(result.model, inputs.model, folder)
     changed = Checkpoint(folder)
-    check_depth(inputs.model, changed, method.blocks_removed())
+    check_foreseen(step.gives, changed, result.blocks)
     invariants = check_artifact(inputs.model, changed, kept=inputs.invariants, blocks=result.blocks)
     return StepFacts("model", finite(method.name, result.metrics), invariants)
 

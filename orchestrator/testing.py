@@ -20,10 +20,10 @@ from typing import TypeVar
 
 from orchestrator.conformance.findings import CHECKS, Findings
 from orchestrator.conformance.laboratory import Laboratory
+from orchestrator.export_format import ExportFormat
 from orchestrator.method import (
     Calibrator,
     Evaluator,
-    ExportFormat,
     LayerMethod,
     Method,
     ModelMethod,

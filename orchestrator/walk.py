@@ -63,8 +63,12 @@ def walk(
     skip: Sequence[str] = (),
     progress: Progress = lambda fraction, message: None,
     settings: WalkSettings | None = None,
+    methods: Mapping[str, LayerMethod] | None = None,
+    compressor: type[LayerCompressor] = LayerCompressor,
 ) -> WalkReport:
     """Compress every linear layer inside the decoder blocks that `skip` does not match; the caller finishes `writer`.
+
+    methods: what compresses each layer, where `method` is a `MixedMethod`. compressor: what is done to layers.
 
     Raises `StepError` if the calibration set is missing or numbers are not finite (naming the layer), and
     `PreflightError` for an architecture the walk cannot take apart.
@@ -83,7 +87,8 @@ def walk(
             remedy="put a calibrate step before it",
         )
     tokens_NT = None if method.needs is Needs.WEIGHT or calibration is None else calibration.tokens_NT
-    job = Job(method, writer, skip, progress, settings, tokens_NT, facts_of_walk(checkpoint, settings, tokens_NT))
+    facts = facts_of_walk(checkpoint, settings, tokens_NT)
+    job = Job(method, writer, skip, progress, settings, tokens_NT, facts, methods or {})
     with ExitStack() as stack:
         threads = stack.enter_context(one_thread())
         stack.enter_context(exact_matmuls())
@@ -99,7 +104,7 @@ def walk(
             stack.callback(stored.close)
             stack.callback(workers.close)
             with suppress(_RecordGone):  # a damaged one: then all is as if it had never been there
-                return _Walk(job, stored, None, workers, state).run()
+                return _Walk(job, compressor(job, stored), stored, None, workers, state).run()
         skeleton = Skeleton(checkpoint)
         stack.callback(skeleton.close)
         if not skeleton.is_known:
@@ -110,7 +115,7 @@ def walk(
         if stream is not None:
             stack.callback(stream.close)
         stack.callback(workers.close)  # before the files that threads may still be at
-        return _Walk(job, skeleton, stream, workers, state).run()
+        return _Walk(job, compressor(job, skeleton), skeleton, stream, workers, state).run()
 
 
 class _RecordGone(Exception):  # noqa: N818 - a signal, not an error
@@ -138,7 +143,13 @@ def _recorded_layers(checkpoint: Checkpoint, job: Job) -> dict[str, Sequence[str
 
 class _Walk:
     def __init__(
-        self, job: Job, model: Skeleton | StoredLayers, stream: Stream | None, workers: Workers, state: Path
+        self,
+        job: Job,
+        compressor: LayerCompressor,
+        model: Skeleton | StoredLayers,
+        stream: Stream | None,
+        workers: Workers,
+        state: Path,
     ) -> None:
         self.job = job
         self.method, self.settings, self.writer = job.method, job.settings, job.writer
@@ -151,10 +162,12 @@ class _Walk:
             block.name: [name for name in block.linears if not is_skipped(name, job.skip)] for block in model.blocks
         }
         self.last = max((block.index for block in model.blocks if self.targets[block.name]), default=-1)
-        self.compressor = LayerCompressor(job.method, job.writer, model)
+        self.compressor = compressor
         self.prefix: str | None = None  # digest of the compressed layers that the tokens have passed
         parameters = job.method.model_dump(mode="json")
         who = {**job.facts, "method": job.method.name, "parameters": parameters, "skip": sorted(job.skip)}
+        if job.methods:
+            who["methods"] = digest_of({name: part.model_dump(mode="json") for name, part in job.methods.items()})
         self.finished = WalkProgress(state, {**who, "inputs": job.settings.inputs})
 
     def run(self) -> WalkReport:
@@ -165,7 +178,7 @@ class _Walk:
 
     def check_ignored(self) -> None:
         """Every layer that stays dense in a quantized model must be declared so, or nobody could load it."""
-        if self.writer.scheme is not None:
+        if self.writer.schemes:
             done = {name for names in self.targets.values() for name in names}
             for name in self.model.linear_names():
                 if (name in done) == (name in self.writer.ignored):

@@ -130,17 +130,17 @@ class ModelFacts:
         kept = self.parameters * self.item_bytes if largest <= KEPT_PIECE_BYTES else largest
         return self.float32_bytes + kept
 
-    def without_blocks(self, count: int) -> ModelFacts:
-        """The same with `count` blocks fewer: the smallest ones, as which go is known only when they are gone."""
-        smallest = sorted(range(len(self.blocks)), key=lambda index: self.blocks[index].parameters)
-        gone = set(smallest[:count])
-        left = self.parameters - sum(self.blocks[index].parameters for index in gone)
-        return replace(
-            self,
-            parameters=left,
-            stored_bytes=self.stored_bytes * left // max(self.parameters, 1),
-            blocks=tuple(block for index, block in enumerate(self.blocks) if index not in gone),
-        )
+    @property
+    def wide_bytes(self) -> int:
+        """What is in float32 at a time where a model computes in float32 and is held in the dtype of its files.
+
+        A matrix; of a mixture all experts of a block, which Transformers holds in one tensor; the copy of it that
+        autograd or the allocator still has.
+        """
+        if self.item_bytes >= FLOAT32:
+            return 0
+        experts = [block.parameters for block in self.blocks if any(group.share < 1 for group in block.groups)]
+        return 2 * FLOAT32 * max([self.largest, *experts])
 
     def load_bytes(self, *, as_float32: bool) -> int:
         """Most memory while the whole model is loaded, and widened if `as_float32`.

@@ -22,9 +22,11 @@ from orchestrator.api import (
     InputMoment,
     Invariant,
     KVPlan,
+    LayerCosts,
     LayerMethod,
     LayerResult,
     LayerShape,
+    MixedMethod,
     ModelMethod,
     ModelResult,
     ModelShape,
@@ -335,6 +337,56 @@ class Useless(Eight):
         return super().compress(-weight_OI, statistic)
 
 
+class Either(MixedMethod):
+    """No bug: as many layers as fit are quantized in the wider way."""
+
+    stage: ClassVar[Stage] = Stage.QUANTIZE
+    name: ClassVar[str] = "either"
+    paper: ClassVar[str] = "First come, first served."
+
+    def options(self) -> Sequence[LayerMethod]:
+        return [Narrow(), Eight()]
+
+    def capacity(self, fixed_bytes: int, num_weights: int) -> int:
+        return num_weights
+
+    def beyond(self, capacity: int, smallest: int, fixed_bytes: int) -> tuple[str, str]:
+        return "budget", f"{capacity} is less than {smallest}"
+
+    def choose(self, costs: Sequence[LayerCosts], capacity: int) -> Sequence[int]:
+        left = capacity - sum(cost.sizes[0] for cost in costs)
+        chosen = []
+        for cost in costs:
+            wider = cost.sizes[1] - cost.sizes[0] <= left
+            left -= (cost.sizes[1] - cost.sizes[0]) * wider
+            chosen.append(int(wider))
+        return chosen
+
+
+class Narrow(Eight):
+    """No bug: the same in six bits."""
+
+    def encode(self, weight_OI: torch.Tensor, limit: int = 31) -> QuantizedWeight:
+        return super().encode(weight_OI, limit)
+
+    def scheme(self) -> QuantScheme:
+        return QuantScheme(num_bits=6, strategy="channel", group_size=None)
+
+
+class ChoosesTooMuch(Either):
+    """Takes the best option everywhere, whatever the capacity."""
+
+    def choose(self, costs: Sequence[LayerCosts], capacity: int) -> Sequence[int]:
+        return [1 for _ in costs]
+
+
+class SameOptions(Either):
+    """Offers one scheme twice."""
+
+    def options(self) -> Sequence[LayerMethod]:
+        return [Eight(), Eight()]
+
+
 class Nudge(ModelMethod):
     """No bug: every weight of the model shrinks a little."""
 
@@ -613,7 +665,7 @@ class Export(ExportFormat):
     paper: ClassVar[str] = "None."
 
     def check(self, facts: ExportFacts) -> None:
-        if facts.source.config["model_type"] != "llama":
+        if facts.model.config["model_type"] != "llama":
             raise SpecError("only Llama")
 
     def write(

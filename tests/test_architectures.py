@@ -275,9 +275,9 @@ def test_a_quantized_model_computes_in_stock_transformers_what_its_integers_stan
     if architecture in MIXTURES and not symmetric:
         with pytest.raises(RuntimeError, match="conversion"):  # so `plan` refuses it; when this loads, it need not
             stock(result.path)
-        assert [place for place, *_ in unquantizable(checkpoint.config, names, [], symmetric=False)] == [("with",)]
+        assert [place for place, *_ in unquantizable(checkpoint.config, names, [], method.scheme())] == [("with",)]
         return
-    assert not list(unquantizable(checkpoint.config, names, [], symmetric=symmetric))
+    assert not list(unquantizable(checkpoint.config, names, [], method.scheme()))
 
     def dequantized(name: str, tensor: torch.Tensor) -> torch.Tensor:
         layer = name.removesuffix(".weight")
@@ -287,6 +287,8 @@ def test_a_quantized_model_computes_in_stock_transformers_what_its_integers_stan
         expected = with_tensors(checkpoint, tmp_path / "expected", dequantized)
     assert torch.equal(logits(result.path), logits(expected))
     assert not torch.equal(logits(result.path), logits(checkpoint.path))
+    with torch.no_grad():
+        assert torch.equal(result.load()(make_tokens(2)).logits, logits(expected))
     ignored = set(result.config["quantization_config"]["ignore"])
     assert ignored >= set(Skeleton(checkpoint).linear_names()) - set(names)
     assert not ignored & set(names)
@@ -302,8 +304,8 @@ def test_a_quantized_mixture_with_plain_experts_is_not_loaded_by_transformers(
     with pytest.raises(RuntimeError, match="conversion"):
         stock(result.path)
     names = [layer.name for layer in checkpoint.block_layers()]
-    assert [place for place, *_ in unquantizable(checkpoint.config, names, skip, symmetric=True)] == [("skip",)]
-    assert not list(unquantizable(checkpoint.config, names, ["layers.0.*", "q_proj"], symmetric=True))
+    assert [place for place, *_ in unquantizable(checkpoint.config, names, skip, Round().scheme())] == [("skip",)]
+    assert not list(unquantizable(checkpoint.config, names, ["layers.0.*", "q_proj"], Round().scheme()))
 
 
 SPEC = """\
@@ -322,6 +324,7 @@ steps:
     [
         ("gpt2", "quantize: rtn", r"'gpt2' model keeps its layers as Conv1D.*prune it"),
         ("mixtral", "{quantize: rtn, with: {symmetric: false}}", r"experts.*zero points.*symmetric: true"),
+        ("mixtral", "{quantize: fp8}", r"merges the experts.*inputs.*weights only"),
         ("mixtral", "{quantize: rtn, skip: ['layers.0.*']}", r"some experts unquantized.*quantize all"),
         ("mixtral", "{quantize: rtn, skip: ['experts.0.w1']}", r"leaves out 0\.w1 of .*experts, but.*all experts"),
         ("gpt2", "{prune: wanda, with: {pattern: '2:4'}}", None),

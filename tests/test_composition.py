@@ -33,6 +33,9 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "quantize gptq": {"group_size": 32},
     "quantize sparse_gptq": {"group_size": 32, "pattern": "2:4"},
     "quantize awq": {"group_size": 32},
+    "quantize smoothquant": {"activations": "static"},
+    "quantize fp8": {},
+    "quantize mixed": {"bits_per_weight": 5.5, "num_bits": [2, 4, 8], "group_size": 32},
 }
 
 
@@ -101,4 +104,8 @@ def test_a_pair_keeps_its_invariants_or_is_refused(first: str, second: str, plac
             patterns = [artifact.manifest["invariants"]["zeros"]["pattern"] for artifact in (before, after)]
             assert patterns[0] == patterns[1]
     if Invariant.GRID in classes[second].provides:
-        assert after.manifest["invariants"]["grid"]["num_bits"] == 4
+        grid = after.manifest["invariants"]["grid"]
+        if second == "quantize mixed":
+            assert {scheme["num_bits"] for scheme in grid["schemes"]} <= {2, 4, 8} and len(grid["schemes"]) > 1
+        else:
+            assert grid["num_bits"] == (8 if second in ("quantize smoothquant", "quantize fp8") else 4)

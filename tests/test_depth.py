@@ -22,8 +22,9 @@ from orchestrator.canonical import file_sha256
 from orchestrator.errors import PreflightError, SpecError
 from orchestrator.export import save_model
 from orchestrator.facts import facts_of
+from orchestrator.foreseen import check_foreseen, with_blocks
 from orchestrator.home import Settings
-from orchestrator.invariants import check_artifact, check_depth
+from orchestrator.invariants import check_artifact
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plugins import discover
 from orchestrator.run import run_locally
@@ -229,7 +230,7 @@ def test_stock_transformers_loads_what_is_left(architecture: str, kept: tuple[in
     assert torch.equal(*written)
     # And what the core makes of the folder.
     left = Checkpoint(tmp_path / "left")
-    check_depth(source, left, len(gone))
+    check_foreseen(with_blocks(source, range(len(kept))), left, kept)
     assert len(facts_of(left).blocks) == len(kept)
 
 
@@ -364,8 +365,8 @@ def test_kept_zeros_are_compared_with_those_of_the_layer_they_come_from(tmp_path
 
 def test_another_depth_than_was_planned_is_refused(tmp_path: Path) -> None:
     source = Checkpoint(make_model(tmp_path / "model", layers=3, tokenizer=False))
-    with pytest.raises(StepError, match="3 of 3 decoder blocks are left, though the method says that it removes 1"):
-        check_depth(source, source, 1)
+    with pytest.raises(StepError, match="3 decoder blocks are left, though the method's `blocks_removed` means 2"):
+        check_foreseen(with_blocks(source, (0, 1)), source, None)
 
 
 # What is refused
@@ -458,7 +459,7 @@ def test_what_config_json_would_lose_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_layers_that_are_no_single_list_are_refused(tmp_path: Path) -> None:
     model: Any = Checkpoint(make_model(tmp_path / "model", layers=2, tokenizer=False)).load()
     model.model.others = nn.ModuleList([nn.Identity(), nn.Identity()])
-    with pytest.raises(StepError, match="2 lists of 2 modules"):
+    with pytest.raises(PreflightError, match="2 lists of 2 modules"):
         DecoderLayers(model)
 
 
@@ -581,7 +582,7 @@ def test_the_estimate_counts_passes_and_the_smaller_model(tmp_path: Path) -> Non
     assert greedy.operations == pytest.approx((one - head) * (1 + 6 / 4) + 5 * head)
     assert greedy.memory_bytes > influence.memory_bytes > facts.float32_bytes
 
-    left = facts.without_blocks(1)
+    left = facts_of(with_blocks(Checkpoint(tmp_path / "model"), (0, 1, 3)))
     assert len(left.blocks) == 3
     real = facts_of(Checkpoint(make_model(tmp_path / "shallow", layers=3, tokenizer=False)))
     assert left.parameters == real.parameters

@@ -243,12 +243,12 @@ def test_the_machine_itself_can_be_too_small(plan_of: Callable[[str], Plan], tmp
     plan = plan_of(text.replace("sequences: 8, length_tokens: 32", "sequences: 2, length_tokens: 4096"))
     machine = Machine(8 * GIB, 8 * GIB, 1)
     estimates = estimate_steps(plan, [None] * 4, machine, Experience(), None)
-    assert not any(memory_problems(plan, s, e, machine, None) for s, e in zip(plan.steps, estimates, strict=True))
+    assert not any(memory_problems(s, e, machine, None) for s, e in zip(plan.steps, estimates, strict=True))
     short_windows, all_at_once = estimates[2], estimates[3]
     for step, estimate, lever in ((2, short_windows, "windows of at most"), (3, all_at_once, "set batch to at most")):
         room = estimate.peak_memory_bytes - estimate.work.memory_bytes // 3
         tight = Machine(room - machine_module_resident(), 8 * GIB, 1)
-        (problem,) = memory_problems(plan, plan.steps[step], estimate, tight, None)
+        (problem,) = memory_problems(plan.steps[step], estimate, tight, None)
         assert "are to be had on this machine" in problem.what
         assert lever in str(problem.remedy)
 

@@ -19,12 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
 from orchestrator.export import ModelWriter, save_model
 from orchestrator.reader import TensorReader
 from orchestrator.shards import Shards
 from orchestrator.walk import walk
+from orchestrator_quantization import FP8, SmoothQuant
 from tests.layer_methods import KeepLarge, Round, round_weight
 from tests.tiny import ARCHITECTURES, edit_config, make_model, make_tokens
 
@@ -260,3 +262,37 @@ def test_threads_that_begin_at_once_find_the_files_open(tmp_path: Path, monkeypa
         second = pool.submit(writer.add, names[1], read(names[1]))
         assert first.result(30) != second.result(30)
     writer.close()
+
+
+def test_stock_transformers_quantizes_the_inputs_that_the_pipeline_quantized(tmp_path: Path) -> None:
+    cases = [
+        ("llama", torch.float32, FP8()),
+        ("qwen2", torch.float32, SmoothQuant()),
+        ("mistral", torch.float32, SmoothQuant(activations="static")),
+    ]
+    tokens = make_tokens(2)
+    results = []
+    for index, (architecture, dtype, method) in enumerate(cases):
+        checkpoint = Checkpoint(make_model(tmp_path / f"m{index}", architecture, dtype=dtype))
+        planned = method.for_dtype(checkpoint.dtype_name)
+        writer = ModelWriter(checkpoint, tmp_path / f"q{index}", scheme=planned.scheme())
+        walk(checkpoint, planned, CalibrationSet(make_tokens(3), {}), writer)
+        writer.finish()
+        results.append(Checkpoint(writer.folder))
+    stock = _stock_logits([result.path for result in results], tokens, tmp_path)
+    for result, logits in zip(results, stock, strict=True):
+        model = result.load()
+        with torch.no_grad():
+            quantized = model(tokens).logits
+            for module in model.modules():
+                module._forward_pre_hooks.clear()
+            weights_only = model(tokens).logits
+        # Exactly: in float32 a token's scale is computed as compressed-tensors does. In bfloat16 theirs is rounded.
+        assert torch.equal(quantized, logits)
+        assert not torch.allclose(weights_only, logits, atol=0.01 * float(logits.abs().max()), rtol=0)
+        read = TensorReader(result)
+        layer = "model.layers.1.mlp.down_proj"
+        assert read(f"{layer}.weight").dtype in (torch.int8, torch.float8_e4m3fn)
+        inputs = result.schemes()[layer].input_activations
+        assert inputs is not None and (f"{layer}.input_scale" in result.tensors) != inputs.dynamic
+        read.close()

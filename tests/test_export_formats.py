@@ -170,13 +170,13 @@ def test_planning_tells_a_format_what_the_chain_makes(
     make_plan(spec(text), methods, tmp_path / "home")
     (facts,) = Notes.asked
     assert facts.held == {Invariant.ZEROS, Invariant.GRID}
-    assert facts.scheme is not None and (facts.scheme.num_bits, facts.scheme.group_size) == (4, 32)
-    assert {layer.name.split(".")[3] for layer in facts.layers} == {"self_attn"}
+    assert {(s.num_bits, s.group_size) for some in facts.schemes.values() for s in some} == {(4, 32)}
+    assert {name.split(".")[3] for name in facts.schemes} == {"self_attn"}
     Notes.asked.clear()
     first = text[text.index("  - register") :]
     make_plan(spec(text.replace("  - prune", first + "  - prune", 1)), methods, tmp_path / "home")
     before, after = Notes.asked
-    assert (before.held, before.scheme) == (frozenset(), None) and after.scheme is not None
+    assert (before.held, before.schemes) == (frozenset(), {}) and after.schemes
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from orchestrator.api import (
     Checkpoint,
     Context,
     ExportFacts,
+    InputScheme,
     Invariant,
     OrchestratorError,
     PreflightError,
@@ -137,10 +138,9 @@ def tensors_of(path: Path) -> dict[str, tuple[str, np.ndarray[Any, Any]]]:
 
 
 def facts(model: Checkpoint, scheme: QuantScheme | None = None, *, pruned: bool = False) -> ExportFacts:
-    held = {Invariant.GRID} if scheme else set()
-    return ExportFacts(
-        model, tuple(model.block_layers()), frozenset(held | ({Invariant.ZEROS} if pruned else set())), scheme
-    )
+    held = ({Invariant.GRID} if scheme else set()) | ({Invariant.ZEROS} if pruned else set())
+    schemes = {layer.name: (scheme,) for layer in model.block_layers()} if scheme else {}
+    return ExportFacts(model, frozenset(held), schemes)
 
 
 def compressed(model: Checkpoint, method: LayerMethod, folder: Path) -> Checkpoint:
@@ -401,11 +401,20 @@ def test_scales_that_float16_does_not_hold_are_refused(scale: float, zero: int |
 @pytest.mark.parametrize(
     ("kind", "scheme", "named"),
     [
-        ("q4_k_m", QuantScheme(num_bits=4, group_size=32), "would quantize the symmetric 4-bit grid a second time"),
-        ("q4_0", QuantScheme(num_bits=8, group_size=32), "would quantize the symmetric 8-bit grid a second time"),
+        ("q4_k_m", QuantScheme(num_bits=4, group_size=32), "would quantize the symmetric 4-bit int grid of model"),
+        ("q4_0", QuantScheme(num_bits=8, group_size=32), "would quantize the symmetric 8-bit int grid of model"),
         ("auto", QuantScheme(num_bits=4, group_size=16), "groups of 16 weights are no whole number of blocks"),
-        ("auto", QuantScheme(num_bits=4, group_size=32, symmetric=False), "grid that is asymmetric 4-bit: q4_1"),
-        ("auto", QuantScheme(num_bits=8, group_size=32, symmetric=False), "grid that is asymmetric 8-bit"),
+        (
+            "auto",
+            QuantScheme(num_bits=4, group_size=32, symmetric=False),
+            r"the asymmetric 4-bit int grid of model\S+: q4_1",
+        ),
+        (
+            "auto",
+            QuantScheme(num_bits=8, type="float", strategy="channel", group_size=None),
+            "symmetric 8-bit float grid",
+        ),
+        ("auto", QuantScheme(num_bits=8, group_size=32, symmetric=False), "the asymmetric 8-bit int grid"),
     ],
 )
 def test_grids_that_a_type_cannot_carry_are_refused_while_planning(
@@ -414,6 +423,27 @@ def test_grids_that_a_type_cannot_carry_are_refused_while_planning(
     with pytest.raises(SpecError, match=named) as caught:
         GGUF(type=kind).check(facts(build(dtype=torch.bfloat16), scheme))
     assert "f16" in str(caught.value)  # the way out
+
+
+@pytest.mark.parametrize("kind", ["auto", "f16"])
+def test_quantized_inputs_are_refused_while_planning(build: Builder, kind: Any) -> None:
+    scheme = QuantScheme(num_bits=8, strategy="channel", group_size=None, input_activations=InputScheme())
+    with pytest.raises(SpecError, match=r"no place for quantized inputs, which model\.layers\.0.* has.*weights only"):
+        GGUF(type=kind).check(facts(build(dtype=torch.bfloat16), scheme))
+
+
+def test_layers_on_different_grids_each_get_the_type_that_holds_theirs(build: Builder, tmp_path: Path) -> None:
+    dense = build(dtype=torch.bfloat16)
+    small, large = RTN(num_bits=4, group_size=32), RTN(num_bits=8, group_size=32)
+    methods = {layer.name: large if "self_attn" in layer.name else small for layer in dense.block_layers()}
+    schemes = {name: method.scheme() for name, method in methods.items()}
+    writer = ModelWriter(dense, tmp_path / "mixed", scheme={name: s for name, s in schemes.items() if s})
+    walk(dense, small, None, writer, methods=methods)
+    writer.finish()
+    path, measured = export(Checkpoint(tmp_path / "mixed"), tmp_path)
+    kinds = {name: kind for name, (kind, _) in tensors_of(path).items()}
+    assert (kinds["blk.2.attn_v.weight"], kinds["blk.2.ffn_up.weight"]) == ("q8_0", "q4_0")
+    assert path.name == "model-q4_0.gguf" and measured["changed_weights"] == 0
 
 
 def test_scales_of_a_float32_model_are_refused_while_planning(build: Builder) -> None:

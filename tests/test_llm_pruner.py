@@ -23,14 +23,13 @@ from orchestrator.api import CalibrationSet, Checkpoint, Context, ModelFacts, Pr
 from orchestrator.export import save_model
 from orchestrator.facts import facts_of
 from orchestrator.home import Settings
-from orchestrator.plan import make_plan
 from orchestrator.plugins import discover
-from orchestrator.preflight import foresee
 from orchestrator.run import Execution, run_locally
 from orchestrator_pruning import block_gradients as gradients_module
 from orchestrator_pruning import llm_pruner as pruner_module
 from orchestrator_pruning.block_gradients import block_gradients
-from orchestrator_pruning.dependency_groups import PROBES, Call, GroupSet, decoder_blocks, make_probe, trace
+from orchestrator_pruning.dependency_groups import PROBES, Call, GroupSet, blocks_of, make_probe, trace
+from orchestrator_pruning.importance import Importance
 from orchestrator_pruning.llm_pruner import LLMPruner
 from tests.test_run import Watcher
 from tests.tiny import edit_config, make_model, make_tokens
@@ -50,7 +49,7 @@ def context(folder: Path, dense: Checkpoint, tokens_NT: torch.Tensor | None = No
 
 
 def traced(model: Any) -> dict[str, tuple[GroupSet, ...]]:
-    blocks = decoder_blocks(model)
+    blocks = blocks_of(model)
     probe = make_probe(model, list(blocks.values()))
     calls = zip(blocks.items(), probe.calls, strict=True)
     return {name: trace(block, name, call, probe.hidden_BTD) for (name, block), call in calls}
@@ -191,7 +190,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(
     monkeypatch.setattr(gradients_module, "CHUNK_ELEMENTS", 5 * 256)  # the head in three chunks
     model = Checkpoint(make_model(tmp_path, architecture, dtype=torch.float32, tokenizer=False)).load(torch.float64)
     tokens_NT = make_tokens(3, 14)
-    blocks = decoder_blocks(model)
+    blocks = blocks_of(model)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = dict(block_gradients(model, blocks, LAYERS, tokens_NT, tmp_path, squares=True))
     assert list(found) == list(reversed(blocks))
@@ -212,9 +211,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(
 
 def test_without_squares_none_are_kept(tmp_path: Path) -> None:
     model = Checkpoint(make_model(tmp_path, tokenizer=False)).load(torch.float32)
-    for _, gradients in block_gradients(
-        model, decoder_blocks(model), LAYERS, make_tokens(2, 8), tmp_path, squares=False
-    ):
+    for _, gradients in block_gradients(model, blocks_of(model), LAYERS, make_tokens(2, 8), tmp_path, squares=False):
         assert all(gradient.square_OI is None for gradient in gradients.values())
 
 
@@ -253,7 +250,7 @@ def test_importances_are_those_of_the_equations(importance: str, order: str, gra
     chosen = method(importance=importance, order=order, granularity=granularity)
     folder = make_model(tmp_path, dtype=torch.float32, layers=1, intermediate_size=24, tokenizer=False)
     model = Checkpoint(folder).load(torch.float64)
-    tokens_NT, blocks = make_tokens(3, 10), decoder_blocks(model)
+    tokens_NT, blocks = make_tokens(3, 10), blocks_of(model)
     windows = windows_of(model, tokens_NT, [f"model.layers.0.{layer}" for layer in LAYERS])
     windows = {layer: windows[f"model.layers.0.{layer}"] for layer in LAYERS}
     weights = {layer: model.get_submodule(f"model.layers.0.{layer}").weight.detach() for layer in LAYERS}
@@ -261,7 +258,8 @@ def test_importances_are_those_of_the_equations(importance: str, order: str, gra
     if importance != "taylor":
         gradients = {}
     for groups in traced(model)[name]:
-        ours_G = chosen.score(blocks[name], groups, gradients, torch.Generator())
+        judge = Importance(chosen.importance, chosen.order, chosen.granularity)
+        ours_G = judge.score(blocks[name], groups, gradients, torch.Generator())
         plain_G = [plain_importance(weights, windows, group, chosen) for group in as_lists(groups)]
         torch.testing.assert_close(ours_G, torch.tensor(plain_G, dtype=torch.float64), rtol=1e-9, atol=0.0)
 
@@ -470,8 +468,6 @@ def test_the_estimate_grows_with_what_is_done(tmp_path: Path) -> None:
     assert by_size.operations < recovered.operations
     assert by_size.memory_bytes < taylor.memory_bytes == more.memory_bytes
     assert more.scratch_bytes == 2 * taylor.scratch_bytes == 4 * 16 * 16 * 64 * 4
-    with pytest.raises(PreflightError, match="leaves none"):
-        method(ratio=0.9).estimate(facts, facts, sizes)
 
 
 # Recovery.
@@ -484,7 +480,7 @@ def repeated_tokens(windows: int = 16, length: int = 16) -> torch.Tensor:
 
 def test_recovery_lowers_the_loss_and_is_merged(tmp_path: Path) -> None:
     checkpoint = Checkpoint(make_model(tmp_path / "model"))
-    chosen = method(lora_rank=4, lora_updates=30, lora_learning_rate=5e-3)
+    chosen = method(lora_rank=4, lora_updates=30, lora_learning_rate=5e-3, lora_objective="text")
     seen: list[tuple[float, str]] = []
     watched = replace(
         context(tmp_path, checkpoint, repeated_tokens()), progress=lambda share, text: seen.append((share, text))
@@ -581,19 +577,30 @@ def test_the_example_runs_from_calibration_to_a_quantized_model(tmp_path: Path, 
     assert quantized.is_quantized and quantized.config["intermediate_size"] == 64
     assert quantized.tensors["model.layers.0.mlp.down_proj.weight_packed"].shape[0] == 64
     metrics = execution.outcomes[1].metrics
-    assert metrics["loss_recovered"] < metrics["loss_pruned"]
+    assert metrics["kl_recovered"] < metrics["kl_pruned"]
     assert execution.outcomes[3].metrics["perplexity"] > 1
 
 
-def test_a_group_size_that_the_new_widths_do_not_fill_is_told_in_a_sentence(tmp_path: Path, tracking_uri: str) -> None:
-    path = example(tmp_path, prune={"round_to": 8, "ratio": 0.4, "attention": False, "lora_rank": 0})
-    with pytest.raises(StepError, match=r"32 does not divide in_features 80 of model\.layers\.0\.mlp\.down_proj"):
-        run(path, tracking_uri)
+def test_recovery_trains_on_a_text_of_its_own(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(make_model(tmp_path / "model"))
+    (tmp_path / "text.txt").write_text("seven wizards quietly judge my vow, layer by layer\n" * 400)
+    found = []
+    for source in (None, str(tmp_path / "text.txt")):
+        chosen = method(importance="l2", lora_rank=2, lora_updates=4, source=source, sequences=8)
+        found.append(chosen.apply(checkpoint.load(), context(tmp_path, checkpoint, repeated_tokens())).metrics)
+    assert found[0]["kl_pruned"] == found[1]["kl_pruned"]  # measured on the calibration windows all the same
+    assert found[0]["kl_recovered"] != found[1]["kl_recovered"]
 
 
-def test_a_ratio_that_leaves_no_head_is_refused_before_any_step(tmp_path: Path) -> None:
-    path = example(tmp_path, prune={"ratio": 0.9})
-    plan = make_plan(path, discover(), tmp_path / "home")
-    with pytest.raises(PreflightError, match=r"ratio 0\.9 of 2 KV groups of a block leaves none") as caught:
-        foresee(plan, tmp_path / "home", [None] * len(plan.steps))
-    assert caught.value.problems[0].where == plan.steps[1].place
+def test_what_recovery_follows_is_the_divergence_from_the_dense_model(tmp_path: Path) -> None:
+    """Against the definition, in float64."""
+    checkpoint = Checkpoint(make_model(tmp_path, dtype=torch.float32, tokenizer=False))
+    tokens_NT = repeated_tokens(24)
+    model = method(importance="l2").apply(checkpoint.load(), context(tmp_path, checkpoint, tokens_NT)).model
+    result = method(importance="l2", lora_rank=1, lora_updates=1).apply(
+        checkpoint.load(), context(tmp_path, checkpoint, tokens_NT)
+    )
+    with torch.no_grad():
+        p_NTV, q_NTV = (m(tokens_NT[:3]).logits.double().softmax(-1) for m in (checkpoint.load(), model))
+    expected = float((p_NTV * (p_NTV.log() - q_NTV.log())).sum(-1).mean())
+    assert result.metrics["kl_pruned"] == pytest.approx(expected, rel=1e-5)

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -312,6 +312,13 @@ class ClumsyTraining(ModelMethod):
         answer: int = _call("blocks_removed", 0)
         return answer
 
+    def config_after(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        answer: Mapping[str, Any] = _call("config_after", config)
+        return answer
+
+    def check_model(self, model: Any) -> None:
+        _call("check_model", None)
+
     def apply(self, model: Any, context: Any) -> ModelResult:
         return ModelResult(model)
 
@@ -351,6 +358,8 @@ steps:
         ("sparsity_pattern", "6: steps[1].prune"),
         ("needs_calibration", "5: steps[0].distill"),
         ("blocks_removed", "5: steps[0].distill"),
+        ("config_after", "5: steps[0].distill"),
+        ("check_model", "5: steps[0].distill"),
         ("render", "8: steps[2].engines[0].clumsy"),
     ],
 )

@@ -19,9 +19,11 @@ from orchestrator.api import InputMoment, LayerShape, QuantizedWeight, QuantSche
 from orchestrator.statistics import InputMomentBuilder
 from orchestrator_pruning.magnitude import Magnitude
 from orchestrator_quantization.awq import AWQ
+from orchestrator_quantization.fp8 import FP8
 from orchestrator_quantization.gptq import GPTQ
 from orchestrator_quantization.hqq import HQQ
 from orchestrator_quantization.rtn import RTN
+from orchestrator_quantization.smoothquant import SmoothQuant
 from orchestrator_quantization.weight_only import WeightOnly
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -488,3 +490,101 @@ def test_hqq_lowers_its_norm_below_rounding_to_nearest(num_bits: int, symmetric:
     assert bool((after <= before * (1 + 1e-6)).all()), "no group is worse than where it began"
     assert result.metrics["relative_norm"] == pytest.approx(float(after.sum() / before.sum()), rel=1e-4)
     assert result.metrics["relative_norm"] < 0.97
+
+
+def outlier_inputs(num_tokens: int = 200) -> torch.Tensor:
+    """Inputs [T, 64] of which three channels are fifty times as large as the rest."""
+    x_TI = torch.randn(num_tokens, 64, generator=torch.Generator().manual_seed(13))
+    x_TI[:, [3, 17, 40]] *= 50
+    return x_TI
+
+
+def moment_of(x_TI: torch.Tensor) -> InputMoment:
+    builder = InputMomentBuilder(x_TI.shape[1], with_hessian=False)
+    builder.add(x_TI)
+    return builder.finish()
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 0.8, 1.0])
+def test_smoothquant_divides_by_equation_4(strength: float) -> None:
+    weights, x_TI = [make_weight(), 3 * make_weight().flip(0)], outlier_inputs()
+    x_TI[:, 5] = 0
+    weights[0][:, 9] = weights[1][:, 9] = 0
+    scale_I = SmoothQuant(strength=strength).input_scale(weights, moment_of(x_TI))
+    for j in range(64):
+        largest_input = float(x_TI[:, j].double().abs().max())
+        largest_weight = max(float(weight_OI[:, j].double().abs().max()) for weight_OI in weights)
+        unused = largest_input == 0 or largest_weight == 0
+        expected = 1.0 if unused else largest_input**strength / largest_weight ** (1 - strength)
+        assert float(scale_I[j]) == pytest.approx(expected, rel=1e-5)
+
+
+def product_error(method: SmoothQuant, weight_OI: torch.Tensor, x_TI: torch.Tensor, scale_I: torch.Tensor) -> float:
+    """Squared error of the layer's output, in float64, when an engine multiplies eight-bit numbers."""
+    result = method.compress(weight_OI * scale_I, moment_of(x_TI / scale_I))
+    inputs = method.scheme().input_activations
+    assert inputs is not None and result.encoding is not None
+    assert (result.encoding.input_scale_1 is None) == inputs.dynamic
+    rounded_TI = inputs.fake_quantize(x_TI / scale_I, result.encoding.input_scale_1)
+    output_TO = rounded_TI.double() @ result.weight_OI.double().T
+    return float((output_TO - x_TI.double() @ weight_OI.double().T).square().sum())
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_smoothing_wins_back_what_outliers_cost(activations: str) -> None:
+    method, weight_OI, x_TI = SmoothQuant(activations=activations), make_weight(), outlier_inputs()
+    smooth = product_error(method, weight_OI, x_TI, method.input_scale([weight_OI], moment_of(x_TI)))
+    plain = product_error(method, weight_OI, x_TI, torch.ones(64))
+    assert smooth < 0.2 * plain
+
+
+def test_a_static_scale_reaches_to_the_largest_input_of_the_calibration() -> None:
+    method, x_TI = SmoothQuant(activations="static", scale_dtype="float32"), outlier_inputs()
+    encoding = method.compress(make_weight(), moment_of(x_TI)).encoding
+    assert encoding is not None and encoding.input_scale_1 is not None
+    assert float(encoding.input_scale_1) == pytest.approx(float(x_TI.abs().max()) / 127.5)
+    dead = method.compress(make_weight(), moment_of(torch.zeros(3, 64))).encoding
+    assert dead is not None and dead.input_scale_1 is not None and float(dead.input_scale_1) == 1.0
+    with pytest.raises(StepError, match="no calibration tokens"):
+        method.compress(make_weight(), moment_of(torch.zeros(0, 64)))
+
+
+def float8_numbers() -> list[float]:
+    """All finite numbers of E4M3 from its definition: 4 exponent bits with bias 7, 3 of significand, no infinity."""
+    found = []
+    for exponent, fraction in itertools.product(range(16), range(8)):
+        if (exponent, fraction) != (15, 7):  # NaN
+            size = fraction / 8 * 2**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
+            found += [size, -size]
+    return sorted(found)
+
+
+def test_fp8_takes_the_nearest_number_of_the_format() -> None:
+    numbers, weight_OI = torch.tensor(float8_numbers(), dtype=torch.float64), make_weight()
+    weight_OI[2] = 0
+    weight_OI[3] *= 1e-6
+    encoding = FP8(scale_dtype="bfloat16").compress(weight_OI, None).encoding
+    assert encoding is not None and encoding.scale_OG.dtype is torch.bfloat16
+    for row in range(len(weight_OI)):
+        largest = float(weight_OI[row].abs().max())
+        scale = float(torch.tensor(largest / 448).to(torch.bfloat16)) or 1.0
+        assert float(encoding.scale_OG[row]) == scale
+        ratio_I = weight_OI[row].double() / scale
+        nearest_I = numbers[(ratio_I[:, None] - numbers).abs().argmin(1)]
+        chosen_I = encoding.q_OI[row].double()
+        assert bool(((chosen_I - ratio_I).abs() <= (nearest_I - ratio_I).abs() + 1e-5 * ratio_I.abs()).all())
+    assert bool((encoding.dequantize(torch.float32)[2] == 0).all())
+
+
+def test_rounding_to_float8_costs_small_weights_less_than_rounding_to_eight_bits() -> None:
+    weight_OI = make_weight()
+    weight_OI[:, ::8] *= 100  # outliers in every row
+    small = torch.ones(64, dtype=torch.bool)
+    small[::8] = False
+
+    def error(rounded_OI: torch.Tensor) -> float:
+        return float((rounded_OI - weight_OI)[:, small].double().square().sum())
+
+    assert error(FP8().compress(weight_OI, None).weight_OI) < 0.2 * error(
+        RTN(num_bits=8, group_size=None).compress(weight_OI, None).weight_OI
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import PreflightError, SpecError
-from orchestrator.packing import quantization_config
+from orchestrator.quantized import quantization_config
 from orchestrator.scheme import QuantScheme
 from orchestrator.serving import GIB, KVPlan, ModelShape, plan_kv
 
@@ -156,13 +156,14 @@ def test_the_largest_and_smallest_budgets_are_calculated() -> None:
 
 
 def test_the_quantization_of_packed_weights_is_read() -> None:
-    assert ModelShape.from_config(LLAMA_8B).quantization is None
-    packed = quantization_config(QuantScheme(num_bits=3, group_size=64, symmetric=False), ["lm_head"])
+    assert ModelShape.from_config(LLAMA_8B).quantization == ()
+    scheme = QuantScheme(num_bits=3, group_size=64, symmetric=False)
+    packed = quantization_config({"x": scheme}, ["lm_head"])
     shape = ModelShape.from_config({**LLAMA_8B, "quantization_config": packed})
-    assert shape.quantization == {"num_bits": 3, "group_size": 64, "strategy": "group", "symmetric": False}
+    assert shape.quantization == (scheme,)
     assert len({shape, ModelShape.from_config(LLAMA_8B)}) == 2
     for other in ({"quant_method": "gptq", "bits": 4}, {**packed, "format": "dense"}, {**packed, "config_groups": {}}):
-        assert ModelShape.from_config({**LLAMA_8B, "quantization_config": other}).quantization is None
+        assert ModelShape.from_config({**LLAMA_8B, "quantization_config": other}).quantization == ()
 
 
 def test_an_unknown_cache_dtype_is_refused_with_a_suggestion() -> None:

@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 from pydantic import ValidationError
 
 from orchestrator.api import API_VERSION, ModelShape, PreflightError, PublishError, SpecError, Stage
-from orchestrator.packing import quantization_config
+from orchestrator.quantized import quantization_config
 from orchestrator.scheme import QuantScheme
 from orchestrator.serving import GIB, plan_kv
 from orchestrator_serving import ORCHESTRATOR_API, register_methods
@@ -104,7 +104,7 @@ def test_latent_attention_needs_the_block_that_its_kernels_use() -> None:
 
 
 def packed(**scheme: Any) -> dict[str, Any]:
-    return {**LLAMA_8B, "quantization_config": quantization_config(QuantScheme(**scheme), ["lm_head"])}
+    return {**LLAMA_8B, "quantization_config": quantization_config({"x": QuantScheme(**scheme)}, ["lm_head"])}
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def check_encoding(method: LayerMethod, dtype: str, label: str, result: LayerRes
         again = unpack(stored.__getitem__, "layer", scheme)
         findings.expect(
             "L12 packs",
-            torch.equal(again.q_OI, encoding.q_OI) and _equal(again.zero_point_OG, encoding.zero_point_OG),
+            same_bytes(again.q_OI, encoding.q_OI) and _equal(again.zero_point_OG, encoding.zero_point_OG),
             f"the integers of {label} come back changed from the packed layout; keep them in the scheme's range",
         )
 
@@ -67,6 +67,7 @@ def _check_grid(label: str, encoding: QuantizedWeight, shape: tuple[int, ...], f
     import torch
 
     scheme = encoding.scheme
+    stored = torch.float8_e4m3fn if scheme.type == "float" else torch.int8
     num_out, num_in = shape
     num_groups = num_in // scheme.group_width(num_in)
     integers = [("q_OI", encoding.q_OI, (num_out, num_in))]
@@ -80,15 +81,15 @@ def _check_grid(label: str, encoding: QuantizedWeight, shape: tuple[int, ...], f
     for name, tensor, expected in integers:
         if not findings.expect(
             "L10 grid",
-            tensor.dtype is torch.int8 and tuple(tensor.shape) == expected,
-            f"{name} of {label} is {tensor.dtype} {tuple(tensor.shape)}; make it torch.int8 {expected}",
+            tensor.dtype is stored and tuple(tensor.shape) == expected,
+            f"{name} of {label} is {tensor.dtype} {tuple(tensor.shape)}; make it {stored} {expected}",
         ):
             continue
-        low, high = int(tensor.min()), int(tensor.max())
+        low, high = float(tensor.float().min()), float(tensor.float().max())
         findings.expect(
             "L10 grid",
             scheme.quant_min <= low and high <= scheme.quant_max,
-            f"{name} of {label} reaches from {low} to {high}; clamp it to {scheme.quant_min} .. {scheme.quant_max}",
+            f"{name} of {label} reaches from {low:g} to {high:g}; clamp it to {scheme.quant_min} .. {scheme.quant_max}",
         )
     scale_OG = encoding.scale_OG
     usable = scale_OG.is_floating_point() and bool((scale_OG.isfinite() & (scale_OG >= 0)).all())

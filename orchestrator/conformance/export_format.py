@@ -16,7 +16,7 @@ from orchestrator.conformance.findings import Findings
 from orchestrator.conformance.laboratory import Laboratory
 from orchestrator.conformance.surroundings import left_alone
 from orchestrator.errors import OrchestratorError
-from orchestrator.method import ExportFacts, ExportFormat
+from orchestrator.export_format import ExportFacts, ExportFormat
 
 
 def check_export_format(method: ExportFormat, laboratory: Laboratory, findings: Findings) -> None:
@@ -40,7 +40,7 @@ def check_export_format(method: ExportFormat, laboratory: Laboratory, findings: 
 
 def facts_of(checkpoint: Checkpoint) -> ExportFacts:
     """What planning knows of a dense model that no step changes."""
-    return ExportFacts(checkpoint, tuple(checkpoint.block_layers()), frozenset(), None)
+    return ExportFacts(checkpoint, frozenset(), {})
 
 
 def _write(

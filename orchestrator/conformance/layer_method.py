@@ -23,10 +23,11 @@ from orchestrator.conformance.layer_cases import (
     ordinary,
     pruned,
 )
+from orchestrator.conformance.mixed import check_choice, usable_options
 from orchestrator.conformance.scaling import check_input_scale
 from orchestrator.conformance.surroundings import left_alone
 from orchestrator.errors import SpecError
-from orchestrator.method import Invariant, LayerMethod, LayerResult, Needs, ScalingMethod, Stage
+from orchestrator.method import Invariant, LayerMethod, LayerResult, MixedMethod, Needs, ScalingMethod, Stage
 from orchestrator.statistics import InputMoment
 
 if TYPE_CHECKING:
@@ -38,11 +39,18 @@ MODEL_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def check_layer_method(method: LayerMethod, findings: Findings) -> None:
-    """The checks L1 to L16, C7 and C8, for a model of the first dtype that the method accepts."""
+    """The checks L1 to L17, C7 and C8, for a model of the first dtype that the method accepts."""
     planned = _planned(method, findings)
     if not findings.expect("L15 for_dtype", bool(planned), "`for_dtype` accepts no dtype that models have; accept one"):
         return
     (dtype, first), *others = planned.items()
+    if isinstance(first, MixedMethod):
+        options = usable_options(first, findings)
+        for option in options:
+            _check_planned(option, dtype, findings)
+        if options:
+            check_choice(first, len(options), findings)
+        return
     _check_planned(first, dtype, findings)
     if any(map(findings.failed, ("L1 runs", "L2 needs", "L4 form", "L14 check_layer"))):
         return

@@ -17,7 +17,8 @@ from orchestrator.conformance.findings import Findings
 from orchestrator.conformance.laboratory import Laboratory
 from orchestrator.conformance.surroundings import left_alone
 from orchestrator.export import save_model
-from orchestrator.invariants import check_artifact, check_depth
+from orchestrator.foreseen import ask, check_foreseen, foresee_model
+from orchestrator.invariants import check_artifact
 from orchestrator.method import Invariant, ModelMethod, ModelResult
 
 if TYPE_CHECKING:
@@ -109,8 +110,9 @@ def _check_invariants(
     remedy = "hold what `keeps` and `provides` claim (a mask after every update), or do not claim it"
     with findings.attempt("M3 keeps what it claims", f"holding the saved model against its claims ({remedy})"):
         check_artifact(student, Checkpoint(folder), kept, claims=claims, blocks=blocks)
-    with findings.attempt("M5 depth", "counting the decoder blocks of the saved model (say it in `blocks_removed`)"):
-        check_depth(student, Checkpoint(folder), method.blocks_removed())
+    with findings.attempt("M5 foreseen", "comparing the saved model with `blocks_removed` and `config_after`"):
+        foreseen = foresee_model(method, student, lambda config: ask(method, student, config))
+        check_foreseen(foreseen, Checkpoint(folder), blocks)
 
 
 def _logits(model: torch.nn.Module) -> torch.Tensor:

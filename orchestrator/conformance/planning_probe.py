@@ -29,15 +29,9 @@ def main() -> None:
 
 def _plan(request: dict[str, Any]) -> None:
     from orchestrator.checkpoint import Checkpoint
-    from orchestrator.errors import SpecError
-    from orchestrator.method import (
-        ExportFacts,
-        ExportFormat,
-        LayerMethod,
-        LayerShape,
-        ModelMethod,
-        ServingEngine,
-    )
+    from orchestrator.errors import OrchestratorError, SpecError
+    from orchestrator.export_format import ExportFacts, ExportFormat
+    from orchestrator.method import LayerMethod, LayerShape, ModelMethod, ServingEngine
     from orchestrator.serving import ModelShape, plan_kv
     from orchestrator.spec import validate_strictly
 
@@ -58,11 +52,13 @@ def _plan(request: dict[str, Any]) -> None:
     elif isinstance(method, ModelMethod):
         method.needs_calibration()
         method.blocks_removed()
+        with contextlib.suppress(OrchestratorError):  # it may refuse this model
+            method.config_after(model.config)
     elif isinstance(method, ServingEngine):
         shape = ModelShape.from_config(model.config)
         method.render(shape, plan_kv(shape, weight_bytes=0, **method.budget()))
     elif isinstance(method, ExportFormat):
-        method.check(ExportFacts(model, tuple(model.block_layers()), frozenset(), None))
+        method.check(ExportFacts(model, frozenset(), {}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ llama.cpp itself. The file is loaded by llama.cpp before it is released, and its
 from __future__ import annotations
 
 import gc
+import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +23,9 @@ from orchestrator.api import (
     ExportFacts,
     ExportFormat,
     Invariant,
+    LayerShape,
     ModelFacts,
+    QuantScheme,
     SpecError,
     Stage,
     StepError,
@@ -82,19 +86,20 @@ class GGUF(ExportFormat):
 
     def check(self, facts: ExportFacts) -> None:
         """Raise `SpecError` or `PreflightError` for what is known to be beyond the format before anything runs."""
-        carried = Carried(facts.source.config)
-        fault = unreadable(facts.source.path)
+        carried = Carried(facts.model.config)
+        fault = unreadable(facts.model.path)
         if fault:
             raise SpecError(f"GGUF cannot carry the tokenizer: {fault}", remedy="leave gguf out of `formats`")
-        if Invariant.GRID in facts.held and facts.scheme is not None:
-            self._check_grid(facts)
-        elif Invariant.GRID in facts.held and self.type not in PLAIN:
+        if Invariant.GRID in facts.held and not facts.schemes and self.type not in PLAIN:
             raise SpecError(f"type {self.type} cannot carry a grid that is not known while planning", remedy="use f16")
-        if Invariant.ZEROS in facts.held and Invariant.GRID not in facts.held and self.type not in (*PLAIN, "auto"):
-            shapes = {name: info.shape for name, info in facts.source.tensors.items()}
-            layers = {f"{layer.name}.weight" for layer in facts.source.block_layers()}
+        for layer in facts.model.block_layers():
+            for scheme in facts.schemes.get(layer.name, ()):
+                self._check_grid(layer, scheme, facts.model.dtype_name)
+        if Invariant.ZEROS in facts.held and self.type not in (*PLAIN, "auto"):
+            shapes = {name: info.shape for name, info in facts.model.tensors.items()}
+            layers = {f"{layer.name}.weight" for layer in facts.model.block_layers() if layer.name not in facts.schemes}
             for target in carried.targets(shapes):
-                kind = tensor_type(target, self.type, False, "", carried)
+                kind = tensor_type(target, self.type, None, "", carried)
                 if kind in NO_ZERO and layers & set(target.sources):
                     raise SpecError(
                         f"a GGUF file of type {self.type} has {target.name} in {kind.upper()}, which does not keep the"
@@ -102,35 +107,40 @@ class GGUF(ExportFormat):
                         remedy="use type q8_0, q4_0 or f16, which keep them",
                     )
 
-    def _check_grid(self, facts: ExportFacts) -> None:
-        scheme = facts.scheme
-        if self.type in PLAIN or scheme is None:
+    def _check_grid(self, layer: LayerShape, scheme: QuantScheme, dtype: str) -> None:
+        if scheme.input_activations is not None:
+            raise SpecError(
+                f"GGUF has no place for quantized inputs, which {layer.name} has: llama.cpp would multiply what the"
+                " method did not calibrate",
+                remedy="quantize weights only, or leave gguf out of `formats`",
+            )
+        if self.type in PLAIN:
             return
-        words = f"{'' if scheme.symmetric else 'a'}symmetric {scheme.num_bits}-bit"
+        words = f"{'' if scheme.symmetric else 'a'}symmetric {scheme.num_bits}-bit {scheme.type}"
         exact = carriers(scheme)
         if self.type != "auto" and self.type not in exact:
             better = f"type auto ({exact[0]}), which keeps the very integers, or " if exact and scheme.symmetric else ""
             raise SpecError(
-                f"type {self.type} would quantize the {words} grid a second time and lose what the method chose",
+                f"type {self.type} would quantize the {words} grid of {layer.name} a second time and lose what the"
+                " method chose",
                 remedy=f"use {better}f16, or export before quantizing",
             )
         if self.type == "auto" and not (exact and scheme.symmetric):
-            trying = "q4_1 holds it only where float16 happens to hold every group's minimum" if exact else ""
+            trying = ": q4_1 holds it only where float16 happens to hold every group's minimum" if exact else ""
             raise SpecError(
-                f"no GGUF type is sure to hold a grid that is {words}" + (f": {trying}" if trying else ""),
-                remedy=f"use type f16{', or q4_1 to try' if exact else ''}, or quantize with symmetric: true",
+                f"no GGUF type is sure to hold the {words} grid of {layer.name}{trying}",
+                remedy=f"use type f16{', or q4_1 to try' if exact else ''}, or quantize to symmetric integers",
             )
-        if facts.source.dtype_name not in ("float16", "bfloat16"):
+        if dtype not in ("float16", "bfloat16"):
             raise SpecError(
-                f"GGUF holds scales in float16, and a {facts.source.dtype_name} model has them in its own dtype",
+                f"GGUF holds scales in float16, and a {dtype} model has them in its own dtype",
                 remedy="set the model's dtype to bfloat16 or float16, or use type f16",
             )
-        for layer in facts.layers:
-            fault = misfit(scheme, layer.in_features)
-            if fault:
-                raise SpecError(
-                    f"{exact[0]} cannot carry {layer.name}: {fault}", remedy="use type f16, or groups of 32, 64 or 128"
-                )
+        fault = misfit(scheme, layer.in_features)
+        if fault:
+            raise SpecError(
+                f"{exact[0]} cannot carry {layer.name}: {fault}", remedy="use type f16, or groups of 32, 64 or 128"
+            )
 
     def write(
         self, model: Checkpoint, folder: Path, invariants: Mapping[str, Any], context: Context
@@ -174,17 +184,25 @@ class GGUF(ExportFormat):
         }
 
     def _resolved(self, model: Checkpoint, weights: Weights) -> tuple[str, str]:
-        """The type of the file; for a file that is to change nothing, also that of tensors on no grid, else ""."""
+        """The type of the file; for a file that is to change nothing, also that of tensors on no grid, else "".
+
+        A file whose layers need several types is called after the one of most weights, as llama.cpp does.
+        """
         if self.type != "auto":
             return self.type, ""
         plain = exact_plain_type(
-            [info.dtype for name, info in model.tensors.items() if len(info.shape) > 1 and name in weights.shapes]
+            [
+                info.dtype
+                for name, info in model.tensors.items()
+                if len(info.shape) > 1 and name in weights.shapes and name not in weights.schemes
+            ]
         )
-        if weights.scheme is None:
-            return plain, plain
-        if not carriers(weights.scheme):
-            raise StepError("no GGUF type stands for the grid of this model", remedy="use type f16")
-        return carriers(weights.scheme)[0], plain
+        kinds: Counter[str] = Counter()
+        for name, scheme in weights.schemes.items():
+            if not carriers(scheme):
+                raise StepError(f"no GGUF type stands for the grid of {name}", remedy="use type f16")
+            kinds[carriers(scheme)[0]] += math.prod(weights.shapes[name])
+        return (max(sorted(kinds), key=kinds.__getitem__) if kinds else plain), plain
 
 
 def _judge(file_type: str, carried: Carried, measured: Mapping[str, float]) -> None:

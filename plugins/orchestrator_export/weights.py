@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.api import Checkpoint, QuantizedWeight, QuantScheme, TensorReader, read_scheme, unpack
+from orchestrator.api import Checkpoint, QuantizedWeight, QuantScheme, TensorReader, unpack
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,24 +17,22 @@ if TYPE_CHECKING:
 
     from orchestrator_export.architectures import Target
 
-_PACKED = ".weight_packed"
-_PARTS = (_PACKED, ".weight_scale", ".weight_shape", ".weight_zero_point")
+_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
 
 
 class Weights:
     """Reads tensors one at a time. Raises `PreflightError` for a quantization that this project does not read."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._stored = checkpoint.tensors
         self._stack = ExitStack()
         self._read = self._stack.enter_context(TensorReader(checkpoint))
-        self.scheme: QuantScheme | None = read_scheme(checkpoint.config) if checkpoint.is_quantized else None
-        packed = [name.removesuffix(_PACKED) for name in self._stored if name.endswith(_PACKED)]
-        parts = {f"{layer}{part}" for layer in packed for part in _PARTS}
-        self.shapes = {name: info.shape for name, info in self._stored.items() if name not in parts}
-        for layer in packed:
-            self.shapes[f"{layer}.weight"] = tuple(self._read(f"{layer}.weight_shape").tolist())
-        self._packed = {f"{layer}.weight": layer for layer in packed}
+        layers = checkpoint.schemes()
+        parts = {f"{layer}.{part}" for layer in layers for part in _PARTS}
+        self.shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name not in parts}
+        for layer in layers:
+            if f"{layer}.weight_shape" in checkpoint.tensors:
+                self.shapes[f"{layer}.weight"] = tuple(self._read(f"{layer}.weight_shape").tolist())
+        self.schemes: dict[str, QuantScheme] = {f"{layer}.weight": scheme for layer, scheme in layers.items()}
 
     def __enter__(self) -> Weights:
         return self
@@ -42,15 +40,15 @@ class Weights:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def on_grid(self, target: Target) -> bool:
-        """Whether all that the target is made of is stored as packed integers."""
-        return all(name in self._packed for name in target.sources)
+    def scheme(self, target: Target) -> QuantScheme | None:
+        """The grid on which all lies that the target is made of; None for other tensors."""
+        found = {self.schemes.get(name) for name in target.sources}
+        return found.pop() if len(found) == 1 else None
 
     def dense(self, name: str, target: Target) -> NDArray[np.float32]:
         """A stored tensor as float32, arranged as the file wants it; a packed layer as engines compute it."""
-        if name in self._packed:
-            assert self.scheme is not None
-            weight = unpack(self._read, self._packed[name], self.scheme)
+        if name in self.schemes:
+            weight = unpack(self._read, name.removesuffix(".weight"), self.schemes[name])
             tensor: Any = weight.dequantize(weight.scale_OG.dtype).float()
         else:
             tensor = self._read(name).float()
@@ -59,8 +57,7 @@ class Weights:
 
     def grid(self, name: str, target: Target) -> QuantizedWeight:
         """A packed layer as integers and scales, rows in the file's order."""
-        assert self.scheme is not None
-        weight = unpack(self._read, self._packed[name], self.scheme)
+        weight = unpack(self._read, name.removesuffix(".weight"), self.schemes[name])
         zero = weight.zero_point_OG
         return replace(
             weight,

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.api import StepError
+from orchestrator.api import QuantScheme, StepError
 from orchestrator_export.architectures import Carried, Target
-from orchestrator_export.grids import PLAIN_REMEDY, as_blocks
+from orchestrator_export.grids import PLAIN_REMEDY, as_blocks, carriers
 from orchestrator_export.llama_cpp import quantize
 from orchestrator_export.tensor_types import (
     FILE_TYPE_NUMBERS,
@@ -50,12 +50,16 @@ def figures(carried: Carried) -> ModelFigures:
     return ModelFigures(carried.layers, carried.heads, carried.kv_heads, carried.experts, carried.tied)
 
 
-def tensor_type(target: Target, file_type: str, on_grid: bool, exact: str, carried: Carried) -> str:
-    """The type of a tensor. exact: in a file of type `auto`, that of tensors that are on no grid; else ""."""
+def tensor_type(target: Target, file_type: str, scheme: QuantScheme | None, exact: str, carried: Carried) -> str:
+    """The type of a tensor.
+
+    scheme: of the grid on which it is. exact: in a file that is to change nothing, the type of tensors on no grid, else
+    "".
+    """
     if not is_matrix(target.name, len(target.shape)):
         return "f32"
-    if on_grid and file_type not in PLAIN:
-        return file_type
+    if scheme is not None and file_type not in PLAIN:
+        return carriers(scheme)[0] if exact else file_type
     return exact or matrix_type(target.name, target.shape[-1], file_type, figures(carried))
 
 
@@ -79,7 +83,7 @@ def write_file(
     targets = carried.targets(weights.shapes)
     factors = carried.rope_factors()
     account = Account()
-    types = [tensor_type(target, file_type, weights.on_grid(target), exact, carried) for target in targets]
+    types = [tensor_type(target, file_type, weights.scheme(target), exact, carried) for target in targets]
     writer = gguf.GGUFWriter(path, carried.family.arch)
     try:
         for method, value in carried.entries():
@@ -101,7 +105,7 @@ def write_file(
             writer.write_tensor_data(_encode(target, kind, weights, zeros, account))
             if is_matrix(target.name, len(target.shape)):
                 account.matrices[kind] = account.matrices.get(kind, 0) + 1
-                if not (exact or weights.on_grid(target)):
+                if not (exact or weights.scheme(target)):
                     usual = matrix_type(target.name, WIDEST_BLOCK, file_type, figures(carried))
                     account.fallback += [target.name] if kind != usual else []
         if factors is not None:
@@ -117,7 +121,7 @@ def _encode(target: Target, kind: str, weights: Weights, zeros: bool, account: A
     import numpy as np
 
     number = gguf.GGMLQuantizationType[kind.upper()]
-    on_grid = weights.on_grid(target) and kind not in PLAIN
+    on_grid = weights.scheme(target) is not None and kind not in PLAIN
     parts = []
     for name in target.sources:
         if on_grid:

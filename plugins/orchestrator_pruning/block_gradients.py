@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from orchestrator_pruning.dependency_groups import Call, watched
+from orchestrator_pruning.precision import widened
 
 if TYPE_CHECKING:
     import torch
@@ -71,12 +72,15 @@ def block_gradients(
 ) -> Iterator[tuple[str, dict[str, Gradient]]]:
     """Yield (block name, {layer: gradient}) from the last block to the first; nothing of a block is kept.
 
-    layers: by their names within a block; their weights must require gradients. The loss of a window is the mean over
-    its predicted tokens; windows pass one by one, as the squares of their gradients are asked for one by one.
+    layers: by their names within a block. model: computing in float32 or wider (`precision.in_float32`). The loss of a
+    window is the mean over its predicted tokens; windows pass one by one, as the squares of their gradients are asked
+    for one by one.
     """
+    import torch
+
     modules, last = list(blocks.values()), len(blocks)
-    embeddings = model.get_input_embeddings().weight
-    between = _Between(scratch, (*tokens_NT.shape, model.config.hidden_size), embeddings.dtype)
+    dtype = torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
+    between = _Between(scratch, (*tokens_NT.shape, model.config.hidden_size), dtype)
     try:
         calls, in_tuple = _forward(model, modules, tokens_NT, between)
         behind_NTD = between[last]
@@ -87,7 +91,10 @@ def block_gradients(
         del behind_NTD
         for index, name in reversed(list(enumerate(blocks))):
             of_block = [by_window[index] for by_window in calls]
-            yield name, _of_block(blocks[name], layers, of_block, between[index], between[index + 1], squares=squares)
+            with widened(blocks[name]):
+                found = _of_block(blocks[name], layers, of_block, between[index], between[index + 1], squares=squares)
+            yield name, found
+            del found
             between.remove(index + 1)
     finally:
         for place in range(last + 1):
@@ -110,6 +117,9 @@ def _of_block(
     import torch
 
     weights: list[torch.Tensor] = [cast("torch.Tensor", block.get_submodule(layer).weight) for layer in layers]
+    required = [weight_OI.requires_grad for weight_OI in weights]
+    for weight_OI in weights:
+        weight_OI.requires_grad_(True)
     means = [torch.zeros_like(weight_OI) for weight_OI in weights]
     mean_squares = [torch.zeros_like(weight_OI) if squares else None for weight_OI in weights]
     for window, call in enumerate(calls):
@@ -123,6 +133,9 @@ def _of_block(
             mean_OI.add_(gradient_OI, alpha=1 / len(calls))
             if square_OI is not None:
                 square_OI.addcmul_(gradient_OI, gradient_OI, value=1 / len(calls))
+        del gradients, gradient_OI  # before those of the next window come
+    for weight_OI, before in zip(weights, required, strict=True):
+        weight_OI.requires_grad_(before)
     found = (Gradient(mean_OI, square_OI) for mean_OI, square_OI in zip(means, mean_squares, strict=True))
     return dict(zip(layers, found, strict=True))
 

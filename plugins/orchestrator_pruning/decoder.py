@@ -14,11 +14,10 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.api import StepError
+from orchestrator.api import StepError, decoder_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -35,45 +34,18 @@ _REMEDY = "prune weights instead, or use a model whose layers are alike"
 class DecoderLayers:
     """The decoder layers of a causal language model of Transformers.
 
-    Raises `StepError` if they cannot be found.
+    Raises `PreflightError` if they cannot be found.
     """
 
     def __init__(self, model: Any) -> None:
-        from torch import nn
-
         self._model = model
-        count = getattr(model.config, "num_hidden_layers", None)
-        found: list[str] = []
-        for name, module in model.named_modules():
-            inside = any(name.startswith(f"{outer}.") for outer in found)
-            if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
-                found.append(name)
-        if len(found) != 1:
-            raise StepError(
-                f"the decoder layers were not found: {len(found)} lists of {count} modules",
-                remedy="use a decoder-only model whose layers are one list",
-            )
-        self._name = found[0]
-        self._modules: list[nn.Module] = list(model.get_submodule(found[0]))
+        names = decoder_blocks(model, model.config.num_hidden_layers)
+        self._name = names[0].rpartition(".")[0]
+        self._modules: list[nn.Module] = [model.get_submodule(name) for name in names]
         self._in_tuples = False  # whether layers put out a tuple that begins with the hidden states
 
     def __len__(self) -> int:
         return len(self._modules)
-
-    @contextmanager
-    def in_float32(self) -> Iterator[None]:
-        """Widen the parameters for as long as this is open; what they get back is what they had, bit for bit."""
-        import torch
-
-        narrow = [p for p in self._model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-        dtypes = [parameter.dtype for parameter in narrow]
-        try:
-            for parameter in narrow:
-                parameter.data = parameter.data.float()
-            yield
-        finally:
-            for parameter, dtype in zip(narrow, dtypes, strict=True):
-                parameter.data = parameter.data.to(dtype)
 
     def run(self, tokens_BT: torch.Tensor, removed: Collection[int], see: See | None = None) -> torch.Tensor:
         """Return the logits [B, T, V] of the model without the layers `removed`.

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from orchestrator.api import StepError
+from orchestrator.api import StepError, decoder_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -80,20 +80,9 @@ class GroupSet:
         return self.members[-1].layer
 
 
-def decoder_blocks(model: Any) -> dict[str, nn.Module]:
-    """Return the decoder blocks by name: the only outermost list of as many modules as config.json gives blocks."""
-    from torch import nn
-
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers and not inside:
-            found[name] = module
-    if len(found) != 1:
-        count = model.config.num_hidden_layers
-        raise StepError(f"{len(found)} lists of {count} modules could be its decoder blocks", remedy=REMEDY)
-    ((name, blocks),) = found.items()
-    return {f"{name}.{index}": block for index, block in enumerate(blocks)}
+def blocks_of(model: Any) -> dict[str, nn.Module]:
+    """Return the decoder blocks by name. Raises `PreflightError` if they cannot be found."""
+    return {name: model.get_submodule(name) for name in decoder_blocks(model, model.config.num_hidden_layers)}
 
 
 @contextmanager
@@ -144,6 +133,27 @@ def make_probe(model: Any, blocks: Sequence[nn.Module]) -> Probe:
     return Probe(torch.randn(entering[0].shape, generator=generator).to(entering[0]), tuple(calls))
 
 
+def trace_all(blocks: Mapping[str, nn.Module], probe: Probe) -> dict[str, tuple[GroupSet, ...]]:
+    """Trace every block. Raises `StepError` if they are not alike: one number in config.json is for all of them."""
+    traced = {
+        name: trace(block, name, call, probe.hidden_BTD)
+        for (name, block), call in zip(blocks.items(), probe.calls, strict=True)
+    }
+    forms = {
+        name: [(member.layer, member.axis, member.index_GK.shape) for groups in sets for member in groups.members]
+        for name, sets in traced.items()
+    }
+    first = next(iter(forms))
+    for name, form in forms.items():
+        if form != forms[first]:
+            raise StepError(
+                f"the layers of {name} go together in another way than those of {first}, but config.json has one number"
+                " for both",
+                remedy="use a method that prunes single weights",
+            )
+    return traced
+
+
 def trace(block: nn.Module, name: str, call: Call, hidden_BTD: torch.Tensor) -> tuple[GroupSet, ...]:
     """Return the sets of groups of a block called `name`, in the order of their readers in the block.
 
@@ -178,6 +188,16 @@ def trace(block: nn.Module, name: str, call: Call, hidden_BTD: torch.Tensor) -> 
     return tuple(sets)
 
 
+def require_linear(block: nn.Module, name: str) -> None:
+    """Raise `StepError` for a matrix in a block called `name` that belongs to no linear layer."""
+    from torch import nn
+
+    for inner, parameter in block.named_parameters():
+        owner = block.get_submodule(inner.rpartition(".")[0])
+        if parameter.ndim > 1 and not isinstance(owner, nn.Linear):
+            raise _unplaced(name, inner, f"it belongs to a {type(owner).__name__}, not to a linear layer")
+
+
 def _run_cut(
     block: nn.Module, name: str, call: Call, entering_BTD: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
@@ -188,12 +208,8 @@ def _run_cut(
     import torch
     from torch import nn
 
+    require_linear(block, name)
     linears = {inner: module for inner, module in block.named_modules() if isinstance(module, nn.Linear)}
-    for inner, parameter in block.named_parameters():
-        owner = inner.rpartition(".")[0]
-        if parameter.ndim > 1 and owner not in linears:
-            kind = type(block.get_submodule(owner)).__name__
-            raise _unplaced(name, inner, f"it belongs to a {kind}, not to a linear layer")
     generator = torch.Generator().manual_seed(_SEED)
     read: dict[str, torch.Tensor] = {}
     made: dict[str, torch.Tensor] = {}

@@ -14,8 +14,8 @@ perplexity on the calibration windows, argmin_l sum_t -ln p(x_t | x_<t; all laye
 model without it. Of each batch the states that enter the layers are kept, so that a candidate computes only the layers
 behind it: of L layers, (L - 1) / 2 passes for each removal and batch, where deleting and running anew takes L - 1.
 
-Choices: the search is done in float32, influence summed up in float64; of equal layers the first goes. Weights are not
-changed, so the zeros of earlier pruning stay, in layers that are now numbered otherwise.
+Choices: the search is done in float32 (`precision`), influence summed up in float64; of equal layers the first goes.
+Weights are not changed, so the zeros of earlier pruning stay, in layers that are now numbered otherwise.
 
 Shape legend: N = windows, B = windows of a batch, T = tokens of a window, D = model width, V = vocabulary.
 """
@@ -31,6 +31,7 @@ from pydantic import Field
 
 from orchestrator.api import Context, Invariant, ModelFacts, ModelMethod, ModelResult, Stage, StepError, Work
 from orchestrator_pruning.decoder import DecoderLayers
+from orchestrator_pruning.precision import in_float32
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +65,12 @@ class Depth(ModelMethod):
         """What planning reckons with."""
         return self.layers
 
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Refuse layers that cannot be found, or that are bound to their places."""
+        DecoderLayers(model).check_movable(self.layers)
+
     def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
-        """The model in float32, a batch's states and logits; passes through layers, and through the output head."""
+        """The model as it is stored, what of it is widened at a time, a batch's states and logits; all passes."""
         sequences, length = calibration
         tokens, batch = sequences * length, length * max(1, min(sequences, _BATCH_TOKENS // length))
         depth = max(1, len(model.blocks))
@@ -78,7 +83,9 @@ class Depth(ModelMethod):
         scored = replace(model, blocks=()).forward(tokens, length, batch, head=True).times(heads)
         logits = 4 * batch * model.vocabulary + 8 * min(_CHUNK_ELEMENTS, length * model.vocabulary)
         states = 4 * batch * model.hidden * kept + max(logits, model.activation_bytes(batch, length))
-        memory = max(model.load_bytes(as_float32=True), model.widened_bytes + states)
+        memory = max(
+            model.load_bytes(as_float32=False), model.parameters * model.item_bytes + model.wide_bytes + states
+        )
         return Work(memory_bytes=memory).then(passed).then(scored)
 
     def apply(self, model: PreTrainedModel, context: Context) -> ModelResult:
@@ -99,7 +106,7 @@ class Depth(ModelMethod):
         layers.check_movable(self.layers)
         count = sum(tokens_BT[:, 1:].numel() for tokens_BT in batches)
         search = self._by_influence if self.criterion == "block_influence" else self._greedily
-        with torch.no_grad(), layers.in_float32():
+        with torch.no_grad(), in_float32(model):
             removed, before, after, facts = search(layers, batches, context.progress)
         if not (math.isfinite(before) and math.isfinite(after)):
             raise StepError(

@@ -1,26 +1,19 @@
 """LLM-Pruner: remove whole attention heads and MLP channels by what the loss would miss; then recover with LoRA.
 
 Ma et al. 2023, arXiv:2305.11627. Groups (section 3.1) are found by tracing (`dependency_groups`); a group is a KV head
-with the query heads that share it, or an MLP channel. The importance of a vector W_i (a row of a layer, or a column)
-that belongs to a group, with g the gradient of the loss, a mean over windows, and F the mean of its squares, the Fisher
-information that stands for the diagonal of the Hessian (eq. 5, with a mean where the paper has a sum, as the authors'
-code has it):
-
-    s_k = w_k g_k  (first) | w_k^2 F_k  (second) | w_k g_k - w_k^2 F_k / 2  (mixed)
-    I(W_i) = | sum_k s_k |  (vector, eq. 3) | sum_k | s_k |  (element, eq. 4)
-           = sum_k |w_k|  (l1) | sum_k w_k^2  (l2)
-
-and I(group) is the sum over its vectors (section 3.2). "random" draws I(group) instead. The groups with the least
-importance in their block go. Gradients are taken block by block (`block_gradients`). Recovery trains W + BA, A and B of
-rank `lora_rank` (eq. 6), for every linear layer in the blocks, on the next-token loss, and adds BA to the weights.
+with the query heads that share it, or an MLP channel. The groups with the least importance (`importance`) in their
+block go. Gradients are taken block by block (`block_gradients`). Recovery (`low_rank`) trains W + BA, A and B of rank
+`lora_rank` (eq. 6), for every linear layer in the blocks, and adds BA to the weights.
 
 Choices. The authors leave the first and the last blocks whole; here all blocks lose the same number of groups, because
-then config.json says all there is to say with one number for all blocks, which is what every engine reads. Weights and
-gradients are float32. One window in eight is used neither for choosing nor for training; the recorded losses are those
-of these windows, and flatter the recovery where the calibrator drew windows that overlap.
+then config.json says all there is to say with one number for all blocks, which is what every engine reads. The model is
+held in the dtype of its checkpoint and computes in float32 (`precision`). Recovery follows the dense model's
+predictions where the authors train on the next token of 50 thousand texts: of a few hundred windows the next tokens are
+learnt by heart, and other text is predicted worse than without recovery; predictions of the dense model say more in as
+many windows. One window in eight is used neither for choosing nor for training; the recorded losses are those of these
+windows, and flatter training on next tokens where the calibrator drew windows that overlap.
 
-Shape legend: N = windows, O = out features, I = in features, G = groups, K = rows or columns of one layer in a group,
-X = rows, or columns, of one layer, B = copies of the input of a probe, T = tokens, D = model width.
+Shape legend: N = windows, G = groups, T = tokens.
 """
 
 from __future__ import annotations
@@ -28,10 +21,9 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -44,20 +36,28 @@ from orchestrator.api import (
     PreflightError,
     Stage,
     StepError,
+    TextSource,
     Work,
+    token_windows,
 )
 from orchestrator_pruning.block_gradients import CHUNK_ELEMENTS, Gradient, block_gradients
-from orchestrator_pruning.dependency_groups import GroupSet, Probe, decoder_blocks, make_probe, trace
-from orchestrator_pruning.low_rank import recover
+from orchestrator_pruning.dependency_groups import REMEDY, GroupSet, blocks_of, make_probe, trace_all
+from orchestrator_pruning.hollow import hollow
+from orchestrator_pruning.importance import Granularity, Importance, Kind, Order
+from orchestrator_pruning.low_rank import Objective, divergence, recover
 from orchestrator_pruning.patterns import require_finite
+from orchestrator_pruning.precision import frozen, in_float32
 from orchestrator_pruning.removal import (
     Removal,
     as_configured,
-    channel_entries,
+    channels_after,
     check_channels,
     check_heads,
     head_entries,
+    heads_after,
     remove,
+    said_of_channels,
+    said_of_heads,
     without,
 )
 
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
 
 _HELD_OUT_SHARE = 8  # one window in eight, at most _HELD_OUT_MOST
 _HELD_OUT_MOST = 16
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # entries of config.json
 
 
 class LLMPruner(ModelMethod):
@@ -90,13 +91,13 @@ class LLMPruner(ModelMethod):
         le=65536,
         description="Kept MLP channels are a multiple of this: 8 suits tensor cores, 128 most kernels and group sizes.",
     )
-    importance: Literal["taylor", "l1", "l2", "random"] = Field(
+    importance: Kind = Field(
         "taylor", description="What a group is judged by: the change of the loss, the size of its weights, or nothing."
     )
-    order: Literal["first", "second", "mixed"] = Field(
+    order: Order = Field(
         "first", description="Terms of the Taylor expansion: the gradient, its squares, or both; only for 'taylor'."
     )
-    granularity: Literal["element", "vector"] = Field(
+    granularity: Granularity = Field(
         "element", description="Whether absolute values are taken of each weight or of each row's and column's sum."
     )
     gradient_windows: int = Field(
@@ -107,8 +108,26 @@ class LLMPruner(ModelMethod):
     )
     lora_rank: int = Field(8, ge=0, le=4096, description="Rank of the low-rank updates; 0: no recovery.")
     lora_alpha: float = Field(16.0, gt=0, le=65536, description="The updates are scaled by lora_alpha / lora_rank.")
+    source: TextSource | None = Field(
+        None,
+        description="Text that recovery trains on: a file, or hub:OWNER/NAME:SPLIT@REVISION. Default: the calibration "
+        "set. The more it has seen, the better it does on other text.",
+    )
+    field: str = Field("text", min_length=1, description="Key or column of JSON lines, Parquet or hub rows with text.")
+    sequences: int = Field(2048, ge=2, le=10_000_000, description="Windows drawn from `source`; no use without it.")
+    lora_objective: Objective = Field(
+        "dense",
+        description="What recovery trains on: the dense model's predictions (forward KL), or the next tokens of the "
+        "calibration text, as the authors do on far more text.",
+    )
     lora_updates: int = Field(200, ge=1, le=10_000_000, description="Optimizer steps of the recovery.")
-    lora_learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of the recovery.")
+    lora_learning_rate: float = Field(
+        1e-3,
+        gt=0,
+        le=1,
+        description="Peak learning rate of the recovery. The default suits some million parameters; for billions the "
+        "authors take 1e-4.",
+    )
     batch_sequences: int = Field(4, ge=1, le=65536, description="Windows per optimizer step.")
 
     @model_validator(mode="after")
@@ -129,18 +148,30 @@ class LLMPruner(ModelMethod):
         """Whether gradients are taken or updates trained."""
         return self.importance == "taylor" or self.lora_rank > 0
 
-    def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
-        """The model in float32; one block's gradients and what one window or batch leaves for the backward pass.
+    def config_after(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The new numbers of heads and channels. Raises `StepError` for those that leave none, and for mixtures."""
+        if any(config.get(name) for name in _EXPERTS):
+            raise StepError(f"{config['model_type']!r} is a mixture of experts, which go into no group", remedy=REMEDY)
+        entries: dict[str, int] = {}
+        if self.attention:
+            heads, kv_heads, head_dim = said_of_heads(config)
+            kept = self._kept(kv_heads, 1, "KV groups", "attention")
+            entries |= head_entries(config, kept, kv_heads, heads // kv_heads, head_dim)
+        if self.mlp:
+            name, channels = said_of_channels(config)
+            entries[name] = self._kept(channels, self.round_to, "MLP channels", "mlp")
+        return {**config, **entries}
 
-        Raises `PreflightError` for a ratio that leaves a block without heads or channels.
-        """
-        try:
-            if self.attention:
-                self._kept(model.kv_heads, 1, "KV groups", "attention")
-            if self.mlp and self._nearest(model.intermediate, self.round_to) == 0:
-                self._kept(model.intermediate, self.round_to, "MLP channels", "mlp")
-        except StepError as error:
-            raise PreflightError(error.problems) from None
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Refuse a layer that tracing cannot place, and counts that config.json cannot say."""
+        with hollow(model):
+            blocks = blocks_of(model)
+            probe = make_probe(model, list(blocks.values()))
+            traced = trace_all(blocks, probe)
+            as_configured(model, traced, self._removal(model.config, next(iter(traced.values()))))
+
+    def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
+        """The model as it is stored, for recovery the dense one too; a block's gradients, what a window leaves."""
         length = min(calibration[1], self.length_tokens)
         windows = calibration[0] * max(1, calibration[1] // length)
         work = model.forward(2 * min(windows, _HELD_OUT_MOST) * length, length, length, head=True)
@@ -157,9 +188,13 @@ class LLMPruner(ModelMethod):
         if self.lora_rank:
             batch = self.batch_sequences * length
             work = work.then(model.forward(self.lora_updates * batch, length, batch, head=True).times(3))
-            memory = max(memory, model.saved_bytes(batch) + 16 * batch * model.vocabulary)
-        held = model.load_bytes(as_float32=True)
-        return replace(work, memory_bytes=held + memory, scratch_bytes=scratch)
+            recovering = model.saved_bytes(length) + 24 * length * model.vocabulary
+            if self.lora_objective == "dense":
+                work = work.then(dense.forward(self.lora_updates * batch, length, length, head=True))
+                recovering += dense.load_bytes(as_float32=False)
+            memory = max(memory, recovering)
+        held = model.parameters * model.item_bytes + model.wide_bytes + memory
+        return replace(work, memory_bytes=max(held, model.load_bytes(as_float32=False)), scratch_bytes=scratch)
 
     def apply(self, model: PreTrainedModel, context: Context) -> ModelResult:
         """Prune and recover `model` in place.
@@ -168,10 +203,10 @@ class LLMPruner(ModelMethod):
         config.json cannot say, and for a layer that tracing cannot place; later for numbers that are not finite.
         """
         held_out_NT, used_NT = self._windows(context)
-        with _widened(model) as dtypes:
-            blocks = decoder_blocks(model)
+        with frozen(model), in_float32(model):
+            blocks = blocks_of(model)
             probe = make_probe(model, list(blocks.values()))
-            traced = _trace_all(blocks, probe)
+            traced = trace_all(blocks, probe)
             removal = self._removal(model.config, next(iter(traced.values())))
             small = as_configured(model, traced, removal)
             counts = [name for name in removal.entries if name != "head_dim"]
@@ -189,10 +224,10 @@ class LLMPruner(ModelMethod):
             after = {f"{name}_after": float(removal.entries[name]) for name in counts}
             numbers |= {"parameters_after": _num_parameters(model), **after}
             numbers |= _loss("loss_pruned", model, held_out_NT)
-            if self.lora_rank and used_NT is not None:
-                model = self._recover(model, blocks, used_NT, context)
-                for name, parameter in model.named_parameters():  # what the result can hold is what is measured
-                    parameter.data = parameter.data.to(dtypes[name]).to(parameter.dtype)
+            if self.lora_rank and used_NT is not None and held_out_NT is not None:
+                trained_on_NT = used_NT if self.source is None else self._drawn(self.source, context)
+                model, followed = self._recover(model, blocks, trained_on_NT, held_out_NT, context)
+                numbers |= followed
                 numbers |= _loss("loss_recovered", model, held_out_NT)
         return ModelResult(model, numbers)
 
@@ -213,6 +248,18 @@ class LLMPruner(ModelMethod):
             )
         held_out = min(_HELD_OUT_MOST, max(1, len(tokens_NT) // _HELD_OUT_SHARE))
         return tokens_NT[:held_out], tokens_NT[held_out:]
+
+    def _drawn(self, source: str, context: Context) -> torch.Tensor:
+        """Windows [N, T] of the text for recovery."""
+        return token_windows(
+            source,
+            context.dense.load_tokenizer(),
+            num_sequences=self.sequences,
+            length=self.length_tokens,
+            seed=context.seed,
+            field=self.field,
+            random=True,
+        ).tokens_NT
 
     def _nearest(self, count: int, multiple: int) -> int:
         """The multiple that is nearest to the share of `count` that stays."""
@@ -239,11 +286,11 @@ class LLMPruner(ModelMethod):
             if groups.width > 1 and self.attention:
                 check_heads(config, groups)
                 kept[position] = self._kept(groups.count, 1, "KV groups", "attention")
-                entries |= head_entries(config, groups, kept[position])
+                entries |= heads_after(config, groups, kept[position])
             elif groups.width == 1 and self.mlp:
                 check_channels(config, groups)
                 kept[position] = self._kept(groups.count, self.round_to, "MLP channels", "mlp")
-                entries |= channel_entries(config, kept[position])
+                entries |= channels_after(config, kept[position])
         if not kept:
             raise StepError("its blocks have nothing of what is to be removed", remedy="set attention and mlp to true")
         return Removal(kept, entries)
@@ -267,49 +314,27 @@ class LLMPruner(ModelMethod):
             windows_NT, squares = tokens_NT[: self.gradient_windows], self.order != "first"
             judged = block_gradients(model, blocks, layers, windows_NT, context.scratch, squares=squares)
         generator = torch.Generator().manual_seed(context.seed)
+        importance = Importance(self.importance, self.order, self.granularity)
         kept: dict[str, list[tuple[GroupSet, torch.Tensor]]] = {}
         for index, (name, gradients) in enumerate(judged):
             kept[name] = []
             for position, count in removal.kept.items():
                 groups = traced[name][position]
-                score_G = self.score(blocks[name], groups, gradients, generator)
+                score_G = importance.score(blocks[name], groups, gradients, generator)
                 require_finite(f"importances of groups of {name}", score_G)
                 kept[name].append((groups, score_G.argsort(descending=True, stable=True)[:count].sort().values))
             context.progress(0.5 * (index + 1) / len(blocks), f"{name} judged")
         return kept
 
-    def score(
-        self, block: nn.Module, groups: GroupSet, gradients: Mapping[str, Gradient], generator: torch.Generator
-    ) -> torch.Tensor:
-        """Return the importance of each group [G]: the sum over its rows and columns in all layers.
-
-        gradients: by layer, for importance 'taylor'. generator: for 'random'.
-        """
-        import torch
-
-        if self.importance == "random":
-            return torch.rand(groups.count, generator=generator)
-        parts = []
-        for member in groups.members:
-            weight_OI = cast("torch.Tensor", block.get_submodule(member.layer).weight).detach()
-            salience_OI = self._salience(weight_OI, gradients.get(member.layer))
-            inside = 1 - member.axis  # the dimension along which a row, or a column, extends
-            vector_X = salience_OI.sum(inside).abs() if self.granularity == "vector" else salience_OI.abs().sum(inside)
-            parts.append(vector_X[member.index_GK].sum(1))
-        return torch.stack(parts).sum(0)
-
-    def _salience(self, weight_OI: torch.Tensor, gradient: Gradient | None) -> torch.Tensor:
-        if gradient is None:
-            return weight_OI.abs() if self.importance == "l1" else weight_OI.square()
-        first_OI = weight_OI * gradient.mean_OI
-        if gradient.square_OI is None:
-            return first_OI
-        second_OI = weight_OI.square() * gradient.square_OI
-        return second_OI if self.order == "second" else first_OI - 0.5 * second_OI
-
     def _recover(
-        self, model: PreTrainedModel, blocks: Mapping[str, nn.Module], tokens_NT: torch.Tensor, context: Context
-    ) -> PreTrainedModel:
+        self,
+        model: PreTrainedModel,
+        blocks: Mapping[str, nn.Module],
+        tokens_NT: torch.Tensor,
+        held_out_NT: torch.Tensor,
+        context: Context,
+    ) -> tuple[PreTrainedModel, dict[str, float]]:
+        """Return the recovered model, and how far its predictions were and are from the dense model's."""
         from torch import nn
 
         layers = [
@@ -324,65 +349,29 @@ class LLMPruner(ModelMethod):
                 0.5 + 0.5 * done / self.lora_updates, f"update {done} of {self.lora_updates}, loss {loss:.4f}"
             )
 
-        recovered: PreTrainedModel = recover(
-            model,
-            layers,
-            tokens_NT,
-            rank=self.lora_rank,
-            alpha=self.lora_alpha,
-            updates=self.lora_updates,
-            learning_rate=self.lora_learning_rate,
-            batch_sequences=self.batch_sequences,
-            seed=context.seed,
-            progress=progress,
-        )
-        return recovered
-
-
-def _trace_all(blocks: Mapping[str, nn.Module], probe: Probe) -> dict[str, tuple[GroupSet, ...]]:
-    """Trace every block. Raises `StepError` if they are not alike: one number in config.json is for all of them."""
-    traced = {
-        name: trace(block, name, call, probe.hidden_BTD)
-        for (name, block), call in zip(blocks.items(), probe.calls, strict=True)
-    }
-    forms = {
-        name: [(member.layer, member.axis, member.index_GK.shape) for groups in sets for member in groups.members]
-        for name, sets in traced.items()
-    }
-    first = next(iter(forms))
-    for name, form in forms.items():
-        if form != forms[first]:
-            raise StepError(
-                f"the layers of {name} go together in another way than those of {first}, but config.json has one number"
-                " for both",
-                remedy="use a method that prunes single weights",
+        def train(teacher: PreTrainedModel | None) -> PreTrainedModel:
+            result: PreTrainedModel = recover(
+                model,
+                layers,
+                tokens_NT,
+                teacher=teacher,
+                rank=self.lora_rank,
+                alpha=self.lora_alpha,
+                updates=self.lora_updates,
+                learning_rate=self.lora_learning_rate,
+                batch_sequences=self.batch_sequences,
+                seed=context.seed,
+                progress=progress,
             )
-    return traced
+            return result
 
-
-@contextmanager
-def _widened(model: PreTrainedModel) -> Iterator[dict[str, torch.dtype]]:
-    """Give the parameters float32 or what is wider, and let them have gradients, for as long as this is open.
-
-    Yields the parameters' own dtypes, to which they return at the end. Dropout is off meanwhile.
-    """
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-            if parameter.element_size() < 4:
-                parameter.data = parameter.data.float()
-        yield dtypes
-    finally:
-        for name, parameter in model.named_parameters():
-            if name in dtypes:  # if recovery failed, its updates are still there
-                parameter.data = parameter.data.to(dtypes[name])
-                parameter.requires_grad_(trained[name])
-        for module, mode in modes:
-            module.training = mode
+        if self.lora_objective == "text":
+            return train(None), {}
+        teacher = context.dense.load()
+        with frozen(teacher), in_float32(teacher):
+            before = divergence(model, teacher, held_out_NT)
+            recovered = train(teacher)
+            return recovered, {"kl_pruned": before, "kl_recovered": divergence(recovered, teacher, held_out_NT)}
 
 
 def _num_parameters(model: nn.Module) -> float:

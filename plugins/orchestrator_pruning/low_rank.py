@@ -4,20 +4,21 @@ Ma et al. 2023, arXiv:2305.11627, section 3.3, eq. 6: f(x) = (W + P Q) x + b, wi
 rank 8, alpha 16, learning rate 1e-4; here AdamW without weight decay, no dropout, so that the same input gives the same
 bytes, and a learning rate that rises for a twentieth of the updates and then falls linearly to zero.
 
-Shape legend: N = windows, B = windows of a batch, T = tokens of a window.
+Shape legend: N = windows, B = windows of a batch, T = tokens of a window, V = vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.api import StepError
 
 if TYPE_CHECKING:
     import torch
 
+Objective = Literal["dense", "text"]
 _WARM_UP_SHARE = 0.05
 _CLIP_NORM = 1.0
 
@@ -27,6 +28,7 @@ def recover(
     layers: Sequence[str],
     tokens_NT: torch.Tensor,
     *,
+    teacher: Any,
     rank: int,
     alpha: float,
     updates: int,
@@ -35,10 +37,11 @@ def recover(
     seed: int,
     progress: Callable[[int, float], None],
 ) -> Any:
-    """Train updates of the linear layers called `layers` on the next-token loss; return the model with them merged.
+    """Train updates of the linear layers called `layers`; return the model with them merged.
 
-    progress: called with the number of updates done and the loss of the last. Raises `StepError` for a loss that is not
-    finite.
+    teacher: the model whose predictions are followed, mean KL(teacher || model) over positions; None: the loss is that
+    of the next tokens. Windows pass one by one, so that what the backward pass needs is that of one window. progress:
+    called with the number of updates done and the loss of the last. Raises `StepError` for a loss that is not finite.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -55,18 +58,44 @@ def recover(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _schedule(update, updates)
             tokens_BT = next(batches).to(model.device)
-            loss = adapted(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
-            loss.backward()
+            total = 0.0
+            for tokens_1T in torch.split(tokens_BT, 1):
+                loss = _loss(adapted, teacher, tokens_1T) / len(tokens_BT)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
             norm = float(torch.nn.utils.clip_grad_norm_(trained, _CLIP_NORM))
-            if not (math.isfinite(float(loss.detach())) and math.isfinite(norm)):
+            if not (math.isfinite(total) and math.isfinite(norm)):
                 raise StepError(
-                    f"recovery diverged at update {update + 1}: loss {float(loss.detach())}, gradient norm {norm}",
+                    f"recovery diverged at update {update + 1}: loss {total}, gradient norm {norm}",
                     remedy=f"lower `lora_learning_rate` (now {learning_rate:g})",
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            progress(update + 1, float(loss.detach()))
+            progress(update + 1, total)
     return adapted.merge_and_unload()
+
+
+def divergence(model: Any, teacher: Any, tokens_NT: torch.Tensor) -> float:
+    """Return the mean KL(teacher || model) over the positions of windows, nats."""
+    import torch
+
+    with torch.no_grad():
+        windows = torch.split(tokens_NT.to(model.device), 1)
+        return sum(float(_loss(model, teacher, tokens_1T)) for tokens_1T in windows) / len(windows)
+
+
+def _loss(model: Any, teacher: Any, tokens_1T: torch.Tensor) -> torch.Tensor:
+    """The loss of a window, nats per position: of its next tokens, or by the teacher's predictions."""
+    import torch
+    from torch.nn.functional import kl_div, log_softmax
+
+    if teacher is None:
+        next_token: torch.Tensor = model(input_ids=tokens_1T, labels=tokens_1T, use_cache=False).loss
+        return next_token
+    with torch.no_grad():
+        log_p_TV = log_softmax(teacher(input_ids=tokens_1T, use_cache=False).logits[0], -1)
+    log_q_TV = log_softmax(model(input_ids=tokens_1T, use_cache=False).logits[0], -1)
+    return kl_div(log_q_TV, log_p_TV, reduction="batchmean", log_target=True)
 
 
 def _schedule(update: int, updates: int) -> float:

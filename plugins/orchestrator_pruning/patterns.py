@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from orchestrator.api import Invariant, LayerMethod, LayerShape, StepError, lowest
+from orchestrator.api import (
+    Invariant,
+    LayerMethod,
+    LayerShape,
+    StepError,
+    lowest,
+    require_own_sparsity,
+    run_of,
+    unfilled_runs,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +43,7 @@ class Unstructured(LayerMethod):
 
     @model_validator(mode="after")
     def _sparsity_follows_pattern(self) -> Self:
-        if self.pattern != "row":
-            kept, width = run_of(self.pattern)
-            if self.sparsity != 1 - kept / width:
-                raise ValueError(f"pattern {self.pattern} fixes sparsity at {1 - kept / width}, not {self.sparsity}")
+        require_own_sparsity(self.pattern, self.sparsity)
         return self
 
     def sparsity_pattern(self) -> str | None:
@@ -46,22 +52,10 @@ class Unstructured(LayerMethod):
 
     def check_layer(self, layer: LayerShape) -> tuple[str, str] | None:
         """Refuse rows that runs of m do not fill, and rows too short for one weight to be removed."""
-        if self.pattern == "row":
-            if num_pruned(self.sparsity, layer.in_features) == 0:
-                what = f"{self.sparsity} of a row is less than one weight of the in_features {layer.in_features}"
-                return "sparsity", what
-            return None
-        _, width = run_of(self.pattern)
-        if layer.in_features % width:
-            what = f"{width} does not divide in_features {layer.in_features}"
-            return "pattern", what
-        return None
-
-
-def run_of(pattern: Pattern) -> tuple[int, int]:
-    """Return (n, m) of an 'n:m' pattern."""
-    kept, width = pattern.split(":")
-    return int(kept), int(width)
+        if self.pattern == "row" and num_pruned(self.sparsity, layer.in_features) == 0:
+            what = f"{self.sparsity} of a row is less than one weight of the in_features {layer.in_features}"
+            return "sparsity", what
+        return unfilled_runs(self.pattern, layer)
 
 
 def num_pruned(sparsity: float, num_weights: int) -> int:
@@ -76,9 +70,10 @@ def choose(weight_OI: torch.Tensor, score_OI: torch.Tensor, pattern: Pattern, sp
     """
     require_finite("pruning scores", score_OI)
     score_OI = score_OI.masked_fill(weight_OI == 0, -1.0)  # scores are not negative
-    if pattern == "row":
+    run = run_of(pattern)
+    if run is None:
         return lowest(score_OI, num_pruned(sparsity, score_OI.shape[1]))
-    kept, width = run_of(pattern)
+    kept, width = run
     return lowest(score_OI.view(len(score_OI), -1, width), width - kept).flatten(1)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _TOLERANCE = 1e-4  # of the largest output, between a block without some groups and the same block with them at zero
-_WIDTHS = ("intermediate_size", "ffn_dim")  # what configurations call the number of MLP channels
+_WIDTHS = ("ffn_dim", "intermediate_size")  # what configurations call the number of MLP channels
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,46 @@ def check_heads(config: Any, groups: GroupSet) -> None:
     _require_said(config, _heads_name(config), groups, "attention")
 
 
-def head_entries(config: Any, groups: GroupSet, kept: int) -> dict[str, int]:
-    """The entries of config.json for `kept` KV groups. head_dim no longer follows from the width of the model."""
-    heads = config.num_attention_heads
-    shared = {"num_attention_heads": heads // groups.count * kept, "head_dim": groups.width * groups.count // heads}
-    return shared | {_heads_name(config): kept}
+def heads_after(config: Any, groups: GroupSet, kept: int) -> dict[str, int]:
+    """The entries of config.json for `kept` KV groups, from an object of Transformers and what tracing found."""
+    sharing = config.num_attention_heads // groups.count
+    said = {name: True for name in ("num_key_value_heads",) if hasattr(config, name)}
+    return head_entries(said, kept, groups.count, sharing, groups.width // sharing)
+
+
+def head_entries(config: Mapping[str, Any], kept: int, groups: int, sharing: int, head_dim: int) -> dict[str, int]:
+    """The entries of config.json for `kept` of some KV groups, each with `sharing` query heads.
+
+    head_dim no longer follows from the width of the model.
+    """
+    entries = {"num_attention_heads": sharing * kept, "head_dim": head_dim}
+    return entries | ({"num_key_value_heads": kept} if config.get("num_key_value_heads") else {})
+
+
+def said_of_heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return what the content of a config.json gives as attention heads, KV heads and size of a head."""
+    heads, width = _said(config, "num_attention_heads", "attention"), config.get("hidden_size")
+    kv_heads = _said(config, "num_key_value_heads", "attention") if config.get("num_key_value_heads") else heads
+    head_dim = config.get("head_dim") or (width // heads if isinstance(width, int) else 0)
+    if heads % kv_heads or not head_dim:
+        raise StepError(f"config.json gives {heads} heads that share {kv_heads} KV heads", remedy="correct config.json")
+    return heads, kv_heads, head_dim
+
+
+def said_of_channels(config: Mapping[str, Any]) -> tuple[str, int]:
+    """Return the entry in which a config.json gives the number of MLP channels, and what it gives."""
+    name = next((name for name in _WIDTHS if name in config), _WIDTHS[-1])
+    return name, _said(config, name, "mlp")
+
+
+def _said(config: Mapping[str, Any], name: str, switch: str) -> int:
+    value = config.get(name)
+    if type(value) is not int or value < 1:
+        raise StepError(
+            f"config.json of a {config.get('model_type')!r} model gives no {name}, which would say what is left",
+            remedy=f"set {switch}: false, or {REMEDY}",
+        )
+    return value
 
 
 def check_channels(config: Any, groups: GroupSet) -> None:
@@ -45,7 +80,7 @@ def check_channels(config: Any, groups: GroupSet) -> None:
     _require_said(config, _width_name(config), groups, "mlp")
 
 
-def channel_entries(config: Any, kept: int) -> dict[str, int]:
+def channels_after(config: Any, kept: int) -> dict[str, int]:
     """The entries of config.json for `kept` MLP channels."""
     return {_width_name(config): kept}
 
@@ -55,7 +90,7 @@ def _heads_name(config: Any) -> str:
 
 
 def _width_name(config: Any) -> str:
-    return next((name for name in _WIDTHS if hasattr(config, name)), _WIDTHS[0])
+    return next((name for name in _WIDTHS if hasattr(config, name)), _WIDTHS[-1])
 
 
 def _require_said(config: Any, name: str, groups: GroupSet, switch: str) -> None:
@@ -113,7 +148,7 @@ def _configured(config: Any, sets: Sequence[GroupSet], removal: Removal) -> Any:
     except Exception as error:  # strict configuration classes raise validation errors of their own
         remedies = ["choose another `ratio`"]
         for groups in (sets[position] for position in removal.kept if sets[position].width > 1):
-            counts = [str(n) for n in range(1, groups.count) if can_say(head_entries(config, groups, n))]
+            counts = [str(n) for n in range(1, groups.count) if can_say(heads_after(config, groups, n))]
             could = [f"choose a ratio that leaves {' or '.join(counts)} of {groups.count} KV groups"] if counts else []
             remedies = [*could, "set attention: false"]
         reason = str(error).strip().splitlines()[-1].strip()

@@ -33,9 +33,12 @@ from orchestrator.api import (
     Stage,
     StepError,
     Work,
+    require_own_sparsity,
+    run_of,
     solve_columns,
+    unfilled_runs,
 )
-from orchestrator_pruning.patterns import num_pruned, require_finite, run_of, zero_metrics
+from orchestrator_pruning.patterns import num_pruned, require_finite, zero_metrics
 
 if TYPE_CHECKING:
     import torch
@@ -63,14 +66,10 @@ class SparseGPT(LayerMethod):
 
     @model_validator(mode="after")
     def _sparsity_follows_pattern(self) -> Self:
-        if self.pattern != "block":
-            kept, width = run_of(self.pattern)
-            if self.sparsity != 1 - kept / width:
-                raise ValueError(f"pattern {self.pattern} fixes sparsity at {1 - kept / width}, not {self.sparsity}")
-            if self.block_size % width:
-                raise ValueError(
-                    f"block_size {self.block_size} is no multiple of the {width} of pattern {self.pattern}"
-                )
+        require_own_sparsity(self.pattern, self.sparsity)
+        run = run_of(self.pattern)
+        if run is not None and self.block_size % run[1]:
+            raise ValueError(f"block_size {self.block_size} is no multiple of the {run[1]} of pattern {self.pattern}")
         return self
 
     def sparsity_pattern(self) -> str | None:
@@ -83,11 +82,7 @@ class SparseGPT(LayerMethod):
             smallest = layer.out_features * min(self.block_size, layer.in_features % self.block_size or self.block_size)
             if num_pruned(self.sparsity, smallest) == 0:
                 return "sparsity", f"{self.sparsity} of a block of {smallest} weights is less than one weight"
-            return None
-        _, width = run_of(self.pattern)
-        if layer.in_features % width:
-            return "pattern", f"{width} does not divide in_features {layer.in_features}"
-        return None
+        return unfilled_runs(self.pattern, layer)
 
     def working_bytes(self, rows: int, in_features: int) -> int:
         """Factoring H in float64, or the factor and the copies of the weight that the columns are solved on."""

@@ -27,7 +27,9 @@ from orchestrator.api import (
     Removal,
     SaliencyMask,
     Work,
+    require_own_sparsity,
     solve_columns,
+    unfilled_runs,
 )
 from orchestrator_quantization.column_grids import UpdatedGrids
 from orchestrator_quantization.gptq import GPTQ
@@ -56,10 +58,7 @@ class SparseGPTQ(GPTQ):
 
     @model_validator(mode="after")
     def _sparsity_follows_pattern(self) -> Self:
-        if self.pattern != "block":
-            kept, width = (int(part) for part in self.pattern.split(":"))
-            if self.sparsity != 1 - kept / width:
-                raise ValueError(f"pattern {self.pattern} fixes sparsity at {1 - kept / width}, not {self.sparsity}")
+        require_own_sparsity(self.pattern, self.sparsity)
         return self
 
     def sparsity_pattern(self) -> str | None:
@@ -68,11 +67,7 @@ class SparseGPTQ(GPTQ):
 
     def check_layer(self, layer: LayerShape) -> tuple[str, str] | None:
         """Refuse groups that do not fill the rows, and runs of m that do not."""
-        if self.pattern != "block":
-            width = int(self.pattern.partition(":")[2])
-            if layer.in_features % width:
-                return "pattern", f"{width} does not divide in_features {layer.in_features}"
-        return super().check_layer(layer)
+        return unfilled_runs(self.pattern, layer) or super().check_layer(layer)
 
     def effort(self, rows: int, in_features: int) -> Work:
         """Three passes over the columns."""

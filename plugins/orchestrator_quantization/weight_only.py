@@ -1,4 +1,4 @@
-"""What all weight-only integer methods share: the parameters of the grid, its scheme, and what fits a layer."""
+"""What methods share: the dtype of scales; the parameters of a weight-only grid, its scheme, and what fits a layer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,34 @@ def _no_group_is_minus_one(value: Any) -> Any:
 GroupSize = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_no_group_is_minus_one)]
 
 
-class WeightOnly(LayerMethod):
-    """Parameters of a weight-only integer grid."""
+class StoredScales(LayerMethod):
+    """The element type of a quantized weight's scales. Zero is a grid point of every method here."""
 
     keeps: ClassVar[frozenset[Invariant]] = frozenset({Invariant.ZEROS})
+
+    scale_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Element type that scales are stored in: the model's own, which 'auto' stands for."
+    )
+
+    def for_dtype(self, dtype: str) -> StoredScales:
+        """Take the model's dtype for the scales: engines multiply in it, so another one would give other weights."""
+        if self.scale_dtype not in ("auto", dtype):
+            raise SpecError(
+                f"scale_dtype is {self.scale_dtype}, but the model is loaded in {dtype}",
+                remedy="leave scale_dtype out, or set the model's dtype",
+            )
+        return self.model_copy(update={"scale_dtype": dtype})
+
+    def storage_dtype(self) -> torch.dtype:
+        """`scale_dtype` as torch knows it; bfloat16 for a method that was not planned for a model."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, "bfloat16" if self.scale_dtype == "auto" else self.scale_dtype)
+        return dtype
+
+
+class WeightOnly(StoredScales):
+    """Parameters of a weight-only integer grid."""
 
     num_bits: int = Field(4, ge=2, le=8, description="Width of a stored integer, bits.")
     group_size: GroupSize = Field(
@@ -33,18 +57,6 @@ class WeightOnly(LayerMethod):
     clip: Literal["none", "mse"] = Field(
         "none", description="Range of a group: its extremes, or the share of them with the least squared error."
     )
-    scale_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Element type that scales are stored in: the model's own, which 'auto' stands for."
-    )
-
-    def for_dtype(self, dtype: str) -> WeightOnly:
-        """Take the model's dtype for the scales: engines multiply in it, so another one would give other weights."""
-        if self.scale_dtype not in ("auto", dtype):
-            raise SpecError(
-                f"scale_dtype is {self.scale_dtype}, but the model is loaded in {dtype}",
-                remedy="leave scale_dtype out, or set the model's dtype",
-            )
-        return self.model_copy(update={"scale_dtype": dtype})
 
     def check_layer(self, layer: LayerShape) -> tuple[str, str] | None:
         """Refuse groups that do not fill the rows."""
@@ -60,10 +72,3 @@ class WeightOnly(LayerMethod):
             strategy="channel" if self.group_size is None else "group",
             group_size=self.group_size,
         )
-
-    def storage_dtype(self) -> torch.dtype:
-        """`scale_dtype` as torch knows it; bfloat16 for a method that was not planned for a model."""
-        import torch
-
-        dtype: torch.dtype = getattr(torch, "bfloat16" if self.scale_dtype == "auto" else self.scale_dtype)
-        return dtype

@@ -87,22 +87,32 @@ class VLLM(ServingEngine):
 
 
 def _kernel_notes(shape: ModelShape) -> list[str]:
-    """Say so if only one of vLLM's kernels takes weights packed like these.
+    """Say so if not every device, or only one of vLLM's kernels, takes a model like this.
 
     vLLM 0.33.0 loads 2 to 8 bits (compressed_tensors_wNa16.py); Marlin computes 4 and 8 in the groups above, and
-    Humming, a package of its own for CUDA, takes the rest.
+    Humming, a package of its own for CUDA, takes the rest. Devices: its pages on INT8 W8A8 and FP8 W8A8.
     """
-    if shape.quantization is None:
-        return []
-    bits, size = shape.quantization["num_bits"], shape.quantization["group_size"]
-    grouped = shape.quantization["strategy"] == "group"
-    if bits in WEIGHT_BITS and (not grouped or size in GROUP_SIZES):
-        return []
-    groups = f"groups of {size}" if grouped else "one group per channel"
-    return [
-        f"Weights of {bits} bits in {groups}: of the kernels in vLLM 0.33 only Humming takes them (CUDA, installed",
-        "beside vLLM). Every other one takes 4 or 8 bits, per channel or in groups of 32, 64 or 128.",
-    ]
+    notes = []
+    for scheme in shape.quantization:
+        grouped = scheme.strategy == "group"
+        if scheme.format == "float-quantized":
+            notes += [
+                "Weights and inputs in fp8: devices of compute capability 8.9 or more multiply them as they are; from",
+                "7.5 on vLLM computes with fp8 weights and unquantized inputs.",
+            ]
+        elif scheme.input_activations is not None:
+            notes += [
+                "Weights and inputs in int8: vLLM multiplies them on devices of compute capability 7.5 (Turing) to 9.x",
+                "and does not run them on later ones (Blackwell). Use fp8 there.",
+            ]
+        elif scheme.num_bits not in WEIGHT_BITS or (grouped and scheme.group_size not in GROUP_SIZES):
+            groups = f"groups of {scheme.group_size}" if grouped else "one group per channel"
+            notes += [
+                f"Weights of {scheme.num_bits} bits in {groups}: of the kernels in vLLM 0.33 only Humming takes them",
+                "(CUDA, installed beside vLLM). Every other one takes 4 or 8 bits, per channel or in groups of 32, 64",
+                "or 128.",
+            ]
+    return notes
 
 
 def _cache_dtype(dtype: str, plan: KVPlan) -> str:

@@ -105,8 +105,8 @@ def _change_library() -> None:
     """As if another torch were installed."""
     import orchestrator.plan as plan
 
-    versions = {**plan._environment(), "torch": "0.0"}
-    plan._environment = lambda: versions  # type: ignore[assignment]
+    versions = {**plan.library_versions(), "torch": "0.0"}
+    plan.library_versions = lambda: versions  # type: ignore[assignment]
 
 
 def _change_processor() -> None:

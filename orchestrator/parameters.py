@@ -1,0 +1,86 @@
+"""From the `with` mapping of a step to a method, and from a method to what of it enters a fingerprint.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from orchestrator.checkpoint import expand_home
+from orchestrator.checks import Note, plugin_fault
+from orchestrator.digests import FileDigests
+from orchestrator.errors import OrchestratorError, PreflightError, SpecError
+from orchestrator.method import Method, Publisher
+from orchestrator.plugins import InstalledMethod
+from orchestrator.sources import PREFIX, InputFile, check_source, resolve_source, source_digest
+from orchestrator.spec import Location, SpecText, validate_strictly
+
+
+def parameterize(
+    file: SpecText,
+    installed: InstalledMethod,
+    values: Mapping[str, Any],
+    location: Location,
+    home: Path,
+    note: Note,
+) -> Method | None:
+    """Build the method from its `with` mapping, paths made absolute."""
+    values = dict(values)
+    usable = True  # a fault is noted, and the rest is checked all the same
+    for name in sorted(set(_source_fields(installed.cls)) & set(values)):
+        if isinstance(values[name], str):
+            try:
+                values[name] = resolve_source(values[name], file.folder)
+                check_source(values[name])
+            except OrchestratorError as error:
+                note(error, (*location, name))
+                usable = False
+    if issubclass(installed.cls, Publisher):
+        uri = values.get("uri")
+        if uri is None:
+            values["uri"] = (home / "releases").absolute().as_uri()
+        elif isinstance(uri, str) and "://" not in uri:
+            try:
+                values["uri"] = (file.folder / expand_home(uri)).absolute().as_uri()
+            except PreflightError as error:
+                note(error, (*location, "uri"))
+                usable = False
+    try:
+        with plugin_fault(installed, "__init__"):
+            try:
+                method = validate_strictly(installed.cls, values)
+                return method if usable else None
+            except ValidationError as error:
+                raise SpecError(file.problems(error, location, list(installed.cls.model_fields))) from None
+    except SpecError as error:
+        note(error, location)
+        return None
+
+
+def _source_fields(cls: type[Method]) -> Iterator[str]:
+    """The fields that name a text source."""
+    for name, info in cls.model_fields.items():
+        if _is_marked(info.metadata) or _is_marked(get_args(info.annotation)):
+            yield name
+
+
+def _is_marked(parts: Iterable[Any]) -> bool:
+    """Whether `InputFile` is among the parts of an annotation, or of one of its alternatives."""
+    return any(isinstance(part, InputFile) or _is_marked(getattr(part, "__metadata__", ())) for part in parts)
+
+
+def parameters_of(installed: InstalledMethod, method: Method, digests: FileDigests) -> dict[str, Any]:
+    """The parameters as they enter the fingerprint: text sources by content, not by path."""
+    with plugin_fault(installed, "model_dump"):
+        parameters = method.model_dump(mode="json")
+    for name in _source_fields(type(method)):
+        value = parameters[name]
+        if value is not None:
+            digest = source_digest(value) if value.startswith(PREFIX) else digests.sha256(Path(value))
+            parameters[name] = {"sha256": digest}
+    return parameters
