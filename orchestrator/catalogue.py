@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from orchestrator.errors import SpecError
 from orchestrator.method import Stage
 from orchestrator.plugins import InstalledMethod, Methods
+from orchestrator.sources import InputFile
 
 
 def as_document(methods: Methods, name: str | None = None) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def _describe(method: InstalledMethod) -> dict[str, Any]:
         "parameters": [
             {
                 "name": name,
-                "type": _type_name(info.annotation),
+                "type": _type_name(Annotated[info.annotation, *(info.metadata or [None])]),
                 "required": info.is_required(),
                 "default": None if info.is_required() else info.get_default(call_default_factory=True),
                 "description": info.description,
@@ -101,9 +103,19 @@ def _describe(method: InstalledMethod) -> dict[str, Any]:
 
 
 def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
-        return annotation.__name__
-    text = str(annotation).replace("typing.", "")
-    if "InputFile" in text:  # the marker of a text source says nothing to a person
-        return "text source | None" if "None" in text else "text source"
-    return text
+    """A type as a person writes it; what only validation needs is left out."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        marked = any(isinstance(entry, InputFile) for entry in arguments[1:])
+        return "text source" if marked else _type_name(arguments[0])
+    if origin in (Union, UnionType):
+        return " | ".join(_type_name(part) for part in arguments)
+    if origin is tuple and arguments[-1:] == (Ellipsis,):
+        return f"list[{_type_name(arguments[0])}]"
+    if annotation is NoneType:
+        return "None"
+    return (
+        annotation.__name__
+        if isinstance(annotation, type) and not arguments
+        else str(annotation).replace("typing.", "")
+    )
