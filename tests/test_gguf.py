@@ -310,6 +310,7 @@ def test_bigger_numbers_than_float16_holds_are_refused(build: Builder, tmp_path:
         ({"num_bits": 4, "group_size": 32}, "q4_0"),
         ({"num_bits": 4, "group_size": 64}, "q4_0"),
         ({"num_bits": 3, "group_size": None}, "q4_0"),
+        ({"num_bits": 5, "group_size": 32}, "q5_0"),
         ({"num_bits": 8, "group_size": None}, "q8_0"),
     ],
 )
@@ -373,7 +374,8 @@ def _weight(scale: float, zero: int | None, num_bits: int = 4) -> QuantizedWeigh
 
 
 @pytest.mark.parametrize(
-    ("kind", "zero", "bits"), [("q4_0", None, 4), ("q4_1", 3, 4), ("q4_1", -8, 4), ("q8_0", None, 8)]
+    ("kind", "zero", "bits"),
+    [("q4_0", None, 4), ("q4_1", 3, 4), ("q4_1", -8, 4), ("q5_0", None, 5), ("q5_0", None, 4), ("q8_0", None, 8)],
 )
 def test_blocks_stand_for_the_grid(kind: str, zero: int | None, bits: int) -> None:
     weight = _weight(0.0625, zero, bits)

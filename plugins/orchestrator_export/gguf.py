@@ -56,8 +56,8 @@ class GGUF(ExportFormat):
 
     type: FileType = Field(
         "auto",
-        description="Type of the matrices, as llama.cpp names it. auto: the smallest that changes no weight, Q4_0, "
-        "Q8_0 or Q4_1 for a grid that it can hold, else the dtype of the checkpoint.",
+        description="Type of the matrices, as llama.cpp names it. auto: the smallest that changes no weight: Q4_0, "
+        "Q5_0 or Q8_0 for a symmetric grid of integers, else the dtype of the checkpoint.",
     )
     tokens: int = Field(
         256, ge=16, le=65_536, description="Tokens on which logits are compared: of the calibration set, else random."

@@ -3,14 +3,15 @@
 | grid (compressed-tensors)         | GGUF type | a block of 32 weights stands for              |
 |-----------------------------------|-----------|-----------------------------------------------|
 | symmetric, 2 to 4 bits            | Q4_0      | d * (u - 8), u = q + 8, d = scale             |
-| symmetric, 5 to 8 bits            | Q8_0      | d * q                                         |
+| symmetric, 5 bits                 | Q5_0      | d * (u - 16), u = q + 16                      |
+| symmetric, 6 to 8 bits            | Q8_0      | d * q                                         |
 | asymmetric, 2 to 4 bits           | Q4_1      | d * u + m, u = q + 8, m = -(zero point + 8) d |
 
 The same integers, and scales that float16 holds exactly: nothing is quantized here. What the table cannot carry is
 refused by name. Scales in bfloat16 are float16 too unless they are smaller than 2**-17 or so; the minimum is a product
 and often is not (8 and 4 significant bits make 12, float16 has 11), so that Q4_1 is tried only when it is asked for.
 
-Layouts: ggml-common.h of llama.cpp (block_q4_0, block_q4_1, block_q8_0).
+Layouts: ggml-common.h of llama.cpp (block_q4_0, block_q4_1, block_q5_0, block_q8_0).
 
 Shape legend: O = out features, I = in features, G = groups, B = blocks of 32 along I, W = 32 weights of a block.
 """
@@ -35,7 +36,7 @@ def carriers(scheme: QuantScheme) -> tuple[str, ...]:
         return ()
     if not scheme.symmetric:
         return ("q4_1",)
-    return ("q4_0", "q8_0") if scheme.num_bits <= 4 else ("q8_0",)
+    return ("q4_0", "q5_0", "q8_0")[max(0, min(scheme.num_bits - 4, 2)) :]
 
 
 def misfit(scheme: QuantScheme, in_features: int) -> str | None:
@@ -67,8 +68,11 @@ def as_blocks(weight: QuantizedWeight, tensor_type: str, layer: str) -> NDArray[
             shift_OG = -(weight.zero_point_OG.float().numpy() + 8) * weight.scale_OG.float().numpy()
             minimum_OB = _half(shift_OG, tensor_type, layer, "minimum").repeat(repeat, axis=1)
             parts.append(minimum_OB[..., None].view(np.uint8))
-        code_OBW = (q_OBW + np.int8(8)).view(np.uint8)
-        parts.append(code_OBW[..., : BLOCK // 2] | (code_OBW[..., BLOCK // 2 :] << 4))
+        code_OBW = (q_OBW + np.int8(16 if tensor_type == "q5_0" else 8)).view(np.uint8)
+        if tensor_type == "q5_0":  # the fifth bits come first, one after the other
+            parts.append(np.packbits(code_OBW >> 4, axis=-1, bitorder="little"))
+        low_OBW = code_OBW & 0x0F
+        parts.append(low_OBW[..., : BLOCK // 2] | (low_OBW[..., BLOCK // 2 :] << 4))
     packed: NDArray[np.uint8] = np.concatenate(parts, axis=-1).reshape(num_out, -1)
     return packed
 
