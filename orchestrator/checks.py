@@ -12,7 +12,7 @@ from orchestrator.allocation import planned_schemes
 from orchestrator.checkpoint import Checkpoint, TensorInfo
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 from orchestrator.export_format import ExportFormat
-from orchestrator.layers import is_skipped, split_fused_groups, unquantizable, unsupported
+from orchestrator.layers import is_skipped, several_schemes, split_fused_groups, unquantizable, unsupported
 from orchestrator.method import (
     Calibrator,
     Evaluator,
@@ -252,14 +252,8 @@ def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: N
         for unpackable in dict.fromkeys(filter(None, map(check_scheme, schemes))):
             note(SpecError(unpackable), (*draft.location, "with"))
         problems = [problem for s in schemes for problem in unquantizable(source.config, names, draft.spec.skip, s)]
-        if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
-            problems.append(
-                (
-                    ("with",),
-                    "Transformers loads several schemes beside each other only if none has zero points",
-                    "set symmetric: true",
-                )
-            )
+        if len(schemes) > 1:
+            problems += several_schemes(names, schemes)
         for place, what, remedy in dict.fromkeys(problems):
             note(SpecError(what, remedy=remedy), (*draft.location, *place) if place else draft.place)
     refused: dict[tuple[str, str], list[str]] = {}

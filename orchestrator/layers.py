@@ -97,6 +97,22 @@ def unquantizable(
         )
 
 
+def several_schemes(names: Sequence[str], schemes: Sequence[QuantScheme]) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Yield what keeps Transformers 5.24 from loading several schemes in one model, as `unquantizable` does."""
+    if any(map(is_expert, names)):
+        yield (
+            (),
+            "Transformers decompresses the experts of a mixture by the first of several schemes: weights are wrong",
+            "use one scheme (gptq, awq), or a model without experts",
+        )
+    if not all(scheme.symmetric for scheme in schemes):
+        yield (
+            ("with",),
+            "Transformers loads several schemes beside each other only if none has zero points",
+            "set symmetric: true",
+        )
+
+
 def is_skipped(name: str, skip: Sequence[str]) -> bool:
     """Whether a pattern of `skip` matches the full layer name or its last components.
 

@@ -125,7 +125,7 @@ def _behind_blocks(
             for part in torch.split(torch.arange(len(flat_TD)), chunk):
                 with torch.enable_grad():
                     hidden_CD = flat_TD[part].requires_grad_()
-                    logits_CV = head(hidden_CD[None])[0].float()
+                    logits_CV = head(hidden_CD[:, None])[:, 0].float()  # no sequence is longer than the model takes
                     drawn_C = torch.multinomial(logits_CV.detach().softmax(-1), 1, generator=draw)[:, 0]
                     loss = cross_entropy(logits_CV, drawn_C, reduction="sum")
                     (gradient_TD[part],) = torch.autograd.grad(loss, hidden_CD)

@@ -324,6 +324,11 @@ steps:
     [
         ("gpt2", "quantize: rtn", r"'gpt2' model keeps its layers as Conv1D.*prune it"),
         ("mixtral", "{quantize: rtn, with: {symmetric: false}}", r"experts.*zero points.*symmetric: true"),
+        (
+            "mixtral",
+            "{quantize: mixed, with: {bits_per_weight: 5, group_size: 32}}",
+            r"experts.*first of several.*one scheme",
+        ),
         ("mixtral", "{quantize: fp8}", r"merges the experts.*inputs.*weights only"),
         ("mixtral", "{quantize: rtn, skip: ['layers.0.*']}", r"some experts unquantized.*quantize all"),
         ("mixtral", "{quantize: rtn, skip: ['experts.0.w1']}", r"leaves out 0\.w1 of .*experts, but.*all experts"),
