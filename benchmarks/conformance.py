@@ -4,10 +4,10 @@
 
 Each case is compressed by this project's command line and by `benchmarks.reference`, on the same calibration windows,
 and both results are evaluated by the same code on the same held-out windows, in float32: perplexity, and KL divergence
-from the dense model. Where the two KLs differ by more than a thousandth, the reference is repeated `--noise` times with
-an error in its embeddings that is as large as float32's rounding: a weight close to the middle between two grid points
-then goes the other way, and what follows goes with it. A method that is not installed is shown without ours. Behind the table: whether the order that is
-known from the literature comes out (`benchmarks.order`).
+from the dense model. Where the two KLs differ by more than a thousandth, the reference is repeated in float32 with
+other roundings, `--noise` times: a weight or scale close to the middle between two numbers that it can be rounded to
+then goes the other way, and what follows goes with it. A method that is not installed is shown without ours. Behind the
+table: whether the order that is known from the literature comes out (`benchmarks.order`).
 """
 
 from __future__ import annotations
@@ -273,17 +273,19 @@ def compare_one(
         failed = str(error)
     row = Row(name, group, skip, reference, mine, failed)
     if row.within_noise is False:
-        row = replace(row, noisy=tuple(refer(blurred(load(material.model), seed)) for seed in range(noise)))
+        row = replace(
+            row, noisy=tuple(refer(blurred(load(material.model, torch.float32), seed)) for seed in range(noise))
+        )
     return row
 
 
 def blurred(model: Any, seed: int) -> Any:
-    """Put into the embeddings of a float64 model an error as large as float32 makes by rounding, and return it."""
+    """Put an error of a few roundings to float32 into the embeddings of a model, and return it."""
     weight_VD = model.model.embed_tokens.weight.data
     generator = torch.Generator().manual_seed(seed)
     model.model.embed_tokens = copy.deepcopy(model.model.embed_tokens)  # the head may share it
     error_VD = torch.rand(weight_VD.shape, generator=generator, dtype=torch.float64) * 2 - 1
-    model.model.embed_tokens.weight.data = weight_VD * (1 + 2**-24 * error_VD)
+    model.model.embed_tokens.weight.data = (weight_VD * (1 + 2**-20 * error_VD)).to(weight_VD)
     return model
 
 
@@ -330,7 +332,7 @@ def line(row: Row) -> str:
     verdict = {True: "", False: "  MORE THAN NOISE", None: ""}[row.within_noise]
     if row.noisy:
         moved = " ".join(f"{one.kl / row.reference.kl - 1:+.2%}" for one in row.noisy if row.reference)
-        verdict += f"  float32 rounding moves the reference's KL by {moved}"
+        verdict += f"  in float32 the reference's KL is off by {moved}"
     return cells + verdict + (f"  {row.failed}" if row.failed else "")
 
 

@@ -1,7 +1,7 @@
 """The benchmark of conformance: what the command line compresses is what the plain references do.
 
-On the quickstart's model, which is trained: in one of random weights a rounding that falls otherwise in float32 than in
-float64 grows from layer to layer.
+On two blocks of the quickstart's model, which is trained, in float32: fewer roundings that fall one way in float32's
+arithmetic and another in float64's, and less that follows from them, than in the whole model in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.closeness import Closeness, Evaluator
 from benchmarks.conformance import CASES, Case, Row, compare_one, fitting, methods
@@ -28,7 +29,7 @@ from benchmarks.reference.model import load
 from orchestrator.api import token_windows
 from tests.tiny import make_model
 
-LIMIT = 0.02  # of KL: roundings that fall otherwise in float32 than in float64
+LIMIT = 0.05  # of KL: a rounding or two that fall otherwise in float32 than in float64
 SEQUENCES, LENGTH = 8, 64
 
 
@@ -40,6 +41,8 @@ class Bench:
         text.write_text(inspect.getsource(argparse), encoding="utf-8")
         with as_file(files("orchestrator.quickstart") / "model") as packaged:
             model = Path(shutil.copytree(packaged, folder / "model"))
+        dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, num_hidden_layers=2)
+        dense.save_pretrained(model)
         windows = token_windows(
             str(text), AutoTokenizer.from_pretrained(model), num_sequences=SEQUENCES, length=LENGTH, random=True
         )
@@ -72,8 +75,9 @@ def off(reference: Closeness | None, ours: Closeness | None) -> float:
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
-        ("gptq W3 g64", {"num_bits": 3, "symmetric": False}),
-        ("awq W3 g64", {"num_bits": 3, "symmetric": False}),
+        ("rtn W3 g64", {"num_bits": 3, "symmetric": False}),
+        ("gptq W3 g128 asym", {"num_bits": 3, "symmetric": True}),
+        ("awq W3 g128 asym", {"num_bits": 4, "symmetric": False}),
         ("sparsegpt 2:4", {}),
     ],
 )

@@ -50,7 +50,7 @@ def clip(weight_OI: torch.Tensor, input_TI: torch.Tensor, setting: grids.Setting
     """Return the weight rounded in the best range of each group."""
     weight_OGW = setting.split(weight_OI)
     input_GTW = input_TI.reshape(len(input_TI), -1, weight_OGW.shape[2]).transpose(0, 1)
-    best_OGW, least_OG = None, torch.full(weight_OGW.shape[:2], torch.inf, dtype=torch.float64)
+    best_OGW, least_OG = None, torch.full(weight_OGW.shape[:2], torch.inf, dtype=weight_OI.dtype)
     for k in range(SHARES + 1):
         rounded_OGW = grids.nearest(weight_OGW, *grids.fit(weight_OGW, setting, 1 - 0.5 * k / SHARES), setting)
         difference_GWO = (rounded_OGW - weight_OGW).permute(1, 2, 0)

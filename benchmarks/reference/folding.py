@@ -35,6 +35,6 @@ def divide(model: Any, module: Any, scale_I: torch.Tensor) -> torch.Tensor:
         module.weight.data /= scale_I[:, None]
         return scale_I
     before_I = module.weight.data
-    module.weight.data = (before_I / scale_I).to(model.stored_dtype).double()
+    module.weight.data = (before_I / scale_I).to(model.stored_dtype).to(before_I.dtype)
     usable_I = (before_I != 0) & (module.weight.data != 0)
     return torch.where(usable_I, before_I / module.weight.data, scale_I)

@@ -25,12 +25,12 @@ DAMPING = 0.01
 
 def inverse_factor(input_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return U [I, I], and which inputs never occur [I]."""
-    hessian_II = 2 * input_TI.T @ input_TI
+    hessian_II = (2 * input_TI.T @ input_TI).double()
     dead_I = hessian_II.diagonal() == 0
     mean = hessian_II.diagonal().mean()
     hessian_II = hessian_II + torch.diag(DAMPING * mean + dead_I.double())
     inverse_II = torch.linalg.inv(hessian_II)
-    return torch.linalg.cholesky((inverse_II + inverse_II.T) / 2, upper=True), dead_I
+    return torch.linalg.cholesky((inverse_II + inverse_II.T) / 2, upper=True).to(input_TI.dtype), dead_I
 
 
 def quantize(weight_OI: torch.Tensor, input_TI: torch.Tensor, *, setting: grids.Setting) -> torch.Tensor:

@@ -42,7 +42,7 @@ def fit(weight_XW: torch.Tensor, setting: Setting, share: float = 1.0) -> tuple[
     high_X1 = weight_XW.amax(-1, keepdim=True).clamp(min=0) * share
     steps = 2**setting.num_bits - 1
     width_X1 = 2 * torch.maximum(high_X1, -low_X1) if setting.symmetric else high_X1 - low_X1
-    scale_X1 = (width_X1 / steps).to(setting.dtype).double()
+    scale_X1 = (width_X1 / steps).to(setting.dtype).to(weight_XW.dtype)
     scale_X1[scale_X1 == 0] = 1
     if setting.symmetric:
         return scale_X1, torch.zeros_like(scale_X1)
@@ -52,12 +52,12 @@ def fit(weight_XW: torch.Tensor, setting: Setting, share: float = 1.0) -> tuple[
 
 def integers(weight_XW: torch.Tensor, scale_X1: torch.Tensor, zero_X1: torch.Tensor, setting: Setting) -> torch.Tensor:
     """Return the integers of the nearest points."""
-    return (torch.round((weight_XW / scale_X1).float()).double() + zero_X1).clamp(setting.lowest, setting.highest)
+    return ((weight_XW / scale_X1).float().round() + zero_X1).clamp(setting.lowest, setting.highest)
 
 
 def points(integer_XW: torch.Tensor, scale_X1: torch.Tensor, zero_X1: torch.Tensor, setting: Setting) -> torch.Tensor:
     """Return the numbers that integers stand for."""
-    return ((integer_XW - zero_X1) * scale_X1).to(setting.dtype).double()
+    return ((integer_XW - zero_X1) * scale_X1).to(setting.dtype).to(scale_X1.dtype)
 
 
 def nearest(weight_XW: torch.Tensor, scale_X1: torch.Tensor, zero_X1: torch.Tensor, setting: Setting) -> torch.Tensor:

@@ -27,7 +27,7 @@ NORM, BETA, KAPPA, TURNS = 0.7, 10.0, 1.01, 20
 def shrink(r: torch.Tensor, beta: float) -> torch.Tensor:
     """Return what of an error the norm forgives."""
     size = r.abs()
-    less = size - torch.where(size > 0, size.clamp(min=1e-300) ** (NORM - 1), 0.0) / beta
+    less = size - torch.where(size > 0, size.clamp(min=torch.finfo(size.dtype).tiny) ** (NORM - 1), 0.0) / beta
     return torch.sign(r) * less.clamp(min=0)
 
 
@@ -46,7 +46,9 @@ def solve(weight_OGW: torch.Tensor, setting: grids.Setting) -> torch.Tensor:
             zero_OG1 = zero_OG1.clamp(setting.lowest, setting.highest)
         level_OGW = q_OGW - zero_OG1
         energy_OG1 = (level_OGW**2).sum(-1, keepdim=True)
-        solved_OG1 = ((target_OGW * level_OGW).sum(-1, keepdim=True) / energy_OG1).to(setting.dtype).double()
+        solved_OG1 = (
+            ((target_OGW * level_OGW).sum(-1, keepdim=True) / energy_OG1).to(setting.dtype).to(weight_OGW.dtype)
+        )
         scale_OG1 = torch.where((energy_OG1 > 0) & (solved_OG1 > 0), solved_OG1, scale_OG1)
         q_OGW = grids.integers(weight_OGW, scale_OG1, zero_OG1, setting)
         point_OGW = grids.points(q_OGW, scale_OG1, zero_OG1, setting)

@@ -54,7 +54,7 @@ def importance(
     block: Any, mean: dict[Any, torch.Tensor], square: dict[Any, torch.Tensor], order: str, granularity: str
 ) -> torch.Tensor:
     """Return the importance of each channel [C]."""
-    total_C = torch.zeros(block.mlp.down_proj.in_features, dtype=torch.float64)
+    total_C = torch.zeros(block.mlp.down_proj.in_features, dtype=block.mlp.down_proj.weight.dtype)
     for layer, inside in ((block.mlp.gate_proj, 1), (block.mlp.up_proj, 1), (block.mlp.down_proj, 0)):
         weight_OI = layer.weight.data
         if order == "l2":

@@ -1,4 +1,4 @@
-"""A Llama as a whole in float64, and what its layers read while calibration tokens pass.
+"""A Llama as a whole in float64 (float32: to see what that changes), and what its layers read.
 
 Transformers computes norms and rotary angles in float32 whatever the model's dtype; all else is float64.
 
@@ -26,11 +26,11 @@ Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """What a method makes of a weight [O, I], given its inputs [T, I]."""
 
 
-def load(folder: Any) -> Any:
-    """Return the model in float64. `stored_dtype`: that of the checkpoint, in which results are stored."""
+def load(folder: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """Return the model; arithmetic on it is in `dtype`. `stored_dtype`: the checkpoint's, in which results are kept."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     model.stored_dtype = model.dtype
-    return model.double().requires_grad_(False)
+    return model.to(dtype).requires_grad_(False)
 
 
 def layers_of(block: nn.Module, stage: Sequence[str], skip: Sequence[str]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def each_layer(model: Any, skip: Sequence[str]) -> Iterator[Any]:
 
 def store(model: Any, layer: Any, weight_OI: torch.Tensor) -> None:
     """Put a weight into its layer as a checkpoint would hold it."""
-    layer.weight.data = weight_OI.to(model.stored_dtype).double()
+    layer.weight.data = weight_OI.to(model.stored_dtype).to(weight_OI.dtype)
 
 
 class _EnoughError(Exception):

@@ -6,7 +6,8 @@ the model runs, with one scale per token (dynamic) or one per layer from the cal
 
 Choices: inputs are those of the uncompressed model; what down reads is smoothed too, through up, and what o reads
 through v where heads are not shared; scales are 2 max / 255, so that -128 is used; those of weights and of static
-inputs are rounded to the stored dtype; those of tokens are float32.
+inputs are rounded to the stored dtype; those of tokens are float32. A weight is its integer times its scale and is not
+rounded again, since kernels multiply the sums of integers.
 
 Shape legend: T = tokens, O = out features, I = in features, X = any leading shape.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.reference import folding, grids
-from benchmarks.reference.model import STAGES, Blocks, each_layer, layers_of, store
+from benchmarks.reference.model import STAGES, Blocks, each_layer, layers_of
 
 BITS = 8
 
@@ -71,8 +72,9 @@ def compress(
                 block.get_submodule(name).weight.data *= scale_I
         for stage in STAGES:
             for layer in layers_of(block, stage, skip).values():
-                scale = (2 * largest_I[stage].max() / (2**BITS - 1)).to(model.stored_dtype).double()
+                scale = (2 * largest_I[stage].max() / (2**BITS - 1)).to(model.stored_dtype).to(model.dtype)
                 quantize_inputs(layer, by_tensor(scale) if static else by_token)
     setting = grids.Setting(BITS, None, True, model.stored_dtype)
     for layer in each_layer(model, skip):
-        store(model, layer, grids.round_to_nearest(layer.weight.data, setting))
+        scale_O1, zero_O1 = grids.fit(layer.weight.data, setting)
+        layer.weight.data = grids.integers(layer.weight.data, scale_O1, zero_O1, setting) * scale_O1

@@ -28,7 +28,7 @@ def mark(weight_OB: torch.Tensor, diagonal_B: torch.Tensor, pattern: str | None)
     """Return which of the weights go [O, B]: half of all, or 2 of each row's 4."""
     saliency_OB = weight_OB**2 / diagonal_B**2
     if pattern == "2:4":
-        lowest_O2 = saliency_OB.argsort(1, stable=True)[:, :2]
+        lowest_O2 = saliency_OB.argsort(dim=1, stable=True)[:, :2]
         return torch.zeros_like(saliency_OB, dtype=torch.bool).scatter(1, lowest_O2, True)
     order_X = saliency_OB.flatten().argsort(stable=True)
     marked_X = torch.zeros(saliency_OB.numel(), dtype=torch.bool)

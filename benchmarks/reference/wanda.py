@@ -20,7 +20,7 @@ from benchmarks.reference.model import compress_in_turn, each_layer, store
 def prune(weight_OI: torch.Tensor, score_OI: torch.Tensor, pattern: str | None) -> torch.Tensor:
     """Return the weight without the half with the lowest scores."""
     score_XM = score_OI.reshape(-1, 4 if pattern else score_OI.shape[1])
-    lowest_XM = score_XM.argsort(1, stable=True)[:, : score_XM.shape[1] // 2]
+    lowest_XM = score_XM.argsort(dim=1, stable=True)[:, : score_XM.shape[1] // 2]
     return weight_OI.reshape(score_XM.shape).scatter(1, lowest_XM, 0.0).view_as(weight_OI)
 
 
