@@ -19,7 +19,6 @@ from pydantic import ByteSize, Field, field_validator, model_validator
 
 from orchestrator.api import Invariant, LayerCosts, LayerMethod, MixedMethod, QuantScheme, Stage
 from orchestrator_quantization.gptq import GPTQ
-from orchestrator_quantization.knapsack import choose_within
 from orchestrator_quantization.rtn import RTN
 from orchestrator_quantization.weight_only import GroupSize, StoredScales
 
@@ -90,4 +89,6 @@ class Mixed(StoredScales, MixedMethod):
 
     def choose(self, costs: Sequence[LayerCosts], capacity: int) -> list[int]:
         """Return the option of each set of layers, with the least sum of losses within `capacity` bytes."""
+        from orchestrator_quantization.knapsack import choose_within  # numpy
+
         return choose_within([cost.sizes for cost in costs], [cost.losses for cost in costs], capacity)
