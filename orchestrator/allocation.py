@@ -23,8 +23,8 @@ from orchestrator.compression import LayerCompressor, results_of
 from orchestrator.errors import SpecError, StepError
 from orchestrator.export import ModelWriter, result_specs
 from orchestrator.job import Progress, WalkSettings, facts_of_walk
+from orchestrator.layer_method import LayerCosts, LayerMethod, MixedMethod
 from orchestrator.layers import fused_groups, is_skipped
-from orchestrator.method import LayerCosts, LayerMethod, MixedMethod
 from orchestrator.packing import packed_specs
 from orchestrator.scheme import QuantScheme
 from orchestrator.sensitivity import TOKENS, output_sensitivity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.blocks import decoder_blocks
 from orchestrator.calibration import CalibrationSet
-from orchestrator.checkpoint import Checkpoint
+from orchestrator.checkpoint import Checkpoint, LayerShape
 from orchestrator.columns import Removal, SaliencyMask, lowest, solve_columns
 from orchestrator.errors import (
     GateError,
@@ -17,23 +17,24 @@ from orchestrator.errors import (
 )
 from orchestrator.export_format import ExportFacts, ExportFormat
 from orchestrator.factor import MAX_RAISES, HessianFactor
+from orchestrator.layer_method import (
+    InputMode,
+    LayerCosts,
+    LayerMethod,
+    LayerResult,
+    MixedMethod,
+    Needs,
+    ScalingMethod,
+)
 from orchestrator.method import (
     Calibrator,
     Context,
     Evaluator,
-    InputMode,
     Invariant,
-    LayerCosts,
-    LayerMethod,
-    LayerResult,
-    LayerShape,
     Method,
-    MixedMethod,
     ModelMethod,
     ModelResult,
-    Needs,
     Publisher,
-    ScalingMethod,
     ServingEngine,
     Stage,
     TextSource,

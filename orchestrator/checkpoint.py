@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.canonical import digest_of, file_sha256
 from orchestrator.errors import PreflightError
 from orchestrator.layers import is_embedding, is_router, stores_transposed
-from orchestrator.method import LayerShape
 from orchestrator.quantized import schemes_of
 from orchestrator.scheme import QuantScheme
 
@@ -45,6 +44,15 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _ELEMENT_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _ELEMENT_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A linear layer as the plan sees it, before any weight is read."""
+
+    name: str  # e.g. model.layers.0.mlp.up_proj
+    out_features: int
+    in_features: int
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,9 @@ from orchestrator.allocation import planned_schemes
 from orchestrator.checkpoint import Checkpoint, TensorInfo
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 from orchestrator.export_format import ExportFormat
+from orchestrator.layer_method import LayerMethod, MixedMethod, Needs
 from orchestrator.layers import is_skipped, several_schemes, split_fused_groups, unquantizable, unsupported
-from orchestrator.method import (
-    Calibrator,
-    Evaluator,
-    Invariant,
-    LayerMethod,
-    Method,
-    MixedMethod,
-    ModelMethod,
-    Needs,
-    Publisher,
-    ServingEngine,
-    Stage,
-)
+from orchestrator.method import Calibrator, Evaluator, Invariant, Method, ModelMethod, Publisher, ServingEngine, Stage
 from orchestrator.packing import check_scheme
 from orchestrator.plugins import InstalledMethod
 from orchestrator.scheme import QuantScheme

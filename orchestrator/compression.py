@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import OrchestratorError, Problem, StepError
-from orchestrator.method import LayerMethod, LayerResult, Needs
+from orchestrator.layer_method import LayerMethod, LayerResult, Needs
 from orchestrator.parallel import in_parallel
 from orchestrator.statistics import InputMoment, alike
 from orchestrator.usage import give_back_memory

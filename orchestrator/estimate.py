@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from orchestrator.capture import BATCH_TOKENS, KEPT_BYTES
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.export import Schemes, config_text, ignored_in, result_specs, schemes_by_layer
-from orchestrator.method import Evaluator, InputMode, LayerMethod, MixedMethod, Needs, ScalingMethod
+from orchestrator.layer_method import InputMode, LayerMethod, MixedMethod, Needs, ScalingMethod
+from orchestrator.method import Evaluator
 from orchestrator.quantized import quantization_config
 from orchestrator.scheme import QuantScheme
 from orchestrator.sensitivity import LOGITS_AT_ONCE

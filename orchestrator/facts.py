@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.checkpoint import Checkpoint, TensorInfo
+from orchestrator.checkpoint import Checkpoint, LayerShape, TensorInfo
 from orchestrator.layers import FUSED_SETS, is_skipped
-from orchestrator.method import LayerShape
 from orchestrator.work import BlockFacts, InputGroup, ModelFacts
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}

@@ -19,8 +19,8 @@ from orchestrator.artifact import Artifact
 from orchestrator.canonical import digest_of
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import OrchestratorError, PreflightError, Problem
+from orchestrator.layer_method import LayerMethod
 from orchestrator.machine import Experience
-from orchestrator.method import LayerMethod
 from orchestrator.model import import_libraries
 from orchestrator.plan import Plan
 

@@ -17,16 +17,9 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.checks import Draft, Note, PluginFaultError, plugin_fault, possible_schemes
 from orchestrator.errors import OrchestratorError, SpecError, StepError
 from orchestrator.export_format import ExportFacts, ExportFormat
+from orchestrator.layer_method import LayerMethod
 from orchestrator.layers import is_skipped
-from orchestrator.method import (
-    Context,
-    Invariant,
-    LayerMethod,
-    Method,
-    ModelMethod,
-    ServingEngine,
-    Stage,
-)
+from orchestrator.method import Context, Invariant, Method, ModelMethod, ServingEngine, Stage
 from orchestrator.plugins import InstalledMethod, Methods
 from orchestrator.scheme import QuantScheme
 from orchestrator.spec import Location

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.canonical import digest_of
-from orchestrator.method import InputMode, LayerMethod
+from orchestrator.layer_method import InputMode, LayerMethod
 from orchestrator.reader import bytes_of
 from orchestrator.records import RecordStore
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orchestrator.method import LayerShape
+    from orchestrator.checkpoint import LayerShape
 
 
 def run_of(pattern: str) -> tuple[int, int] | None:

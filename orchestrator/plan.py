@@ -31,18 +31,8 @@ from orchestrator.errors import OrchestratorError, PreflightError, Problem, Spec
 from orchestrator.export_format import ExportFormat
 from orchestrator.foreseen import Foresight
 from orchestrator.formats import check_formats, format_identity, listed_methods
-from orchestrator.method import (
-    Calibrator,
-    Evaluator,
-    InputMode,
-    LayerMethod,
-    Method,
-    ModelMethod,
-    Needs,
-    Publisher,
-    ServingEngine,
-    Stage,
-)
+from orchestrator.layer_method import InputMode, LayerMethod, Needs
+from orchestrator.method import Calibrator, Evaluator, Method, ModelMethod, Publisher, ServingEngine, Stage
 from orchestrator.parameters import parameterize, parameters_of
 from orchestrator.plugins import InstalledMethod, Methods, library_versions, package_digest
 from orchestrator.spec import Location, ModelSpec, SpecFile, SpecText, StepSpec, read_spec

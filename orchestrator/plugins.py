@@ -201,11 +201,11 @@ def _check_api(declared: object) -> None:
 
 def _kinds() -> Mapping[type[Method], tuple[str, ...]]:
     """The method kinds and the stages where each makes sense."""
-    from orchestrator import export_format, method
+    from orchestrator import export_format, layer_method, method
 
     return {
         method.Calibrator: ("calibrate",),
-        method.LayerMethod: ("prune", "quantize"),
+        layer_method.LayerMethod: ("prune", "quantize"),
         method.ModelMethod: ("prune", "distill", "quantize"),
         method.Evaluator: ("validate",),
         method.Publisher: ("register",),
@@ -254,7 +254,8 @@ def check_class(cls: object) -> type[Method]:
 
 def _check_kind(cls: type[Method], label: str) -> None:
     """Check the ClassVars that only some kinds have."""
-    from orchestrator.method import Evaluator, LayerMethod, Needs, ServingEngine
+    from orchestrator.layer_method import LayerMethod, Needs
+    from orchestrator.method import Evaluator, ServingEngine
 
     if issubclass(cls, LayerMethod) and not isinstance(getattr(cls, "needs", None), Needs):
         raise PluginError(f"{label} has no ClassVar 'needs' (Needs.WEIGHT, Needs.INPUT_NORM or Needs.INPUT_MOMENT)")

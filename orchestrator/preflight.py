@@ -33,8 +33,9 @@ from orchestrator.estimate import (
 )
 from orchestrator.facts import facts_of
 from orchestrator.home import HOME_VARIABLE, check_home
+from orchestrator.layer_method import LayerMethod, Needs
 from orchestrator.machine import MEMORY_VARIABLE, Experience, Machine, memory_limit, nominal_seconds
-from orchestrator.method import Calibrator, Evaluator, LayerMethod, ModelMethod, Needs, Publisher
+from orchestrator.method import Calibrator, Evaluator, ModelMethod, Publisher
 from orchestrator.plan import Plan, Step
 from orchestrator.records import LIMIT_VARIABLE, limit_from
 from orchestrator.report import size_text

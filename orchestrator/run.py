@@ -25,7 +25,8 @@ from orchestrator.errors import GateError, OrchestratorError, Problem, StepError
 from orchestrator.fit import check_fit, remember_fit
 from orchestrator.home import Settings
 from orchestrator.journal import Journal, lease
-from orchestrator.method import LayerMethod, Publisher
+from orchestrator.layer_method import LayerMethod
+from orchestrator.method import Publisher
 from orchestrator.model import import_libraries
 from orchestrator.outcome import StepOutcome
 from orchestrator.plan import SOURCE, Plan, Step, make_plan

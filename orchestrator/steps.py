@@ -16,7 +16,8 @@ from orchestrator.canonical import canonical_json
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
 from orchestrator.foreseen import check_foreseen
-from orchestrator.method import Calibrator, Context, Evaluator, Invariant, LayerMethod, MixedMethod, ModelMethod
+from orchestrator.layer_method import LayerMethod, MixedMethod
+from orchestrator.method import Calibrator, Context, Evaluator, Invariant, ModelMethod
 from orchestrator.plan import Step
 from orchestrator.scheme import QuantScheme
 

@@ -21,15 +21,8 @@ from typing import TypeVar
 from orchestrator.conformance.findings import CHECKS, Findings
 from orchestrator.conformance.laboratory import Laboratory
 from orchestrator.export_format import ExportFormat
-from orchestrator.method import (
-    Calibrator,
-    Evaluator,
-    LayerMethod,
-    Method,
-    ModelMethod,
-    Publisher,
-    ServingEngine,
-)
+from orchestrator.layer_method import LayerMethod
+from orchestrator.method import Calibrator, Evaluator, Method, ModelMethod, Publisher, ServingEngine
 
 __all__ = ["CHECKS", "SAMPLE_TEXT", "check_method"]
 

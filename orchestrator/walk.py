@@ -36,8 +36,8 @@ from orchestrator.compression import LayerCompressor, WalkReport
 from orchestrator.errors import StepError
 from orchestrator.folding import fold
 from orchestrator.job import Job, Progress, WalkSettings, facts_of_walk
+from orchestrator.layer_method import LayerMethod, Needs, ScalingMethod
 from orchestrator.layers import is_skipped
-from orchestrator.method import LayerMethod, Needs, ScalingMethod
 from orchestrator.parallel import Workers, exact_matmuls, one_thread
 from orchestrator.resume import FinishedBlock, WalkProgress
 from orchestrator.stages import Cut

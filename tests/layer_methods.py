@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from orchestrator.method import Invariant, LayerMethod, LayerResult, Needs, Stage
+from orchestrator.layer_method import LayerMethod, LayerResult, Needs
+from orchestrator.method import Invariant, Stage
 from orchestrator.scheme import QuantizedWeight, QuantScheme
 from orchestrator.statistics import InputMoment
 

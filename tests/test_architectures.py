@@ -24,8 +24,8 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import PreflightError, StepError
 from orchestrator.export import ModelWriter, save_model
 from orchestrator.invariants import check_artifact
+from orchestrator.layer_method import LayerMethod
 from orchestrator.layers import fused_groups, split_fused_groups, unquantizable
-from orchestrator.method import LayerMethod
 from orchestrator.packing import unpack
 from orchestrator.plan import make_plan
 from orchestrator.plugins import discover

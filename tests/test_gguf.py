@@ -39,7 +39,7 @@ from orchestrator.api import (
     unpack,
 )
 from orchestrator.export import ModelWriter
-from orchestrator.method import LayerMethod
+from orchestrator.layer_method import LayerMethod
 from orchestrator.walk import walk
 from orchestrator_export import architectures, llama_cpp, vocabulary
 from orchestrator_export.architectures import FAMILIES

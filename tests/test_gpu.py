@@ -16,7 +16,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.compression import WalkReport
 from orchestrator.export import ModelWriter
 from orchestrator.job import WalkSettings
-from orchestrator.method import InputMode, LayerMethod
+from orchestrator.layer_method import InputMode, LayerMethod
 from orchestrator.walk import walk
 from orchestrator_pruning.wanda import Wanda
 from orchestrator_quantization.gptq import GPTQ

@@ -15,7 +15,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import PreflightError, StepError
 from orchestrator.export import ModelWriter
 from orchestrator.invariants import check_artifact
-from orchestrator.method import LayerMethod
+from orchestrator.layer_method import LayerMethod
 from orchestrator.walk import walk
 from tests.layer_methods import KeepLarge, Round
 from tests.tiny import edit_config, make_model

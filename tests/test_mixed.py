@@ -170,7 +170,7 @@ def test_the_assignment_is_the_best_that_fits_and_loads_in_stock_transformers(pl
 
     model = result.load()
     for name, scheme in schemes.items():
-        dense_OI = Checkpoint(place / "model").load().get_submodule(name).weight
+        dense_OI = Checkpoint(place / "model").load().get_submodule(name).weight.data
         expected_OI = (
             RTN(num_bits=scheme.num_bits, group_size=32, scale_dtype="float32").compress(dense_OI, None).weight_OI
         )

@@ -14,17 +14,10 @@ from typing import Any, ClassVar
 import pytest
 
 from orchestrator.artifact import ArtifactStore
+from orchestrator.checkpoint import LayerShape
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
-from orchestrator.method import (
-    LayerMethod,
-    LayerResult,
-    LayerShape,
-    ModelMethod,
-    ModelResult,
-    Needs,
-    ServingEngine,
-    Stage,
-)
+from orchestrator.layer_method import LayerMethod, LayerResult, Needs
+from orchestrator.method import ModelMethod, ModelResult, ServingEngine, Stage
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plugins import InstalledMethod, Methods, Origin, check_class, discover
 from orchestrator.scheme import QuantScheme

@@ -23,7 +23,7 @@ from orchestrator.compression import WalkReport
 from orchestrator.errors import StepError
 from orchestrator.export import ModelWriter
 from orchestrator.job import WalkSettings
-from orchestrator.method import LayerMethod, LayerResult
+from orchestrator.layer_method import LayerMethod, LayerResult
 from orchestrator.parallel import Workers, in_parallel, one_thread
 from orchestrator.records import RecordStore
 from orchestrator.statistics import InputMoment
@@ -311,7 +311,7 @@ import torch
 from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.export import ModelWriter
-from orchestrator.method import LayerResult
+from orchestrator.layer_method import (LayerResult)
 from orchestrator.walk import walk
 from tests.layer_methods import Identity
 from tests.tiny import make_tokens

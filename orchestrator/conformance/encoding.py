@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.conformance.bits import same_bytes
 from orchestrator.conformance.findings import Findings
-from orchestrator.method import LayerMethod, LayerResult
+from orchestrator.layer_method import LayerMethod, LayerResult
 from orchestrator.packing import check_scheme, pack, unpack
 from orchestrator.scheme import QuantizedWeight, QuantScheme
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from orchestrator.method import LayerMethod, LayerShape, Needs
+from orchestrator.checkpoint import LayerShape
+from orchestrator.layer_method import LayerMethod, Needs
 from orchestrator.statistics import InputMoment, InputMomentBuilder
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from orchestrator.conformance.mixed import check_choice, usable_options
 from orchestrator.conformance.scaling import check_input_scale
 from orchestrator.conformance.surroundings import left_alone
 from orchestrator.errors import SpecError
-from orchestrator.method import Invariant, LayerMethod, LayerResult, MixedMethod, Needs, ScalingMethod, Stage
+from orchestrator.layer_method import LayerMethod, LayerResult, MixedMethod, Needs, ScalingMethod
+from orchestrator.method import Invariant, Stage
 from orchestrator.statistics import InputMoment
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import random
 
 from orchestrator.conformance.findings import Findings
 from orchestrator.conformance.surroundings import left_alone
-from orchestrator.method import LayerCosts, LayerMethod, MixedMethod, ScalingMethod
+from orchestrator.layer_method import LayerCosts, LayerMethod, MixedMethod, ScalingMethod
 
 _CHECK = "L17 mixed"
 _SETS = 12

@@ -28,10 +28,11 @@ def main() -> None:
 
 
 def _plan(request: dict[str, Any]) -> None:
-    from orchestrator.checkpoint import Checkpoint
+    from orchestrator.checkpoint import Checkpoint, LayerShape
     from orchestrator.errors import OrchestratorError, SpecError
     from orchestrator.export_format import ExportFacts, ExportFormat
-    from orchestrator.method import LayerMethod, LayerShape, ModelMethod, ServingEngine
+    from orchestrator.layer_method import LayerMethod
+    from orchestrator.method import ModelMethod, ServingEngine
     from orchestrator.serving import ModelShape, plan_kv
     from orchestrator.spec import validate_strictly
 

@@ -12,7 +12,7 @@ from orchestrator.conformance.bits import same_bytes
 from orchestrator.conformance.findings import Findings
 from orchestrator.conformance.layer_cases import LayerCase
 from orchestrator.conformance.surroundings import left_alone
-from orchestrator.method import ScalingMethod
+from orchestrator.layer_method import ScalingMethod
 from orchestrator.statistics import InputMoment
 
 if TYPE_CHECKING:
