@@ -45,6 +45,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.preflight --save
 	$(BIN)/python -m benchmarks.depth --save
 	$(BIN)/python -m benchmarks.conformance --save
+	$(BIN)/python -m benchmarks.mixed --save
 
 # Kills runs at 200 moments and more.
 soak: $(VENV)/.installed-test
