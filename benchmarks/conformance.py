@@ -187,7 +187,7 @@ class Row:
             found["perplexity_ratio"] = self.ours.perplexity / self.reference.perplexity
             found["kl_ratio"] = self.ours.kl / self.reference.kl
             found["within_noise"] = self.within_noise
-        return {key: value for key, value in found.items() if value not in (None, [])}
+        return {key: value for key, value in found.items() if key == "group" or value not in (None, [])}
 
 
 def main() -> None:

@@ -141,7 +141,8 @@ class Odd(torch.nn.Module):
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         inner = torch.relu(self.up(hidden_BTD))
-        result = hidden_BTD + self.down(inner)
+        result = self.down(inner)
+        result += hidden_BTD  # as Falcon and others do
         if self.form == "alone":
             result = result + self.extra(hidden_BTD)
         elif self.form == "twice":
@@ -166,6 +167,14 @@ class Odd(torch.nn.Module):
 def test_odd_blocks_are_refused_with_a_reason(form: str, said: str) -> None:
     with pytest.raises(StepError, match=said):
         trace(Odd(form), "block", Call((), {}), torch.randn(PROBES, 8, 8))
+
+
+def test_a_block_that_adds_to_an_output_in_place_is_traced() -> None:
+    (groups,) = trace(Odd("plain"), "block", Call((), {}), torch.randn(PROBES, 8, 8))
+    assert [(member.layer, member.axis, len(member.index_GK)) for member in groups.members] == [
+        ("up", 0, 12),
+        ("down", 1, 12),
+    ]
 
 
 def windows_of(model: Any, tokens_NT: torch.Tensor, layers: list[str]) -> dict[str, list[torch.Tensor]]:

@@ -576,6 +576,15 @@ def test_fp8_takes_the_nearest_number_of_the_format() -> None:
     assert bool((encoding.dequantize(torch.float32)[2] == 0).all())
 
 
+def test_fp8_keeps_rows_whose_scale_float16_cannot_hold() -> None:
+    weight_OI = make_weight()
+    weight_OI[3] *= 1e-5 / weight_OI[3].abs().max()  # / 448 is below every float16
+    encoding = FP8(scale_dtype="float16").compress(weight_OI, None).encoding
+    assert encoding is not None and encoding.scale_OG.dtype is torch.float16
+    assert torch.allclose(encoding.dequantize(torch.float32)[3], weight_OI[3], atol=1e-6)
+    assert bool((encoding.dequantize(torch.float32)[3] != 0).any())
+
+
 def test_rounding_to_float8_costs_small_weights_less_than_rounding_to_eight_bits() -> None:
     weight_OI = make_weight()
     weight_OI[:, ::8] *= 100  # outliers in every row

@@ -222,7 +222,7 @@ def _run_cut(
             size_BTO[:, 1::2] *= -1
             read[layer] = inputs[0]
             made[layer] = size_BTO.reshape(output_BTO.shape).to(output_BTO).requires_grad_()
-            return made[layer]
+            return made[layer].clone()  # a leaf could not be added to in place
 
         return cut
 

@@ -48,6 +48,7 @@ def hollow(model: Any) -> Iterator[None]:
 
 def _zeros(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(input_BTI: torch.Tensor) -> torch.Tensor:
-        return input_BTI.new_zeros(()).expand(*input_BTI.shape[:-1], layer.out_features)
+        # Not one expanded number: some models add to it in place.
+        return input_BTI.new_zeros((*input_BTI.shape[:-1], layer.out_features))
 
     return forward

@@ -47,8 +47,11 @@ class FP8(StoredScales):
         import torch
 
         require_weight(weight_OI, self.storage_dtype())
-        scale_O1 = (weight_OI.abs().amax(1, keepdim=True) / FLOAT8_MAX).to(self.storage_dtype())
-        scale_O1 = torch.where(scale_O1 == 0, 1.0, scale_O1)
+        largest_O1 = weight_OI.abs().amax(1, keepdim=True)
+        # A scale too small for its dtype would take its row with it; of a row of zeros any scale will do.
+        least = torch.finfo(self.storage_dtype()).smallest_normal
+        scale_O1 = (largest_O1 / FLOAT8_MAX).clamp_(min=least).to(self.storage_dtype())
+        scale_O1 = torch.where(largest_O1 == 0, 1.0, scale_O1)
         # Beyond the largest number there is only NaN; a scale that was rounded down can lead there.
         q_OI = (weight_OI / scale_O1.float()).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
         encoding = QuantizedWeight(q_OI, scale_O1, None, self.scheme())

@@ -4,8 +4,10 @@ What b bits cost in a layer is estimated from statistics alone: the error that q
 tr(D H D^T) / n with H = X^T X (the objective of GPTQ, arXiv:2210.17323, eq. 1), times half the mean squared gradient
 by those outputs, as `orchestrator.sensitivity` says: nats of KL divergence per token. The sum over layers is minimized
 (as in HAWQ-V2, arXiv:1911.03852, eq. 6, where the mean eigenvalue of a Hessian stands for gradients and inputs),
-exactly, by `knapsack`; so no uniform assignment of the same bytes has a smaller sum. Layers that engines fuse (q/k/v,
-gate/up) get the same bits.
+exactly, by `knapsack`; so no uniform assignment of the same bytes has a smaller sum. The sum is an estimate: it leaves
+out what layers do to each other, and holds for text like that of the calibration. Where it is far off (2 bits, `rtn`,
+other text), a uniform assignment can turn out to be the better one. Layers that engines fuse (q/k/v, gate/up) get the
+same bits.
 
 Costs are measured once, on the inputs of the uncompressed model, and kept: another budget is only solved again.
 """
