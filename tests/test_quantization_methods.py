@@ -494,7 +494,7 @@ def test_hqq_lowers_its_norm_below_rounding_to_nearest(num_bits: int, symmetric:
 
 
 def authors_hqq(weight_OI: torch.Tensor, num_bits: int, group: int, *, integer: bool) -> torch.Tensor:
-    """The authors' algorithm (mobiusml/hqq, `optimize_weights_proximal`) in float64: the scale stays, the zero moves."""
+    """The authors' algorithm (mobiusml/hqq, `optimize_weights_proximal`), in float64: scales stay, zeros move."""
     weight_GW = weight_OI.double().view(-1, group)
     low_G1, high_G1 = weight_GW.amin(1, keepdim=True), weight_GW.amax(1, keepdim=True)
     highest, beta, least = 2**num_bits - 1, 10.0, math.inf
