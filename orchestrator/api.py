@@ -27,6 +27,7 @@ from orchestrator.layer_method import (
     ScalingMethod,
 )
 from orchestrator.method import (
+    DENSE,
     Calibrator,
     Context,
     Evaluator,
@@ -38,6 +39,7 @@ from orchestrator.method import (
     ServingEngine,
     Stage,
     TextSource,
+    WeightedModels,
 )
 from orchestrator.nm import require_own_sparsity, run_of, unfilled_runs
 from orchestrator.packing import unpack
@@ -54,6 +56,7 @@ from orchestrator.work import ModelFacts, Work
 
 __all__ = [
     "API_VERSION",
+    "DENSE",
     "FLOAT8_MAX",
     "MAX_RAISES",
     "CalibrationSet",
@@ -99,6 +102,7 @@ __all__ = [
     "StoredFile",
     "TensorReader",
     "TextSource",
+    "WeightedModels",
     "Work",
     "check_source",
     "decoder_blocks",

@@ -30,6 +30,7 @@ from orchestrator.journal import lease_if_free
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 ABANDONED_DAYS = 7
+CACHE = "cache"  # what methods keep for each other; every entry is a folder
 _KEYS = {"stage", "method", "fingerprint", "identity", "inputs", "invariants", "metrics", "files"}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -134,19 +135,19 @@ class ArtifactStore:
     def sweep(self) -> None:
         """Remove what runs left in staging that were killed and never taken up again.
 
-        A step's folders go if no file of them was touched for `ABANDONED_DAYS`, and nobody is at work on the step.
+        A step's folders go if no file of them was touched for `ABANDONED_DAYS`, and nobody is at work on the step; an
+        entry of the cache goes if it was not touched for as long.
         """
         staging = self.home / "staging"
         fingerprints = {path.name.partition(".")[0] for path in staging.iterdir()} if staging.is_dir() else ()
         for fingerprint in sorted(fingerprints):
             with lease_if_free(self.home, fingerprint) as free:
-                if free and time.time() - self._last_touched(fingerprint) > ABANDONED_DAYS * 86400:
+                if free and _abandoned(self._staged(fingerprint)):
                     self.unstage(fingerprint)
-
-    def _last_touched(self, fingerprint: str) -> float:
-        folders = self._staged(fingerprint)
-        inside = [path for folder in folders for path in folder.rglob("*")]
-        return max((path.lstat().st_mtime for path in (*folders, *inside)), default=math.inf)
+        cache = self.home / CACHE
+        for entry in sorted(cache.iterdir()) if cache.is_dir() else ():
+            if _abandoned([entry]):
+                _remove(entry)
 
     def _staged(self, fingerprint: str) -> list[Path]:
         staging = self.home / "staging"
@@ -245,6 +246,13 @@ def _open_folder(path: Path) -> Artifact:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise SpecError(f"{manifest} cannot be read: {error}") from None
     return Artifact(file_sha256(manifest), path, content)
+
+
+def _abandoned(folders: list[Path]) -> bool:
+    """Whether nothing in these folders was touched for `ABANDONED_DAYS`."""
+    inside = [path for folder in folders for path in folder.rglob("*")]
+    touched = max((path.lstat().st_mtime for path in (*folders, *inside)), default=math.inf)
+    return time.time() - touched > ABANDONED_DAYS * 86400
 
 
 def _remove(path: Path) -> None:

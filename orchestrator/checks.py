@@ -14,7 +14,17 @@ from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 from orchestrator.export_format import ExportFormat
 from orchestrator.layer_method import LayerMethod, MixedMethod, Needs
 from orchestrator.layers import is_skipped, several_schemes, split_fused_groups, unquantizable, unsupported
-from orchestrator.method import Calibrator, Evaluator, Invariant, Method, ModelMethod, Publisher, ServingEngine, Stage
+from orchestrator.method import (
+    PROVIDED_BY_STAGE,
+    Calibrator,
+    Evaluator,
+    Invariant,
+    Method,
+    ModelMethod,
+    Publisher,
+    ServingEngine,
+    Stage,
+)
 from orchestrator.packing import check_scheme
 from orchestrator.plugins import InstalledMethod
 from orchestrator.scheme import QuantScheme
@@ -107,6 +117,15 @@ def check_chain(drafts: Sequence[Draft], note: Note) -> None:
             )
         if isinstance(method, LayerMethod | ModelMethod):
             released = None
+            for invariant in sorted(method.requires - held.keys()):
+                givers = [stage for stage, given in PROVIDED_BY_STAGE.items() if invariant in given]
+                note(
+                    SpecError(
+                        f"{draft.label} trains a model that has a {invariant} already, and no step before it gives one",
+                        remedy=f"put a {' or '.join(givers)} step before it",
+                    ),
+                    here,
+                )
             for invariant, owner in held.items():
                 if invariant not in method.keeps:
                     note(_destroys(draft, invariant, owner), here)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
-from orchestrator.layers import ignored_layers
-from orchestrator.packing import SCALE_SUFFIX, pack, packed_specs
+from orchestrator.layers import ignored_layers, is_embedding, renumbered
+from orchestrator.packing import SCALE_SUFFIX, pack, packed_specs, unpack
 from orchestrator.quantized import quantization_config
 from orchestrator.reader import FLOAT_DTYPES, TORCH_DTYPES, TensorReader, bytes_of
 from orchestrator.scheme import QuantScheme
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from orchestrator.method import ModelResult
     from orchestrator.scheme import QuantizedWeight
 
 # How layers are quantized: all alike, by name, or not at all.
@@ -174,13 +175,34 @@ def result_specs(
     return specs
 
 
-def save_model(
-    model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write a dense model in the checkpoint's dtype, with the companions of `checkpoint`.
+def encodings_of(result: ModelResult, checkpoint: Checkpoint | None) -> Mapping[str, QuantizedWeight]:
+    """Return how the linear layers of a result are stored on a grid, by name; {} for a dense result.
 
-    config.json is that of `checkpoint` with what the method changed in ``model.config``, without a quantization.
-    Tied weights are written once. Raises `StepError` if the model holds packed weights or numbers that are not finite.
+    checkpoint: the input of a method that keeps grids. If the method gives no encodings, its layers are stored as
+    there, those of the decoder blocks that are left under their new numbers.
+    """
+    if result.encodings or checkpoint is None or not checkpoint.is_quantized:
+        return result.encodings
+    schemes = checkpoint.schemes()
+    with TensorReader(checkpoint) as read:
+        names = renumbered(schemes, result.blocks)
+        return {new: unpack(read, old, schemes[old]) for new, old in names.items()}
+
+
+def save_model(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    encodings: Mapping[str, QuantizedWeight] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model in the checkpoint's dtype, with the companions of `checkpoint`.
+
+    encodings: by name, the layers that are stored on a grid instead of as the model holds them.
+    config.json is that of `checkpoint` with what the method changed in ``model.config``, and the quantization of
+    `encodings`. Tied weights are written once. Raises `StepError` if the model holds packed weights, lacks a layer of
+    `encodings`, or holds numbers that are not finite.
     """
     from orchestrator.architectures import stored_state
 
@@ -191,23 +213,45 @@ def save_model(
         for name, source in model.all_tied_weights_keys.items()
         if name in state and source in state and state[name].data_ptr() == state[source].data_ptr()
     }
-    state = stored_state(model, {name: state[name] for name in state.keys() - tied}, checkpoint.tensors.keys())
+    state = stored_state(model, {name: state[name] for name in state.keys() - tied}, _plain_names(checkpoint))
+    linear = {name.removesuffix(".weight") for name, tensor in state.items() if tensor.ndim == 2}
+    linear = {name for name in linear if f"{name}.weight" in state and not is_embedding(name)}
+    for layer, weight in (encodings or {}).items():
+        if state.pop(f"{layer}.weight", None) is None:
+            raise StepError(f"{layer} is to be stored on a grid, but the model has no such layer")
+        state |= {f"{layer}.{part}": tensor for part, tensor in pack(weight).items()}
+    packed = {f"{layer}{SCALE_SUFFIX}" for layer in encodings or {}}
     specs = {}
     for name in sorted(state):
-        if name.endswith(SCALE_SUFFIX):
+        if name.endswith(SCALE_SUFFIX) and name not in packed:
             raise StepError(f"{name.rpartition('.')[0]} is still packed; a dense model was expected")
-        floating = state[name].is_floating_point()
-        dtype = checkpoint.dtype_name if floating else str(state[name].dtype).removeprefix("torch.")
-        specs[name] = TensorSpec(dtype, tuple(state[name].shape))
+        if not _is_packed(name, encodings):
+            state[name] = _cast(state[name].detach(), checkpoint)
+        specs[name] = TensorSpec(str(state[name].dtype).removeprefix("torch."), tuple(state[name].shape))
     shards = Shards(folder, specs, max_bytes=max_shard_bytes)
     shards.create()
     for name in specs:
-        tensor = _cast(state[name].detach(), checkpoint)
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        tensor = state[name]
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise StepError(f"{name} holds numbers that are not finite")
-        shards.write(name, tensor)
+        shards.write(name, tensor.contiguous())
     shards.close()
-    _write_rest(checkpoint, folder, _changed_config(model, checkpoint))
+    config = _changed_config(model, checkpoint)
+    if encodings:
+        schemes = {layer: weight.scheme for layer, weight in encodings.items()}
+        config["quantization_config"] = quantization_config(schemes, {*(linear - schemes.keys()), "lm_head"})
+    _write_rest(checkpoint, folder, config)
+
+
+def _is_packed(name: str, encodings: Mapping[str, QuantizedWeight] | None) -> bool:
+    layer, _, part = name.rpartition(".")
+    return layer in (encodings or {}) and part != "bias"
+
+
+def _plain_names(checkpoint: Checkpoint) -> set[str]:
+    """Names of the stored tensors, those of packed layers as if they were plain weights."""
+    schemes = checkpoint.schemes() if checkpoint.is_quantized else {}
+    return set(checkpoint.tensors) | {f"{layer}.weight" for layer in schemes}
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

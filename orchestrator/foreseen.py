@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.canonical import canonical_json, digest_of, write_atomically
-from orchestrator.checkpoint import Checkpoint, TensorInfo
+from orchestrator.checkpoint import Checkpoint, LayerShape, TensorInfo
 from orchestrator.checks import Draft, Note, PluginFaultError, plugin_fault
 from orchestrator.errors import OrchestratorError, PreflightError, Problem, SpecError, StepError
 from orchestrator.method import ModelMethod
+from orchestrator.packing import unpack
 from orchestrator.plugins import discover, library_versions, package_digest
 from orchestrator.usage import has_torch
 
@@ -123,7 +124,9 @@ def check_foreseen(foreseen: Checkpoint, made: Checkpoint, blocks: Sequence[int]
 
     blocks: the decoder blocks that are left, if some were removed; planning did not know which.
     """
-    wanted, found = len(foreseen.layers_by_block()), len(made.layers_by_block())
+    actual = _stored_layers(made)
+    wanted = len(foreseen.layers_by_block())
+    found = len({match[0] for match in map(_BLOCK.match, actual) if match})
     if wanted != found:
         raise StepError(
             f"{found} decoder blocks are left, though the method's `blocks_removed` means {wanted}",
@@ -131,13 +134,26 @@ def check_foreseen(foreseen: Checkpoint, made: Checkpoint, blocks: Sequence[int]
         )
     if blocks is not None and isinstance(foreseen, Foreseen) and foreseen.whole is not None:
         foreseen = with_blocks(foreseen.whole, blocks)
-    planned, actual = ({layer.name: layer for layer in model.block_layers()} for model in (foreseen, made))
+    planned = {layer.name: layer for layer in foreseen.block_layers()}
     for name in sorted(planned.keys() | actual.keys()):
         if planned.get(name) != actual.get(name):
             raise StepError(
                 f"{name} is {actual.get(name)}, though the method's `config_after` means {planned.get(name)}",
                 where=str(made.path),
             )
+
+
+def _stored_layers(model: Checkpoint) -> dict[str, LayerShape]:
+    """The linear layers in the blocks of a model, plain or packed, by name."""
+    from orchestrator.reader import TensorReader
+
+    layers = {layer.name: layer for layer in model.block_layers()}
+    if model.is_quantized:
+        with TensorReader(model) as read:
+            for name, scheme in model.schemes().items():
+                num_out, num_in = unpack(read, name, scheme).q_OI.shape
+                layers[name] = LayerShape(name, num_out, num_in)
+    return layers
 
 
 class Foresight:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.canonical import canonical_json
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
-from orchestrator.layers import is_skipped
+from orchestrator.layers import is_skipped, renumbered
 from orchestrator.packing import unpack
 from orchestrator.quantized import MIXED_FORMAT
 from orchestrator.reader import FLOAT_DTYPES, TensorReader
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 # A layer with fewer zeros was not pruned: trained weights hold a zero here and there by chance.
 _PRUNED_FROM = 0.01
 _SEARCHED_PATTERNS = ("2:4", "4:8")
-_BLOCK = re.compile(r"((?:.+\.)?(?:layers|h|blocks)\.)(\d+)(?=\.)")
 
 
 def check_artifact(
@@ -60,7 +59,11 @@ def check_artifact(
     claims = claims or {}
     with TensorReader(before) as read_before, TensorReader(after) as read_after:
         _check_finite(after, read_after)
-        grid = _check_grid(after, kept.get("grid"), claims.get("grid"))
+        expected = None
+        if "grid" in kept:
+            schemes = before.schemes()
+            expected = {new: schemes[old] for new, old in renumbered(schemes, blocks).items()}
+        grid = _check_grid(after, expected, claims.get("grid"))
         zeros = None
         weights = _Weights(after, read_after)
         if "zeros" in kept:
@@ -95,15 +98,21 @@ def _check_finite(checkpoint: Checkpoint, read: TensorReader) -> None:
 
 
 def _check_grid(
-    after: Checkpoint, kept: Mapping[str, Any] | None, claimed: Mapping[str, Any] | None
+    after: Checkpoint, kept: Mapping[str, QuantScheme] | None, claimed: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
+    """Hold the schemes against those of the layers before, by name, and against what the step says of all."""
     schemes = after.schemes()
     if not schemes:
         if kept is None and claimed is None:
             return None
         raise StepError("the model is not quantized, though it should be", where=str(after.path))
+    for layer in sorted(schemes.keys() ^ kept.keys()) if kept is not None else ():
+        raise StepError(f"{layer} is quantized in only one of the two models", where=str(after.path))
+    for layer, scheme in (kept or {}).items():
+        if schemes[layer] != scheme:
+            raise StepError(f"{layer} is quantized as {schemes[layer]}, not as {scheme}", where=str(after.path))
     grid = grid_fact(schemes)
-    for name, value in {**(claimed or {}), **(kept or {})}.items():
+    for name, value in (claimed or {}).items():
         if grid.get(name) != value:
             raise StepError(f"{name} of the quantization is {grid.get(name)}, not {value}", where=str(after.path))
     return grid
@@ -127,7 +136,7 @@ def _check_kept_zeros(
     before: _Weights, after: _Weights, fact: Mapping[str, Any], blocks: Sequence[int] | None
 ) -> dict[str, Any]:
     """Every zero of `before` must be one in `after`; its pattern then holds too, which is checked all the same."""
-    origins = _origins(before.layers, blocks)
+    origins = renumbered(before.layers, blocks)
     if sorted(origins) != after.layers:
         changed = sorted(origins.keys() ^ set(after.layers))
         raise StepError(f"{changed[0]} is in only one of the two models, so its zeros cannot be compared")
@@ -145,21 +154,6 @@ def _check_kept_zeros(
         zeros += int((after_OI == 0).sum())
         total += after_OI.numel()
     return {"fraction": zeros / max(total, 1), "pattern": fact.get("pattern"), "layers": fact.get("layers")}
-
-
-def _origins(layers: Sequence[str], blocks: Sequence[int] | None) -> dict[str, str]:
-    """The names that layers have when only `blocks` are left, numbered anew, and for each the one that it has now."""
-    if blocks is None:
-        return {layer: layer for layer in layers}
-    places = {old: new for new, old in enumerate(blocks)}
-    origins = {}
-    for layer in layers:
-        match = _BLOCK.match(layer)
-        if match is None:
-            origins[layer] = layer
-        elif int(match[2]) in places:
-            origins[f"{match[1]}{places[int(match[2])]}{layer[match.end() :]}"] = layer
-    return origins
 
 
 def _find_zeros(after: _Weights, claimed: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ FUSED_SETS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _EXPERT_LAYER = re.compile(r"(?P<experts>.+\.experts)\.\d+\..+")
 # These choose experts, or weigh them: tiny, and a wrong choice costs more than all that compressing them could save.
 ROUTERS = ("gate", "router", "shared_expert_gate")
+_BLOCK = re.compile(r"((?:.+\.)?(?:layers|h|blocks)\.)(\d+)(?=\.)")
 # Matrices that are looked up, not multiplied with.
 _EMBEDDING = re.compile(r"(embed_(tokens|positions|in)|(tokens|positions)_embed|word_embeddings|wte|wpe)")
 # Architectures whose linear layers in blocks are stored as [in, out] (`Conv1D` of Transformers).
@@ -126,6 +127,21 @@ def is_skipped(name: str, skip: Sequence[str]) -> bool:
 def ignored_layers(names: Iterable[str], skip: Sequence[str]) -> list[str]:
     """Return the layers that stay unquantized, sorted: the output head and what `skip` matches."""
     return sorted({"lm_head", *(name for name in names if is_skipped(name, skip))})
+
+
+def renumbered(layers: Iterable[str], blocks: Sequence[int] | None) -> dict[str, str]:
+    """The names that layers have when only the decoder blocks `blocks` are left, and for each the one it has now."""
+    if blocks is None:
+        return {layer: layer for layer in layers}
+    places = {old: new for new, old in enumerate(blocks)}
+    names = {}
+    for layer in layers:
+        match = _BLOCK.match(layer)
+        if match is None:
+            names[layer] = layer
+        elif int(match[2]) in places:
+            names[f"{match[1]}{places[int(match[2])]}{layer[match.end() :]}"] = layer
+    return names
 
 
 def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:

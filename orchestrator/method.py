@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from orchestrator.serving import KVPlan, ModelShape
-from orchestrator.sources import InputFile
+from orchestrator.sources import InputFile, InputModels
 from orchestrator.work import ModelFacts, Work
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from orchestrator.calibration import CalibrationSet
     from orchestrator.checkpoint import Checkpoint
+    from orchestrator.scheme import QuantizedWeight
     from orchestrator.store import Release
 
 
@@ -68,6 +69,10 @@ PROVIDED_BY_STAGE: Mapping[Stage, frozenset[Invariant]] = {
 # In a specification a relative path is relative to the folder of the specification. The plan puts the
 # content's sha256, not the path, into the fingerprint.
 TextSource = Annotated[str, InputFile()]
+# Models with a weight each: a local folder, a hub id, or `DENSE` for the model that the pipeline started from. The plan
+# resolves them, and puts the digests of their files into the fingerprint.
+DENSE = "dense"
+WeightedModels = Annotated[Mapping[str, Annotated[float, Field(gt=0)]], InputModels()]
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,16 @@ class ModelResult:
     """What a `ModelMethod` returns: the changed model and numbers worth recording.
 
     blocks: which decoder blocks of the input are left, in their order, if some were removed: ``(0, 1, 3)``.
+    encodings: by name, the linear layers that are stored on a grid. A method that keeps `Invariant.GRID` and gives none
+        has changed no quantized layer: those that are left are stored as the input has them.
+    curves: by name, (update, value) in the order of the updates; they become metrics with a history in MLflow.
     """
 
     model: PreTrainedModel
     metrics: Mapping[str, float] = field(default_factory=dict)
     blocks: tuple[int, ...] | None = None
+    encodings: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
 
 def _ignore_progress(fraction: float, message: str) -> None:
@@ -95,6 +105,10 @@ class Context:
     calibration: the most recent calibration set, or None if no step before made one.
     scratch: an empty folder that is removed after the step.
     progress: call with (fraction in [0, 1], short message).
+    checkpoint: the model that the step reads, as it is stored; None where a step has none of its own.
+    held: the invariants of that model.
+    state: of a `ModelMethod` that is `resumable`, a folder that outlives a killed run, until the step has its result.
+    cache: a folder that steps and runs share, for what is dear to compute; what it holds may be gone at any time.
     """
 
     seed: int
@@ -102,6 +116,10 @@ class Context:
     calibration: CalibrationSet | None
     scratch: Path
     progress: Callable[[float, str], None] = _ignore_progress
+    checkpoint: Checkpoint | None = None
+    held: frozenset[Invariant] = frozenset()
+    state: Path | None = None
+    cache: Path | None = None
 
 
 class Method(BaseModel):
@@ -109,7 +127,8 @@ class Method(BaseModel):
 
     stage, name: what a specification writes as ``stage: name``. `paper` is the source: an arXiv number with
     equation, or one sentence for what has no paper. `keeps` lists the invariants of its input that survive the
-    method; an undeclared one counts as destroyed, and `plan` refuses the chain.
+    method; an undeclared one counts as destroyed, and `plan` refuses the chain. `requires` lists those that its input
+    must have.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -119,6 +138,7 @@ class Method(BaseModel):
     paper: ClassVar[str]
     keeps: ClassVar[frozenset[Invariant]] = frozenset()
     provides: ClassVar[frozenset[Invariant]] = frozenset()
+    requires: ClassVar[frozenset[Invariant]] = frozenset()
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -156,7 +176,12 @@ class Calibrator(Method):
 
 
 class ModelMethod(Method):
-    """Changes a whole model, for instance by training it."""
+    """Changes a whole model, for instance by training it.
+
+    resumable: whether a killed step goes on from what it has put into `Context.state`.
+    """
+
+    resumable: ClassVar[bool] = False
 
     def needs_calibration(self) -> bool:
         """Whether, with these parameters, a calibration set must come before this step."""
@@ -187,6 +212,9 @@ class ModelMethod(Method):
         passed = model.forward(tokens, calibration[1], calibration[1], head=True).times(2)
         held = model.load_bytes(as_float32=True) + dense.float32_bytes
         return Work(memory_bytes=held + model.activation_bytes(calibration[1], calibration[1])).then(passed)
+
+    def prepare(self, context: Context) -> None:
+        """Do what needs memory before the model is loaded, for instance run a teacher, and put it into the cache."""
 
     @abstractmethod
     def apply(self, model: PreTrainedModel, context: Context) -> ModelResult:

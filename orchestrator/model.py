@@ -113,7 +113,10 @@ def _quantize_inputs(model: PreTrainedModel, checkpoint: Checkpoint, schemes: Ma
                 def quantize(
                     module: Any, args: tuple[Any, ...], inputs: InputScheme = inputs, scale: Any = scale_1
                 ) -> tuple[Any, ...]:
-                    return (inputs.fake_quantize(args[0], scale), *args[1:])
+                    rounded = inputs.fake_quantize(args[0].detach(), scale)
+                    if args[0].requires_grad:  # rounding has no gradient; it passes straight through
+                        rounded = args[0] + (rounded - args[0]).detach()
+                    return (rounded, *args[1:])
 
                 model.get_submodule(layer).register_forward_pre_hook(quantize)
 

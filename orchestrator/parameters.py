@@ -11,13 +11,13 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from orchestrator.checkpoint import expand_home
+from orchestrator.checkpoint import Checkpoint, expand_home, locate_model
 from orchestrator.checks import Note, plugin_fault
 from orchestrator.digests import FileDigests
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
-from orchestrator.method import Method, Publisher
+from orchestrator.method import DENSE, Method, Publisher
 from orchestrator.plugins import InstalledMethod
-from orchestrator.sources import PREFIX, InputFile, check_source, resolve_source, source_digest
+from orchestrator.sources import PREFIX, InputFile, InputModels, check_source, resolve_source, source_digest
 from orchestrator.spec import Location, SpecText, validate_strictly
 
 
@@ -32,7 +32,14 @@ def parameterize(
     """Build the method from its `with` mapping, paths made absolute."""
     values = dict(values)
     usable = True  # a fault is noted, and the rest is checked all the same
-    for name in sorted(set(_source_fields(installed.cls)) & set(values)):
+    for name in sorted(set(_marked_fields(installed.cls, InputModels)) & set(values)):
+        if isinstance(values[name], Mapping):
+            try:
+                values[name] = _resolved_models(values[name], file.folder)
+            except OrchestratorError as error:
+                note(error, (*location, name))
+                usable = False
+    for name in sorted(set(_marked_fields(installed.cls, InputFile)) & set(values)):
         if isinstance(values[name], str):
             try:
                 values[name] = resolve_source(values[name], file.folder)
@@ -62,23 +69,44 @@ def parameterize(
         return None
 
 
-def _source_fields(cls: type[Method]) -> Iterator[str]:
-    """The fields that name a text source."""
+def _resolved_models(values: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
+    """Return the mapping with the folder of every model that it names; one that is named twice is refused."""
+    found: dict[Any, Any] = {}
+    for name, weight in values.items():
+        resolved = name
+        if isinstance(name, str) and name != DENSE:
+            model = locate_model(name, "main", folder)
+            _ = (model.config, model.weight_files)  # refuses what cannot be a model
+            resolved = str(model.path.absolute())
+        if resolved in found:
+            raise SpecError(f"{name!r} is named twice", remedy="name each model once, with the sum of its weights")
+        found[resolved] = weight
+    return found
+
+
+def _marked_fields(cls: type[Method], mark: type) -> Iterator[str]:
+    """The fields whose annotation holds a `mark`."""
     for name, info in cls.model_fields.items():
-        if _is_marked(info.metadata) or _is_marked(get_args(info.annotation)):
+        if _is_marked(info.metadata, mark) or _is_marked(get_args(info.annotation), mark):
             yield name
 
 
-def _is_marked(parts: Iterable[Any]) -> bool:
-    """Whether `InputFile` is among the parts of an annotation, or of one of its alternatives."""
-    return any(isinstance(part, InputFile) or _is_marked(getattr(part, "__metadata__", ())) for part in parts)
+def _is_marked(parts: Iterable[Any], mark: type) -> bool:
+    """Whether `mark` is among the parts of an annotation, or of one of its alternatives."""
+    return any(isinstance(part, mark) or _is_marked(getattr(part, "__metadata__", ()), mark) for part in parts)
 
 
 def parameters_of(installed: InstalledMethod, method: Method, digests: FileDigests) -> dict[str, Any]:
-    """The parameters as they enter the fingerprint: text sources by content, not by path."""
+    """The parameters as they enter the fingerprint: text sources and models by content, not by path."""
     with plugin_fault(installed, "model_dump"):
         parameters = method.model_dump(mode="json")
-    for name in _source_fields(type(method)):
+    for name in _marked_fields(type(method), InputModels):
+        if parameters[name] is not None:
+            parameters[name] = {
+                model if model == DENSE else Checkpoint(Path(model)).digest(digests.sha256): weight
+                for model, weight in parameters[name].items()
+            }
+    for name in _marked_fields(type(method), InputFile):
         value = parameters[name]
         if value is not None:
             digest = source_digest(value) if value.startswith(PREFIX) else digests.sha256(Path(value))

@@ -35,7 +35,7 @@ from orchestrator.facts import facts_of
 from orchestrator.home import HOME_VARIABLE, check_home
 from orchestrator.layer_method import LayerMethod, Needs
 from orchestrator.machine import MEMORY_VARIABLE, Experience, Machine, memory_limit, nominal_seconds
-from orchestrator.method import Calibrator, Evaluator, ModelMethod, Publisher
+from orchestrator.method import Calibrator, Evaluator, Invariant, ModelMethod, Publisher
 from orchestrator.plan import Plan, Step
 from orchestrator.records import LIMIT_VARIABLE, limit_from
 from orchestrator.report import size_text
@@ -135,8 +135,11 @@ def estimate_steps(
                 if packed is not None:
                     model = replace(model, quantized=True, stored_bytes=packed)
                 estimate = _other(step, model, dense, calibration, machine, experience)
-            if isinstance(method, ModelMethod):
-                packed = None
+            if isinstance(method, ModelMethod) and packed is not None:
+                depth = len(facts_of(step.reads).blocks)
+                kept = Invariant.GRID in method.keeps
+                packed = packed * len(facts_of(step.gives).blocks) // max(1, depth) if kept else None
+                estimate = replace(estimate, disk_bytes=packed or estimate.disk_bytes)
         seconds = estimate.seconds
         if artifact is None and not imported and (step.formats or not isinstance(method, Publisher)):
             seconds, imported = seconds + experience.import_seconds, True

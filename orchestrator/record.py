@@ -6,6 +6,7 @@ because nothing happened.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from orchestrator.method import Publisher
 from orchestrator.plan import Plan, Step
 from orchestrator.registry import ModelRegistry
 from orchestrator.report import as_markdown, metric_rows
+from orchestrator.steps import CURVES_FILE
 from orchestrator.tracking import RunStatus, Tracker
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ class RunRecord:
                 started_ms=started_ms,
                 ended_ms=ended_ms,
                 status="FAILED" if failed else "FINISHED",
+                curves=_curves(artifact),
             )
 
         if self.mlflow_run is None:
@@ -157,6 +160,14 @@ def _tags(step: Step, *, cached: bool) -> dict[str, str]:
         "orchestrator.fingerprint": step.fingerprint,
         "orchestrator.cached": str(cached).lower(),
     }
+
+
+def _curves(artifact: Artifact) -> dict[str, list[tuple[int, float]]]:
+    """What a step recorded update by update; {} if it did not."""
+    if CURVES_FILE not in artifact.manifest["files"]:
+        return {}
+    curves = json.loads((artifact.path / CURVES_FILE).read_text(encoding="utf-8"))
+    return {name: [(int(update), float(value)) for update, value in curve] for name, curve in curves.items()}
 
 
 def _flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

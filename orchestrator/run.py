@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from orchestrator.artifact import Artifact, ArtifactStore, model_digest
+from orchestrator.artifact import CACHE, Artifact, ArtifactStore, model_digest
 from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import GateError, OrchestratorError, Problem, StepError
@@ -26,7 +26,7 @@ from orchestrator.fit import check_fit, remember_fit
 from orchestrator.home import Settings
 from orchestrator.journal import Journal, lease
 from orchestrator.layer_method import LayerMethod
-from orchestrator.method import Publisher
+from orchestrator.method import ModelMethod, Publisher
 from orchestrator.model import import_libraries
 from orchestrator.outcome import StepOutcome
 from orchestrator.plan import SOURCE, Plan, Step, make_plan
@@ -167,8 +167,9 @@ class Execution:
         return artifact
 
     def _compute(self, step: Step, usage: Usage) -> Artifact:
-        resumable = isinstance(step.method, LayerMethod)
-        folder = self.store.stage(step.fingerprint, keep=resumable)
+        walks = isinstance(step.method, LayerMethod)
+        resumable = walks or (isinstance(step.method, ModelMethod) and step.method.resumable)
+        folder = self.store.stage(step.fingerprint, keep=walks)
         scratch = self.store.stage(f"{step.fingerprint}.scratch")
         state = self.store.stage(f"{step.fingerprint}.state", keep=resumable)
         keep = False
@@ -221,6 +222,7 @@ class Execution:
             model_digest=self.plan.source_digest if source == SOURCE else model_digest(self._artifact(source)),
             state=state,
             statistics=self.settings.home / "statistics",
+            cache=self.settings.home / CACHE,
             workers=self.estimates[step.index].workers,
         )
 

@@ -32,6 +32,10 @@ class InputFile:
     """Marks a method field that names a text source: the plan resolves it, checks it and hashes its content."""
 
 
+class InputModels:
+    """Marks a method field that maps models to numbers: the plan resolves each model and hashes its files."""
+
+
 @dataclass(frozen=True)
 class HubSource:
     """The parts of a ``hub:`` source. Either `folder` or `repo` is given."""

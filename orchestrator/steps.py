@@ -22,6 +22,7 @@ from orchestrator.plan import Step
 from orchestrator.scheme import QuantScheme
 
 METRICS_FILE = "metrics.json"
+CURVES_FILE = "curves.json"  # by name, [update, value] in the order of the updates
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,22 @@ class StepInputs:
     model_digest: str
     state: Path  # where a step that can be resumed keeps its progress
     statistics: Path  # where records of calibration are kept
+    cache: Path | None = None  # what model methods keep for each other
     workers: int | None = None  # of a walk; None: as many as torch has threads
 
     def context(self) -> Context:
         """The context that a method gets."""
-        return Context(self.seed, self.dense, self.calibration, self.scratch, self.progress)
+        return Context(
+            self.seed,
+            self.dense,
+            self.calibration,
+            self.scratch,
+            self.progress,
+            checkpoint=self.model,
+            held=frozenset(Invariant(name) for name in self.invariants),
+            state=self.state,
+            cache=self.cache,
+        )
 
 
 @dataclass(frozen=True)
@@ -146,11 +158,17 @@ def _part(progress: Callable[[float, str], None], begin: float, end: float) -> C
 
 
 def _change_model(step: Step, method: ModelMethod, inputs: StepInputs, folder: Path) -> StepFacts:
-    from orchestrator.export import save_model
+    from orchestrator.export import encodings_of, save_model
     from orchestrator.invariants import check_artifact
 
-    result = method.apply(inputs.model.load(), inputs.context())
-    save_model(result.model, inputs.model, folder)
+    context = inputs.context()
+    method.prepare(context)
+    result = method.apply(inputs.model.load(), context)
+    kept = inputs.model if Invariant.GRID in method.keeps else None
+    save_model(result.model, inputs.model, folder, encodings=encodings_of(result, kept))
+    if result.curves:
+        curves = {name: [[update, value] for update, value in curve] for name, curve in result.curves.items()}
+        (folder / CURVES_FILE).write_bytes(canonical_json(curves))
     changed = Checkpoint(folder)
     check_foreseen(step.gives, changed, result.blocks)
     invariants = check_artifact(inputs.model, changed, kept=inputs.invariants, blocks=result.blocks)

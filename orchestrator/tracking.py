@@ -21,7 +21,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,9 +98,11 @@ class Tracker:
         started_ms: int,
         ended_ms: int,
         status: RunStatus,
+        curves: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     ) -> str:
         """Write one finished step as a child run of `parent` and return its id. Times in ms since the epoch.
 
+        curves: by name, (update, value); they become metrics with a history, the update being MLflow's step.
         Long parameters are cut, as MLflow demands; `manifest.json` beside them has everything.
         """
         with translated(self.uri, StepError, f"could not record the step {name!r}"):
@@ -109,7 +111,7 @@ class Tracker:
             run = client.create_run(self._experiment(), start_time=started_ms, tags=child_tags, run_name=name)
             run_id = str(run.info.run_id)
             try:
-                self._log(run_id, params, metrics, ended_ms)
+                self._log(run_id, params, metrics, ended_ms, curves)
                 text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
                 client.log_text(run_id, text + "\n", "manifest.json")
             except BaseException:
@@ -147,11 +149,20 @@ class Tracker:
                     self._experiment_id = str(found.experiment_id)
             return self._experiment_id
 
-    def _log(self, run_id: str, params: Mapping[str, Any], metrics: Mapping[str, float], at_ms: int) -> None:
+    def _log(
+        self,
+        run_id: str,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        at_ms: int,
+        curves: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    ) -> None:
         from mlflow.entities import Metric, Param
 
         client = connect(self.uri)
         values: list[Metric] = [Metric(key, float(value), at_ms, 0) for key, value in sorted(metrics.items())]
+        for name, curve in sorted((curves or {}).items()):
+            values += [Metric(name, value, at_ms, update) for update, value in curve]
         texts = [Param(key, _cut(_as_text(value), MAX_PARAM_CHARS)) for key, value in sorted(params.items())]
         while values or texts:  # both in one call: most steps then need no second one
             client.log_batch(run_id, metrics=values[:METRICS_PER_BATCH], params=texts[:PARAMS_PER_BATCH])

@@ -6,6 +6,7 @@ GPT-2's layers are no `nn.Linear`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,24 +14,32 @@ if TYPE_CHECKING:
 
 
 class ZeroMask:
-    """The zeros of a model's matrices but the embeddings, as they are when the mask is made."""
+    """The zeros of a model's matrices but the embeddings, as they are when the mask is made.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    leave_out: names of parameters whose zeros are no mask: those of a grid that nobody pruned.
+    """
+
+    def __init__(self, model: torch.nn.Module, leave_out: Collection[str] = ()) -> None:
         import torch
 
         self._zeros: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Embedding):
                 continue
-            for leaf, weight in module.named_parameters(name, recurse=False):
+            for leaf, weight in module.named_parameters(prefix=name, recurse=False):
                 zero = weight.detach() == 0
-                if weight.ndim > 1 and bool(zero.any()):
+                if weight.ndim > 1 and leaf not in leave_out and bool(zero.any()):
                     self._zeros[leaf] = (weight, zero)
 
     @property
     def count(self) -> int:
         """Number of weights that are kept at zero."""
         return sum(int(zero.sum()) for _, zero in self._zeros.values())
+
+    def of(self, name: str) -> torch.Tensor | None:
+        """Return where the parameter `name` is kept at zero, None if nowhere."""
+        found = self._zeros.get(name)
+        return None if found is None else found[1]
 
     def clear_gradients(self) -> None:
         """Set the gradients of the zeros to zero, so that neither clipping nor the optimizer's moments see them."""

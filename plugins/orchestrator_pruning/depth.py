@@ -1,6 +1,6 @@
 """Depth pruning: remove whole decoder layers; what is left is a smaller model of the same architecture.
 
-Which layers go is decided on the calibration tokens, by one of two criteria.
+Which layers go is decided on the calibration tokens, by one of two criteria, or by their numbers alone.
 
 `block_influence`: Men et al. 2024 (ShortGPT), arXiv:2403.03853, eq. 1. How much a layer changes its input's direction,
 
@@ -13,6 +13,9 @@ takes one pass over the tokens. h_{l+1} of the last layer is what the layer puts
 perplexity on the calibration windows, argmin_l sum_t -ln p(x_t | x_<t; all layers left but l); then again, from the
 model without it. Of each batch the states that enter the layers are kept, so that a candidate computes only the layers
 behind it: of L layers, (L - 1) / 2 passes for each removal and batch, where deleting and running anew takes L - 1.
+
+`evenly`: Sanh et al. 2019 (DistilBERT), arXiv:1910.01108, section 3. The layers that are left lie at equal distances,
+the first and the last among them: the usual student for distillation. No token is looked at to choose.
 
 Choices: the search is done in float32 (`precision`), influence summed up in float64; of equal layers the first goes.
 Weights are not changed, so the zeros of earlier pruning stay, in layers that are now numbered otherwise.
@@ -46,19 +49,22 @@ class Depth(ModelMethod):
 
     stage: ClassVar[Stage] = Stage.PRUNE
     name: ClassVar[str] = "depth"
-    paper: ClassVar[str] = "arXiv:2403.03853, eq. 1 (block_influence); arXiv:2402.09025, algorithm 1 (greedy)"
-    keeps: ClassVar[frozenset[Invariant]] = frozenset({Invariant.ZEROS})
+    paper: ClassVar[str] = (
+        "arXiv:2403.03853, eq. 1 (block_influence); arXiv:2402.09025, algorithm 1 (greedy); arXiv:1910.01108 (evenly)"
+    )
+    keeps: ClassVar[frozenset[Invariant]] = frozenset({Invariant.ZEROS, Invariant.GRID})
     provides: ClassVar[frozenset[Invariant]] = frozenset()  # no weight becomes zero
 
     layers: int = Field(ge=1, le=10_000, description="Number of decoder layers removed; one at least must be left.")
-    criterion: Literal["block_influence", "greedy"] = Field(
+    criterion: Literal["block_influence", "greedy", "evenly"] = Field(
         "block_influence",
         description="Those that turn hidden states least, in one pass; or one by one the layer without which "
-        "perplexity is lowest, in about half as many passes for each as there are layers.",
+        "perplexity is lowest, in about half as many passes for each as there are layers; or so that those left lie at "
+        "equal distances, first and last among them.",
     )
 
     def needs_calibration(self) -> bool:
-        """Both criteria look at tokens."""
+        """Two criteria look at tokens, and the loss before and after is measured with all three."""
         return True
 
     def blocks_removed(self) -> int:
@@ -105,7 +111,8 @@ class Depth(ModelMethod):
         batches = _batches(context, model)
         layers.check_movable(self.layers)
         count = sum(tokens_BT[:, 1:].numel() for tokens_BT in batches)
-        search = self._by_influence if self.criterion == "block_influence" else self._greedily
+        searches = {"block_influence": self._by_influence, "greedy": self._greedily, "evenly": self._evenly}
+        search = searches[self.criterion]
         with torch.no_grad(), in_float32(model):
             removed, before, after, facts = search(layers, batches, context.progress)
         if not (math.isfinite(before) and math.isfinite(after)):
@@ -148,6 +155,20 @@ class Depth(ModelMethod):
             after += summed_loss(layers.run(tokens_BT, removed), tokens_BT)
             progress(0.5 + done / len(batches) / 2, f"loss: batch {done} of {len(batches)}")
         return removed, before, after, {f"block_influence_{i}": value for i, value in influence.items()}
+
+    def _evenly(
+        self, layers: DecoderLayers, batches: Sequence[torch.Tensor], progress: Callable[[float, str], None]
+    ) -> tuple[list[int], float, float, Mapping[str, float]]:
+        """Return the layers between those that are left, and the summed losses before and after."""
+        left = len(layers) - self.layers
+        kept = {round(place * (len(layers) - 1) / max(1, left - 1)) for place in range(left)}
+        removed = [index for index in range(len(layers)) if index not in kept]
+        before = after = 0.0
+        for done, tokens_BT in enumerate(batches, 1):
+            before += summed_loss(layers.run(tokens_BT, ()), tokens_BT)
+            after += summed_loss(layers.run(tokens_BT, removed), tokens_BT)
+            progress(done / len(batches), f"loss: batch {done} of {len(batches)}")
+        return removed, before, after, {}
 
     def _greedily(
         self, layers: DecoderLayers, batches: Sequence[torch.Tensor], progress: Callable[[float, str], None]
