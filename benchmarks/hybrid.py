@@ -1,0 +1,299 @@
+"""Prune, distill and quantize in all six orders, and each alone, at equal bytes on disk.
+
+    python -m benchmarks.hybrid [--model quickstart|reference-7m ...] [--seeds N] [--home DIR] [--quick] [--save]
+
+P removes decoder layers (`prune: depth`, SLEB's greedy choice), D lowers the forward KL from the dense model
+(`distill: logits`; of a model on a grid, straight-through), Q is `quantize: gptq` in groups of 128. A budget is what P and
+Q take together: all six orders have exactly these bytes. Each method alone gets at most as many:
+
+    Q    `quantize: mixed` at the budget, from 2 bits on           P    as many layers removed as it takes
+    D    the student with as few layers, evenly taken, distilled   QD   Q at the budget, then D on its grid
+
+What does not fit at any setting is said to. Everything of a seed draws its text with that seed: calibration and
+distillation. One evaluator for all: stock Transformers, float32, held-out text of the same kind: perplexity, and KL
+divergence from the dense model. The table gives means over the seeds, and the extremes.
+
+D first is distillation of the dense model from itself: there is nothing to learn, so DPQ is PQ, and DQP is QP. The
+orders are run all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks import results, targets
+from benchmarks.closeness import Evaluator
+from benchmarks.conformance_models import MODELS, Material
+from benchmarks.hybrid_plot import draw
+from benchmarks.targets import Target
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.errors import OrchestratorError
+from orchestrator.home import Settings
+from orchestrator.plan import Plan, Step
+from orchestrator.plugins import discover
+from orchestrator.run import run_locally
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+GROUP_SIZE = 128
+ORDERS = ("PDQ", "PQD", "QPD", "QDP", "DPQ", "DQP")
+ALONE = ("Q", "P", "D", "QD")
+BUDGETS = (3, 2)  # bits of Q in the orders
+WIDTHS = [2, 3, 4, 5, 6, 8]  # to choose from for Q alone
+REMOVED = {"quickstart": 1, "reference-7m": 2}
+UPDATES, BATCH, WINDOWS, LENGTH, CALIBRATION = 80, 4, 320, 256, 64
+LEARNING_RATE, TOP_K = 1e-3, 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One chain at one budget and seed. failed: why there is no result."""
+
+    bytes: int = 0
+    perplexity: float = 0.0
+    kl: float = 0.0
+    failed: str | None = None
+
+
+class Quiet:
+    """An observer that says which step is computed."""
+
+    def run_started(self, run_id: str, plan: Plan) -> None:
+        """Nothing."""
+
+    def step_started(self, step: Step) -> None:
+        """Nothing."""
+
+    def step_progress(self, step: Step, fraction: float, message: str) -> None:
+        """Nothing."""
+
+    def step_finished(self, step: Step, outcome: Any) -> None:
+        """One line for what took time."""
+        if not outcome.cached and outcome.seconds > 1:
+            print(f"    {step.label}: {outcome.seconds:.0f} s", file=sys.stderr, flush=True)
+
+    def note(self, message: str) -> None:
+        """Nothing."""
+
+
+class Chains:
+    """Runs chains on one model with one seed; a prefix that was run already is found in the home."""
+
+    def __init__(self, material: Material, removed: int, seed: int, folder: Path, home: Path, updates: int) -> None:
+        self._material, self._seed, self._folder = material, seed, folder
+        self._updates = updates
+        self._settings = Settings(home, f"sqlite:///{home}/mlflow.db")
+        self._methods = discover()
+        self.prune = {"prune": "depth", "with": {"layers": removed, "criterion": "greedy"}}
+        self.distill = {
+            "distill": "logits",
+            "with": {
+                "source": str(material.calibration.text),
+                "sequences": WINDOWS,
+                "length_tokens": LENGTH,
+                "updates": updates,
+                "batch_sequences": BATCH,
+                "learning_rate": LEARNING_RATE,
+                "teacher_top_k": TOP_K,
+            },
+        }
+
+    def quantize(self, bits: int) -> dict[str, Any]:
+        """Q of the orders."""
+        return {"quantize": "gptq", "with": {"num_bits": bits, "group_size": GROUP_SIZE}}
+
+    def run(self, steps: list[dict[str, Any]]) -> Checkpoint:
+        """Return the result of a chain. Raises `OrchestratorError`."""
+        calibrate = {
+            "calibrate": "text",
+            "with": {
+                "source": str(self._material.calibration.text),
+                "sequences": CALIBRATION,
+                "length_tokens": LENGTH,
+            },
+        }
+        spec = {
+            "version": 1,
+            "name": "hybrid",
+            "model": {"id": str(self._material.model)},
+            "seed": self._seed,
+            "steps": [calibrate, *steps],
+        }
+        path = self._folder / "spec.yaml"
+        path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
+        execution = run_locally(path, self._methods, self._settings, Quiet())
+        return Checkpoint(Path(execution.document()["steps"][-1]["artifact"]["path"]))
+
+    def order(self, letters: str, bits: int) -> Checkpoint:
+        """One of the six orders."""
+        parts = {"P": self.prune, "D": self.distill, "Q": self.quantize(bits)}
+        return self.run([parts[letter] for letter in letters])
+
+    def alone(self, letters: str, budget: int) -> Checkpoint:
+        """One method at no more than `budget` bytes."""
+        mixed = {"quantize": "mixed", "with": {"budget": budget, "num_bits": WIDTHS, "group_size": GROUP_SIZE}}
+        if letters == "Q":
+            return self.run([mixed])
+        if letters == "QD":
+            return self.run([mixed, self.distill])
+        criterion = "greedy" if letters == "P" else "evenly"
+        layers = self._layers_to_remove(budget)
+        shallow = {"prune": "depth", "with": {"layers": layers, "criterion": criterion}}
+        return self.run([shallow] if letters == "P" else [shallow, self.distill])
+
+    def _layers_to_remove(self, budget: int) -> int:
+        """How many layers must go until the plain model fits. Raises `OrchestratorError` if one is too many."""
+        model = Checkpoint(self._material.model)
+        blocks = sorted(model.layers_by_block())
+        of_one = sum(info.num_bytes for name, info in model.tensors.items() if name.startswith(f"{blocks[0]}."))
+        layers = -(-(model.weight_bytes() - budget) // of_one)
+        if layers >= len(blocks):
+            raise OrchestratorError(f"even one layer of plain weights takes more than {budget:,} bytes")
+        return int(layers)
+
+
+def main() -> None:
+    """Run, print, draw, and save if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", nargs="+", choices=list(REMOVED), default=list(REMOVED))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--home", type=Path, help="where results are kept, and found by a later call; default: nowhere")
+    parser.add_argument("--quick", action="store_true", help="few updates, one seed: does everything run?")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/hybrid.json and .svg")
+    arguments = parser.parse_args()
+    seeds, updates = (1, 2) if arguments.quick else (arguments.seeds, UPDATES)
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        home = (arguments.home or Path(name) / "home").absolute()
+        home.mkdir(parents=True, exist_ok=True)
+        for model in arguments.model:
+            folder = (arguments.home or Path(name)).absolute() / model
+            folder.mkdir(parents=True, exist_ok=True)
+            found[model] = compare(model, seeds, updates, folder, home)
+    aimed = [target for model, facts in found.items() for target in aims(model, facts)]
+    for model, facts in found.items():
+        show(model, facts)
+    targets.show(aimed)
+    if arguments.save:
+        results.save(
+            "hybrid",
+            {
+                **results.circumstances(),
+                "quick": arguments.quick,
+                "seeds": seeds,
+                "distillation": {
+                    "updates": updates,
+                    "windows": BATCH,
+                    "length_tokens": LENGTH,
+                    "learning_rate": LEARNING_RATE,
+                    "teacher_top_k": TOP_K,
+                },
+                "calibration": {"sequences": CALIBRATION, "length_tokens": LENGTH},
+                "models": found,
+                "targets": [target.record() for target in aimed],
+            },
+        )
+        draw(found, results.FOLDER / "hybrid.svg")
+
+
+def compare(model: str, seeds: int, updates: int, folder: Path, home: Path) -> dict[str, Any]:
+    """Run everything on one model; return the dense model's figures and those of each budget."""
+    from safetensors.torch import load_file
+
+    material = MODELS[model](folder, quick=False)
+    evaluate = Evaluator(Checkpoint(material.model).load(), load_file(material.held_out)["tokens_NT"])
+    rows: dict[int, dict[str, list[Row]]] = {bits: {} for bits in BUDGETS}
+    for seed in range(seeds):
+        chains = Chains(material, REMOVED[model], seed, folder, home, updates)
+        for bits in BUDGETS:
+            for label, row in _rows(chains, bits, evaluate):
+                rows[bits].setdefault(label, []).append(row)
+                said = row.failed or f"{row.bytes:,} bytes, perplexity {row.perplexity:.3f}, KL {row.kl:.4f}"
+                print(f"{model}, seed {seed}, {bits} bits, {label}: {said}", flush=True)
+    dense = {"bytes": Checkpoint(material.model).weight_bytes(), **evaluate.dense.record()}
+    return {
+        "dense": dense,
+        "layers_removed": REMOVED[model],
+        "budgets": {
+            str(bits): {label: summary(many) for label, many in by_label.items()} for bits, by_label in rows.items()
+        },
+    }
+
+
+def _rows(chains: Chains, bits: int, evaluate: Evaluator) -> Iterator[tuple[str, Row]]:
+    budget = 0
+    for letters in (*ORDERS, *ALONE):
+        try:
+            made = chains.order(letters, bits) if letters in ORDERS else chains.alone(letters, budget)
+        except OrchestratorError as error:
+            yield letters, Row(failed=str(error))
+            continue
+        size = made.weight_bytes()
+        budget = max(budget, size) if letters in ORDERS else budget
+        yield letters, Row(size, **evaluate(made.load()).record())
+
+
+def summary(rows: list[Row]) -> dict[str, Any]:
+    """Mean and extremes over the seeds; the first reason if one has no result."""
+    failed = next((row.failed for row in rows if row.failed), None)
+    if failed:
+        return {"failed": failed}
+    return {
+        "bytes": max(row.bytes for row in rows),
+        **{
+            name: {
+                "mean": statistics.mean(values),
+                "lowest": min(values),
+                "highest": max(values),
+                "each": values,
+            }
+            for name, values in (("perplexity", [r.perplexity for r in rows]), ("kl", [r.kl for r in rows]))
+        },
+    }
+
+
+def show(model: str, facts: dict[str, Any]) -> None:
+    """Print the tables of one model, best first."""
+    dense = facts["dense"]
+    print(f"\n{model}: dense {dense['bytes']:,} bytes, perplexity {dense['perplexity']:.3f}")
+    for bits, rows in facts["budgets"].items():
+        print(f"\n{facts['layers_removed']} layers and {bits} bits")
+        print(f"{'':<6}{'bytes':>12}{'perplexity':>12}{'from':>10}{'to':>10}{'KL':>9}")
+        done = {label: row for label, row in rows.items() if "failed" not in row}
+        for label, row in sorted(done.items(), key=lambda item: item[1]["perplexity"]["mean"]):
+            value = row["perplexity"]
+            figures = (
+                f"{value['mean']:>12.3f}{value['lowest']:>10.3f}{value['highest']:>10.3f}{row['kl']['mean']:>9.4f}"
+            )
+            print(f"{label:<6}{row['bytes']:>12,}{figures}")
+        for label in rows.keys() - done.keys():
+            print(f"{label:<6}{rows[label]['failed'].splitlines()[0][:100]}")
+
+
+def aims(model: str, facts: dict[str, Any]) -> list[Target]:
+    """The best order of all three is better than every method alone."""
+    aimed = []
+    for bits, rows in facts["budgets"].items():
+        best = min(
+            (label for label in ORDERS if "failed" not in rows[label]),
+            key=lambda label: float(rows[label]["perplexity"]["mean"]),
+        )
+        for alone in ALONE:
+            ratio = None
+            if "failed" not in rows[alone]:
+                ratio = rows[best]["perplexity"]["mean"] / rows[alone]["perplexity"]["mean"]
+            aimed.append(Target(f"{model}, {bits} bits: perplexity of {best} / {alone}", 1.0, ratio))
+    return aimed
+
+
+if __name__ == "__main__":
+    main()
