@@ -3,8 +3,8 @@
     python -m benchmarks.hybrid [--model quickstart|reference-7m ...] [--seeds N] [--home DIR] [--quick] [--save]
 
 P removes decoder layers (`prune: depth`, SLEB's greedy choice), D lowers the forward KL from the dense model
-(`distill: logits`; of a model on a grid, straight-through), Q is `quantize: gptq` in groups of 128. A budget is what P and
-Q take together: all six orders have exactly these bytes. Each method alone gets at most as many:
+(`distill: logits`; of a model on a grid, straight-through), Q is `quantize: gptq` in groups of 128. A budget is what P
+and Q take together: all six orders have these bytes. Each method alone gets at most as many:
 
     Q    `quantize: mixed` at the budget, from 2 bits on           P    as many layers removed as it takes
     D    the student with as few layers, evenly taken, distilled   QD   Q at the budget, then D on its grid
@@ -47,7 +47,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GROUP_SIZE = 128
 ORDERS = ("PDQ", "PQD", "QPD", "QDP", "DPQ", "DQP")
 ALONE = ("Q", "P", "D", "QD")
-BUDGETS = (3, 2)  # bits of Q in the orders
+BUDGETS = (4, 3, 2)  # bits of Q in the orders
 WIDTHS = [2, 3, 4, 5, 6, 8]  # to choose from for Q alone
 REMOVED = {"quickstart": 1, "reference-7m": 2}
 UPDATES, BATCH, WINDOWS, LENGTH, CALIBRATION = 80, 4, 320, 256, 64
