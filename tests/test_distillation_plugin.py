@@ -1,6 +1,9 @@
-"""The distillation method `logits`: its loss against float64 autograd, and what training keeps and restores.
+"""The distillation methods: what training keeps and restores, whatever teaches it.
 
-Shape legend: N = windows, T = tokens of a window, P = positions, V = vocabulary, O, I = out and in features.
+The losses are in `test_distillation_losses`, what teaches in `test_distillation_training`, models on grids in
+`test_distillation_grids`.
+
+Shape legend: N = windows, B = windows of a batch, T = tokens of a window.
 """
 
 from __future__ import annotations
@@ -14,10 +17,9 @@ from transformers import PreTrainedModel
 
 from orchestrator.api import CalibrationSet, Checkpoint, Context, StepError
 from orchestrator.errors import OrchestratorError
-from orchestrator_distillation import loss as loss_module
 from orchestrator_distillation import register_methods
-from orchestrator_distillation.logits import Logits, _batches
-from orchestrator_distillation.loss import NO_TARGET, loss_and_gradient, mean_divergence
+from orchestrator_distillation.lesson import Order, rate
+from orchestrator_distillation.presets import GKD, QAD, QAT, DistiLLM, Logits, MiniLLM
 from orchestrator_distillation.zeros import ZeroMask
 from tests.tiny import make_model, make_tokens
 
@@ -45,46 +47,15 @@ def pruned(dense: Checkpoint) -> PreTrainedModel:
     return model
 
 
+SMALL: dict[str, Any] = {"updates": 12, "batch_sequences": 4, "length_tokens": 20, "learning_rate": 2e-3}
+
+
 def method(**changes: Any) -> Logits:
-    return Logits(**{"updates": 12, "batch_sequences": 4, "length_tokens": 20, "learning_rate": 2e-3, **changes})
+    return Logits(**{**SMALL, **changes})
 
 
-def test_the_family_registers_logits() -> None:
-    assert register_methods() == [Logits]
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("chunk", [1, 3, 1 << 20])
-def test_loss_and_gradient_agree_with_float64_autograd(
-    alpha: float, temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk * 11)
-    generator = torch.Generator().manual_seed(0)
-    student_PV, teacher_PV = (3 * torch.randn(10, 11, generator=generator) for _ in range(2))
-    targets_P = torch.randint(11, (10,), generator=generator)
-    targets_P[[4, 9]] = NO_TARGET
-    loss, gradient_PV = loss_and_gradient(student_PV, teacher_PV, targets_P, temperature, alpha)
-
-    exact_PV = student_PV.double().requires_grad_()
-    divergence = torch.nn.functional.kl_div(
-        (exact_PV / temperature).log_softmax(-1), (teacher_PV.double() / temperature).softmax(-1), reduction="batchmean"
-    )
-    entropy = torch.nn.functional.cross_entropy(exact_PV, targets_P, ignore_index=NO_TARGET)
-    expected = alpha * temperature**2 * divergence + (1 - alpha) * entropy
-    expected.backward()
-    assert exact_PV.grad is not None
-    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
-    torch.testing.assert_close(gradient_PV.double(), exact_PV.grad, rtol=1e-4, atol=1e-7)
-
-
-def test_mean_divergence_agrees_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 3 * 11)
-    student_PV, teacher_PV = make_tokens(2, 220).view(2, 20, 11).float() / 50
-    expected = torch.nn.functional.kl_div(
-        student_PV.double().log_softmax(-1), teacher_PV.double().softmax(-1), reduction="batchmean"
-    )
-    assert mean_divergence(student_PV, teacher_PV) == pytest.approx(float(expected), rel=1e-5)
+def test_the_family_registers_its_presets() -> None:
+    assert register_methods() == [Logits, GKD, DistiLLM, MiniLLM, QAT, QAD]
 
 
 def test_a_pruned_model_nears_the_dense_one_and_keeps_every_zero(dense: Checkpoint, context: Context) -> None:
@@ -174,11 +145,25 @@ def test_without_windows_there_is_a_step_error(dense: Checkpoint, tmp_path: Path
         method().apply(pruned(dense), one)
 
 
-def test_a_diverging_loss_is_a_step_error_that_says_what_to_do(dense: Checkpoint, context: Context) -> None:
+def test_a_model_that_is_broken_from_the_start_is_said_to_be(dense: Checkpoint, context: Context) -> None:
     model = pruned(dense)
     model.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(StepError, match="diverged at update 1") as caught:
+    with pytest.raises(StepError, match="the loss on held-out windows is nan after 0 updates") as caught:
         method().apply(model, context)
+    assert "not finite" in str(caught.value.problems[0].remedy)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_diverging_loss_is_a_step_error_that_says_what_to_do(dense: Checkpoint, tmp_path: Path) -> None:
+    model = pruned(dense)
+
+    def spoil(fraction: float, message: str) -> None:
+        if message.startswith("update 2 of"):
+            model.model.norm.weight.data[0] = float("nan")
+
+    calibration = CalibrationSet(make_tokens(sequences=24, length=20), {})
+    with pytest.raises(StepError, match="diverged at update 3: loss nan") as caught:
+        method(examine_every=12).apply(model, Context(0, dense, calibration, tmp_path, spoil))
     assert "learning_rate" in str(caught.value.problems[0].remedy)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
@@ -205,18 +190,19 @@ def test_a_lost_zero_is_noticed() -> None:
     assert layer.weight.tolist() == [[0.0, 2.0, 3.0], [4.0, 0.0, 5.0]]
 
 
-def test_the_schedule_rises_and_falls_to_zero() -> None:
-    chosen = method(updates=100, warmup_fraction=0.1)
-    rates = [chosen._schedule(update) for update in range(100)]
+def test_the_rate_rises_and_falls_to_zero() -> None:
+    rates = [rate(update, 100, 0.1) for update in range(100)]
     assert rates[:10] == pytest.approx([(update + 1) / 10 for update in range(10)])
     assert rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[-1] < 1e-3
-    assert method(updates=1, warmup_fraction=0.9)._schedule(0) == 1.0
+    assert rate(0, 1, 0.9) == 1.0
 
 
 def test_every_window_is_used_once_per_pass() -> None:
-    batches = _batches(num_windows=8, size=4, seed=0)
-    for _ in range(3):
-        assert sorted(torch.cat([next(batches), next(batches)]).tolist()) == list(range(8))
-    assert next(_batches(num_windows=3, size=4, seed=0)).sort().values.tolist() == [0, 1, 2]
+    order = Order(8, 4, 0)
+    passes = [torch.cat([order.next(), order.next()]) for _ in range(3)]
+    assert all(sorted(windows.tolist()) == list(range(8)) for windows in passes)
+    order.go_to(2)
+    assert torch.equal(torch.cat([order.next(), order.next()]), passes[1])
+    assert Order(3, 4, 0).next().sort().values.tolist() == [0, 1, 2]
