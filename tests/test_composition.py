@@ -20,6 +20,8 @@ from orchestrator.run import run_locally
 from tests.test_run import Watcher
 from tests.tiny import make_model
 
+TRAINING = {"updates": 1, "batch_sequences": 2, "length_tokens": 32}
+WRITES = {"prompt_tokens": 8, "answer_tokens": 4}
 # How each is asked for; everything else is at its default.
 PARAMETERS: dict[str, dict[str, Any]] = {
     "prune magnitude": {"sparsity": 0.5},
@@ -27,7 +29,12 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "prune sparsegpt": {"pattern": "2:4"},
     "prune depth": {"layers": 1},
     "prune llm_pruner": {"attention": False, "ratio": 0.25, "round_to": 32, "lora_rank": 0},
-    "distill logits": {"updates": 2, "batch_sequences": 2, "length_tokens": 32},
+    "distill logits": TRAINING,
+    "distill gkd": {**TRAINING, **WRITES},
+    "distill distillm": {**TRAINING, **WRITES},
+    "distill minillm": {**TRAINING, **WRITES},
+    "distill qat": TRAINING,
+    "distill qad": TRAINING,
     "quantize rtn": {"group_size": 32},
     "quantize hqq": {"group_size": 32},
     "quantize gptq": {"group_size": 32},

@@ -172,6 +172,13 @@ def _method_fails(number: int, how: str = "by itself") -> None:
     LayerCompressor.compress = call  # type: ignore[method-assign]
 
 
+def _save_often() -> None:
+    """A state after every update of training."""
+    from orchestrator_distillation import resuming
+
+    resuming.SAVE_SECONDS = resuming._SHARE = 0.0
+
+
 CHANGES: dict[str, Callable[..., None]] = {
     "code": _change_code,
     "library": _change_library,
@@ -180,4 +187,5 @@ CHANGES: dict[str, Callable[..., None]] = {
     "workers": _workers,
     "disk_full": _disk_full,
     "method_fails": _method_fails,
+    "save_often": _save_often,
 }
