@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,23 @@ ORDERS = ("PDQ", "PQD", "QPD", "QDP", "DPQ", "DQP")
 ALONE = ("Q", "P", "D", "QD")
 BUDGETS = (4, 3, 2)  # bits of Q in the orders
 WIDTHS = [2, 3, 4, 5, 6, 8]  # to choose from for Q alone
-REMOVED = {"quickstart": 1, "reference-7m": 2}
-UPDATES, BATCH, WINDOWS, LENGTH, CALIBRATION = 80, 4, 320, 256, 64
+BATCH, WINDOWS, LENGTH, CALIBRATION = 4, 320, 256, 64
 LEARNING_RATE, TOP_K = 1e-3, 64
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of a model goes and how long it is trained: what two cores can do in an hour.
+
+    removed: decoder layers. updates: of D. pruned_on: windows on which P chooses.
+    """
+
+    removed: int
+    updates: int
+    pruned_on: int
+
+
+SCALES = {"quickstart": Scale(1, 80, CALIBRATION), "reference-7m": Scale(2, 32, 16)}
 
 
 @dataclass(frozen=True)
@@ -88,19 +102,18 @@ class Quiet:
 class Chains:
     """Runs chains on one model with one seed; a prefix that was run already is found in the home."""
 
-    def __init__(self, material: Material, removed: int, seed: int, folder: Path, home: Path, updates: int) -> None:
-        self._material, self._seed, self._folder = material, seed, folder
-        self._updates = updates
+    def __init__(self, material: Material, scale: Scale, seed: int, folder: Path, home: Path) -> None:
+        self._material, self._scale, self._seed, self._folder = material, scale, seed, folder
         self._settings = Settings(home, f"sqlite:///{home}/mlflow.db")
         self._methods = discover()
-        self.prune = {"prune": "depth", "with": {"layers": removed, "criterion": "greedy"}}
+        self.prune = {"prune": "depth", "with": {"layers": scale.removed, "criterion": "greedy"}}
         self.distill = {
             "distill": "logits",
             "with": {
                 "source": str(material.calibration.text),
                 "sequences": WINDOWS,
                 "length_tokens": LENGTH,
-                "updates": updates,
+                "updates": scale.updates,
                 "batch_sequences": BATCH,
                 "learning_rate": LEARNING_RATE,
                 "teacher_top_k": TOP_K,
@@ -113,25 +126,29 @@ class Chains:
 
     def run(self, steps: list[dict[str, Any]]) -> Checkpoint:
         """Return the result of a chain. Raises `OrchestratorError`."""
-        calibrate = {
-            "calibrate": "text",
-            "with": {
-                "source": str(self._material.calibration.text),
-                "sequences": CALIBRATION,
-                "length_tokens": LENGTH,
-            },
-        }
+        whole: list[dict[str, Any]] = []
+        drawn = None
+        for step in steps:
+            windows = self._scale.pruned_on if "prune" in step else CALIBRATION
+            if windows != drawn:
+                whole.append(self._calibrate(windows))
+            whole.append(step)
+            drawn = windows
         spec = {
             "version": 1,
             "name": "hybrid",
             "model": {"id": str(self._material.model)},
             "seed": self._seed,
-            "steps": [calibrate, *steps],
+            "steps": whole,
         }
         path = self._folder / "spec.yaml"
         path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
         execution = run_locally(path, self._methods, self._settings, Quiet())
         return Checkpoint(Path(execution.document()["steps"][-1]["artifact"]["path"]))
+
+    def _calibrate(self, windows: int) -> dict[str, Any]:
+        source = str(self._material.calibration.text)
+        return {"calibrate": "text", "with": {"source": source, "sequences": windows, "length_tokens": LENGTH}}
 
     def order(self, letters: str, bits: int) -> Checkpoint:
         """One of the six orders."""
@@ -164,13 +181,13 @@ class Chains:
 def main() -> None:
     """Run, print, draw, and save if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", nargs="+", choices=list(REMOVED), default=list(REMOVED))
+    parser.add_argument("--model", nargs="+", choices=list(SCALES), default=list(SCALES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--home", type=Path, help="where results are kept, and found by a later call; default: nowhere")
     parser.add_argument("--quick", action="store_true", help="few updates, one seed: does everything run?")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/hybrid.json and .svg")
     arguments = parser.parse_args()
-    seeds, updates = (1, 2) if arguments.quick else (arguments.seeds, UPDATES)
+    seeds = 1 if arguments.quick else arguments.seeds
     found = {}
     with tempfile.TemporaryDirectory() as name:
         home = (arguments.home or Path(name) / "home").absolute()
@@ -178,7 +195,8 @@ def main() -> None:
         for model in arguments.model:
             folder = (arguments.home or Path(name)).absolute() / model
             folder.mkdir(parents=True, exist_ok=True)
-            found[model] = compare(model, seeds, updates, folder, home)
+            scale = replace(SCALES[model], updates=2) if arguments.quick else SCALES[model]
+            found[model] = compare(model, scale, seeds, folder, home)
     aimed = [target for model, facts in found.items() for target in aims(model, facts)]
     for model, facts in found.items():
         show(model, facts)
@@ -191,7 +209,6 @@ def main() -> None:
                 "quick": arguments.quick,
                 "seeds": seeds,
                 "distillation": {
-                    "updates": updates,
                     "windows": BATCH,
                     "length_tokens": LENGTH,
                     "learning_rate": LEARNING_RATE,
@@ -205,7 +222,7 @@ def main() -> None:
         draw(found, results.FOLDER / "hybrid.svg")
 
 
-def compare(model: str, seeds: int, updates: int, folder: Path, home: Path) -> dict[str, Any]:
+def compare(model: str, scale: Scale, seeds: int, folder: Path, home: Path) -> dict[str, Any]:
     """Run everything on one model; return the dense model's figures and those of each budget."""
     from safetensors.torch import load_file
 
@@ -213,7 +230,7 @@ def compare(model: str, seeds: int, updates: int, folder: Path, home: Path) -> d
     evaluate = Evaluator(Checkpoint(material.model).load(), load_file(material.held_out)["tokens_NT"])
     rows: dict[int, dict[str, list[Row]]] = {bits: {} for bits in BUDGETS}
     for seed in range(seeds):
-        chains = Chains(material, REMOVED[model], seed, folder, home, updates)
+        chains = Chains(material, scale, seed, folder, home)
         for bits in BUDGETS:
             for label, row in _rows(chains, bits, evaluate):
                 rows[bits].setdefault(label, []).append(row)
@@ -222,7 +239,7 @@ def compare(model: str, seeds: int, updates: int, folder: Path, home: Path) -> d
     dense = {"bytes": Checkpoint(material.model).weight_bytes(), **evaluate.dense.record()}
     return {
         "dense": dense,
-        "layers_removed": REMOVED[model],
+        "scale": asdict(scale),
         "budgets": {
             str(bits): {label: summary(many) for label, many in by_label.items()} for bits, by_label in rows.items()
         },
@@ -266,7 +283,7 @@ def show(model: str, facts: dict[str, Any]) -> None:
     dense = facts["dense"]
     print(f"\n{model}: dense {dense['bytes']:,} bytes, perplexity {dense['perplexity']:.3f}")
     for bits, rows in facts["budgets"].items():
-        print(f"\n{facts['layers_removed']} layers and {bits} bits")
+        print(f"\n{facts['scale']['removed']} layers and {bits} bits")
         print(f"{'':<6}{'bytes':>12}{'perplexity':>12}{'from':>10}{'to':>10}{'KL':>9}")
         done = {label: row for label, row in rows.items() if "failed" not in row}
         for label, row in sorted(done.items(), key=lambda item: item[1]["perplexity"]["mean"]):

@@ -31,7 +31,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axis.text(value["highest"] * 1.02, place, f"{value['mean']:.2f}", va="center", fontsize=8)
         gone = sorted(facts["budgets"][bits].keys() - rows.keys())
         size = max(row["bytes"] for row in rows.values())
-        title = f"{model}, {size / 2**20:.2f} MiB ({bits} bits, {facts['layers_removed']} layers removed)"
+        title = f"{model}, {size / 2**20:.2f} MiB ({bits} bits, {facts['scale']['removed']} layers removed)"
         axis.set_title(title + (f"\ndo not fit: {', '.join(gone)}" if gone else ""), fontsize=9)
         axis.axvline(facts["dense"]["perplexity"], color="black", linestyle=":", linewidth=1)
         axis.set_yticks(range(len(labels)), labels, fontsize=8)

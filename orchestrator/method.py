@@ -213,6 +213,13 @@ class ModelMethod(Method):
         held = model.load_bytes(as_float32=True) + dense.float32_bytes
         return Work(memory_bytes=held + model.activation_bytes(calibration[1], calibration[1])).then(passed)
 
+    def economies(self) -> Sequence[Mapping[str, Any]]:
+        """Return changes of parameters that save memory, the least costly first; offered when a step does not fit.
+
+        Each is tried by itself, with `estimate`, then all together.
+        """
+        return ()
+
     def prepare(self, context: Context) -> None:
         """Do what needs memory before the model is loaded, for instance run a teacher, and put it into the cache."""
 

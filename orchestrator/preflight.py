@@ -94,7 +94,8 @@ def foresee(
     waiting = [(step, estimates[step.index]) for step in plan.steps if known[step.index] is None]
     if waiting:
         check_home(home)
-    problems = [problem for step, estimate in waiting for problem in memory_problems(step, estimate, machine, limit)]
+    dense = facts_of(plan.source)
+    problems = [p for step, estimate in waiting for p in memory_problems(step, estimate, machine, limit, dense)]
     problems += [problem for step, _ in waiting for problem in device_problems(step)]
     problems += [problem for step, _ in waiting for problem in window_problems(step)]
     problems += disk_problems(plan, waiting, machine, home)
@@ -254,8 +255,10 @@ def _calibration(method: Calibrator, artifact: Artifact | None) -> tuple[int, in
     return method.expected_shape() or DEFAULT_CALIBRATION
 
 
-def memory_problems(step: Step, estimate: Estimate, machine: Machine, limit: int | None) -> list[Problem]:
-    """Say what of a step does not fit into memory, and what would."""
+def memory_problems(
+    step: Step, estimate: Estimate, machine: Machine, limit: int | None, dense: ModelFacts
+) -> list[Problem]:
+    """Say what of a step does not fit into memory, and what would. dense: the sizes of the model before any step."""
     needed = estimate.work.memory_bytes
     found = []
     if limit is not None and estimate.size is not None and needed > limit:
@@ -277,7 +280,7 @@ def memory_problems(step: Step, estimate: Estimate, machine: Machine, limit: int
         if estimate.size is not None:
             remedies += _shorter_windows(estimate.size, room)
         else:
-            remedies += _smaller(step, room)
+            remedies += _smaller(step, dense, room)
         what = f"{step.label} needs {size_text(whole)} of memory, and {size_text(free)} are to be had on this machine"
         found.append(Problem(what, step.place, ", or ".join(remedies)))
     return found
@@ -295,15 +298,22 @@ def _shorter_windows(size: WalkSize, room: int) -> list[str]:
     return []
 
 
-def _smaller(step: Step, room: int) -> list[str]:
-    """The largest halving of one of the method's parameters with which it fits, as a proposal."""
+def _smaller(step: Step, dense: ModelFacts, room: int) -> list[str]:
+    """What of the method's own proposals, or the largest halving of a parameter, would make it fit."""
     facts = facts_of(step.reads)
+    if isinstance(step.method, ModelMethod):
+        changes = list(step.method.economies())
+        together = {name: value for change in changes for name, value in change.items()}
+        for change in [*changes, together] if len(changes) > 1 else changes:
+            work = step.method.model_copy(update=dict(change)).estimate(facts, dense, DEFAULT_CALIBRATION)
+            if work.memory_bytes + work.child_memory_bytes <= room:
+                return ["set " + " and ".join(f"{name}: {_yaml(value)}" for name, value in change.items())]
     for name in _LEVERS:
         value = getattr(step.method, name, None)
         while isinstance(value, int) and value > 1:
             value //= 2
             smaller = step.method.model_copy(update={name: value})
-            work = smaller.estimate(facts, facts, DEFAULT_CALIBRATION)
+            work = smaller.estimate(facts, dense, DEFAULT_CALIBRATION)
             if work.memory_bytes + work.child_memory_bytes <= room and (name != "length_tokens" or value >= _SHORTEST):
                 return [f"set {name} to at most {value}"]
     return []
@@ -353,6 +363,11 @@ def learn(
     if estimate.record_key is not None:
         experience.learn_record(estimate.record_key)
     experience.write(home)
+
+
+def _yaml(value: Any) -> str:
+    """A parameter's value as a specification writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _gib(count: int) -> str:

@@ -243,14 +243,34 @@ def test_the_machine_itself_can_be_too_small(plan_of: Callable[[str], Plan], tmp
     plan = plan_of(text.replace("sequences: 8, length_tokens: 32", "sequences: 2, length_tokens: 4096"))
     machine = Machine(8 * GIB, 8 * GIB, 1)
     estimates = estimate_steps(plan, [None] * 4, machine, Experience(), None)
-    assert not any(memory_problems(s, e, machine, None) for s, e in zip(plan.steps, estimates, strict=True))
+    dense = facts_of(plan.source)
+    assert not any(memory_problems(s, e, machine, None, dense) for s, e in zip(plan.steps, estimates, strict=True))
     short_windows, all_at_once = estimates[2], estimates[3]
     for step, estimate, lever in ((2, short_windows, "windows of at most"), (3, all_at_once, "set batch to at most")):
         room = estimate.peak_memory_bytes - estimate.work.memory_bytes // 3
         tight = Machine(room - machine_module_resident(), 8 * GIB, 1)
-        (problem,) = memory_problems(plan.steps[step], estimate, tight, None)
+        (problem,) = memory_problems(plan.steps[step], estimate, tight, None, dense)
         assert "are to be had on this machine" in problem.what
         assert lever in str(problem.remedy)
+
+
+def test_a_teacher_that_does_not_fit_beside_its_student_is_offered_the_cache(
+    plan_of: Callable[[str], Plan], tmp_path: Path
+) -> None:
+    text = SPEC[: SPEC.index("  - validate")]
+    distill = "  - distill: {}\n    with: {{source: text.txt, sequences: 8, length_tokens: 32, updates: 2{}}}\n"
+
+    def told(method: str, more: str = "", share: float = 0.97) -> str:
+        plan = plan_of(text + distill.format(method, more))
+        estimate = estimate_steps(plan, [None] * 4, Machine(8 * GIB, 8 * GIB, 1), Experience(), None)[3]
+        room = estimate.peak_memory_bytes - int(estimate.work.memory_bytes * (1 - share))
+        tight = Machine(room - machine_module_resident(), 8 * GIB, 1)
+        (problem,) = memory_problems(plan.steps[3], estimate, tight, None, facts_of(plan.source))
+        return str(problem.remedy)
+
+    assert told("logits").endswith("or set teacher_top_k: 64")
+    assert told("gkd", ", prompt_tokens: 4, answer_tokens: 4").endswith("or set sequences_at_once: 1")
+    assert told("logits", share=0.5).endswith("or set teacher_top_k: 64 and sequences_at_once: 1 and recompute: true")
 
 
 def machine_module_resident() -> int:

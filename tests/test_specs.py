@@ -52,6 +52,11 @@ def shrunk(path: Path, folder: Path) -> Path:
         "round_to": 32,
         "windows": 4,
         "lora_updates": 2,
+        "updates": 2,
+        "teacher_top_k": 8,
+        "prompt_tokens": 8,
+        "answer_tokens": 8,
+        "layers": 1,
     }
     for step in spec["steps"]:
         given = step.get("with") or {}
@@ -69,7 +74,7 @@ def shrunk(path: Path, folder: Path) -> Path:
     return small_path
 
 
-@pytest.mark.parametrize("name", ["awq.yaml", "llm-pruner.yaml"])
+@pytest.mark.parametrize("name", ["awq.yaml", "llm-pruner.yaml", "minillm.yaml", "hybrid.yaml"])
 def test_an_example_runs_at_small_scale(name: str, tmp_path: Path, methods: Methods, tracking_uri: str) -> None:
     path = Path(__file__).parents[1] / "flows" / "specs" / name
     execution = run_locally(shrunk(path, tmp_path), methods, Settings(tmp_path / "home", tracking_uri), Watcher())

@@ -22,6 +22,7 @@ TORCH = "torch==2.13.0"
 REQUIREMENTS = {
     "llmcompressor": ("llmcompressor==0.14.0.1", "transformers==5.17.0"),
     "gptqmodel": ("gptqmodel==7.6.0", "transformers==5.23.0"),
+    "trl": ("trl==1.16.0", "transformers==5.23.0"),
 }
 STAMP = "installed.txt"
 

@@ -58,6 +58,10 @@ class _Matching(Training):
         """With alpha 0 there is cross-entropy alone."""
         return self.alpha > 0
 
+    def can_cache(self) -> bool:
+        """Text of the data is known before, the student's is not."""
+        return self.needs_teacher() and self.student_share == 0
+
     def teacher_temperature(self) -> float:
         """That of the objective."""
         return self.temperature
@@ -155,6 +159,10 @@ class MiniLLM(Training):
         if self.prompt_tokens >= self.length_tokens:
             raise ValueError(f"prompt_tokens {self.prompt_tokens} leave nothing of length_tokens {self.length_tokens}")
         return self
+
+    def can_cache(self) -> bool:
+        """What the student writes is not known before."""
+        return False
 
     def exam(self) -> Objective:
         """Reverse KL, on text of the data."""

@@ -6,10 +6,10 @@ Shape legend: N = windows, B = windows of a batch, T = tokens of a window.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 _HELD_OUT_SHARE = 8  # one window in eight, at most _HELD_OUT_MOST, is never trained on
 _HELD_OUT_MOST = 16
 _EXAMS = 10
+_OFFERED_TOP_K = 64
 _FORWARD_KL = Objective(Divergence("forward_kl"))
 _ENTROPY = Objective(Divergence("forward_kl"), alpha=0.0)
 
@@ -169,6 +170,19 @@ class Training(ModelMethod):
             + 80.0 * trained * model.vocabulary,
             calls=passed.calls + self.updates * 15 * 9 * len(model.blocks),
         )
+
+    def economies(self) -> Sequence[Mapping[str, Any]]:
+        """The teacher's cache, if this method can do with it; then fewer windows at once, and recomputing."""
+        found: list[Mapping[str, Any]] = []
+        if self.can_cache() and self.teacher_top_k is None:
+            found.append({"teacher_top_k": _OFFERED_TOP_K})
+        if (self.sequences_at_once or self.batch_sequences) > 1:
+            found.append({"sequences_at_once": 1})
+        return [*found, {"recompute": True}] if not self.recompute else found
+
+    def can_cache(self) -> bool:
+        """Whether all the teacher is asked about is known before."""
+        return self.needs_teacher()
 
     def prepare(self, context: Context) -> None:
         """Compare tokenizers; let the teacher run, if it is to run once. Raises `StepError` for too little text."""
