@@ -46,6 +46,10 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.depth --save
 	$(BIN)/python -m benchmarks.conformance --save
 	$(BIN)/python -m benchmarks.mixed --save
+	$(BIN)/python -m benchmarks.distillation --save
+	$(BIN)/python -m benchmarks.recovery --save
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.hybrid --save
 
 # Kills runs at 200 moments and more.
 soak: $(VENV)/.installed-test

@@ -22,26 +22,20 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks import results, targets
+from benchmarks.chains import Kitchen
 from benchmarks.closeness import Evaluator
 from benchmarks.conformance_models import MODELS, Material
 from benchmarks.hybrid_plot import draw
 from benchmarks.targets import Target
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import OrchestratorError
-from orchestrator.home import Settings
-from orchestrator.plan import Plan, Step
-from orchestrator.plugins import discover
-from orchestrator.run import run_locally
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GROUP_SIZE = 128
@@ -78,34 +72,12 @@ class Row:
     failed: str | None = None
 
 
-class Quiet:
-    """An observer that says which step is computed."""
-
-    def run_started(self, run_id: str, plan: Plan) -> None:
-        """Nothing."""
-
-    def step_started(self, step: Step) -> None:
-        """Nothing."""
-
-    def step_progress(self, step: Step, fraction: float, message: str) -> None:
-        """Nothing."""
-
-    def step_finished(self, step: Step, outcome: Any) -> None:
-        """One line for what took time."""
-        if not outcome.cached and outcome.seconds > 1:
-            print(f"    {step.label}: {outcome.seconds:.0f} s", file=sys.stderr, flush=True)
-
-    def note(self, message: str) -> None:
-        """Nothing."""
-
-
 class Chains:
     """Runs chains on one model with one seed; a prefix that was run already is found in the home."""
 
     def __init__(self, material: Material, scale: Scale, seed: int, folder: Path, home: Path) -> None:
-        self._material, self._scale, self._seed, self._folder = material, scale, seed, folder
-        self._settings = Settings(home, f"sqlite:///{home}/mlflow.db")
-        self._methods = discover()
+        self._material, self._scale, self._seed = material, scale, seed
+        self._kitchen = Kitchen(material.model, folder, home)
         self.prune = {"prune": "depth", "with": {"layers": scale.removed, "criterion": "greedy"}}
         self.distill = {
             "distill": "logits",
@@ -134,17 +106,7 @@ class Chains:
                 whole.append(self._calibrate(windows))
             whole.append(step)
             drawn = windows
-        spec = {
-            "version": 1,
-            "name": "hybrid",
-            "model": {"id": str(self._material.model)},
-            "seed": self._seed,
-            "steps": whole,
-        }
-        path = self._folder / "spec.yaml"
-        path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
-        execution = run_locally(path, self._methods, self._settings, Quiet())
-        return Checkpoint(Path(execution.document()["steps"][-1]["artifact"]["path"]))
+        return self._kitchen.run(whole, self._seed)[0]
 
     def _calibrate(self, windows: int) -> dict[str, Any]:
         source = str(self._material.calibration.text)

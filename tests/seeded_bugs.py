@@ -414,6 +414,12 @@ class ForgetsMask(Nudge):
         return ModelResult(model)
 
 
+class LeavesGrid(Nudge):
+    """Says that it keeps grids, and gives weights that are on none: the model that is saved is not the returned one."""
+
+    keeps: ClassVar[frozenset[Invariant]] = _ZEROS | {Invariant.GRID}
+
+
 class SeedsGlobally(Nudge):
     """Reproducible, at the price of the process's random state."""
 

@@ -15,6 +15,8 @@ from orchestrator.testing import CHECKS, SAMPLE_TEXT, check_method
 from tests import seeded_bugs, seeded_torch_import
 
 # Every first-party method, by "stage name", with the parameters it is tried with.
+_TRAINING = {"updates": 2, "length_tokens": 32, "batch_sequences": 2}
+_WRITES = {"prompt_tokens": 8, "answer_tokens": 8}
 _WINDOWS = {"source": SAMPLE_TEXT, "windows": 4, "length_tokens": 32}
 FIRST_PARTY: dict[str, list[dict[str, object]]] = {
     "calibrate text": [
@@ -33,7 +35,14 @@ FIRST_PARTY: dict[str, list[dict[str, object]]] = {
     "distill logits": [
         {"updates": 3, "length_tokens": 32, "batch_sequences": 2},
         {"source": SAMPLE_TEXT, "sequences": 8, "updates": 2, "length_tokens": 16, "alpha": 0.5, "temperature": 2.0},
+        {**_TRAINING, "teacher_top_k": 16, "divergence": "skew_reverse_kl", "compute": "bfloat16"},
+        {**_TRAINING, **_WRITES, "student_share": 0.5, "schedule": "linear", "replay_sequences": 8, "recompute": True},
     ],
+    "distill gkd": [{**_TRAINING, **_WRITES}],
+    "distill distillm": [{**_TRAINING, **_WRITES}],
+    "distill minillm": [{**_TRAINING, **_WRITES, "sequences_at_once": 1}],
+    "distill qat": [{**_TRAINING}, {**_TRAINING, "learn_scales": False}],
+    "distill qad": [{**_TRAINING}],
     "quantize rtn": [
         {},
         {"num_bits": 3, "group_size": -1, "symmetric": False, "clip": "mse", "scale_dtype": "float32"},
@@ -100,6 +109,7 @@ BUGS = {
     seeded_bugs.NoEncoding: "L9 encoding",
     seeded_bugs.Useless: "L13 useful",
     seeded_bugs.ForgetsMask: "M3 keeps what it claims",
+    seeded_bugs.LeavesGrid: "M2 saves",
     seeded_bugs.SeedsGlobally: "C7 surroundings",
     seeded_bugs.WritesTeacher: "C9 inputs untouched",
     seeded_bugs.PercentProgress: "M4 progress",

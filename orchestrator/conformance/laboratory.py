@@ -1,4 +1,4 @@
-"""What methods are tried on: a text file, a tiny Llama with its own tokenizer, and the same Llama pruned 2:4.
+"""What methods are tried on: a text file, a tiny Llama with its own tokenizer, the same pruned 2:4, and in 4 bits.
 
 Made on the spot from a seed, in a folder of the caller, in about a second; nothing is downloaded.
 
@@ -10,14 +10,18 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.canonical import file_sha256
 from orchestrator.checkpoint import SINGLE_WEIGHT_FILE, Checkpoint
-from orchestrator.method import Context
+from orchestrator.export import ModelWriter
+from orchestrator.method import Context, Invariant
 from orchestrator.model import quiet
+from orchestrator.reader import TensorReader
+from orchestrator.scheme import QuantizedWeight, QuantScheme
 from orchestrator.text import token_windows
 
 if TYPE_CHECKING:
@@ -33,12 +37,16 @@ _VOCABULARY = 384
 
 @dataclass(frozen=True)
 class Laboratory:
-    """dense: float32, random weights. pruned: the same with at most two of four neighbouring block weights kept."""
+    """dense: float32, random weights. pruned: the same with at most two of four neighbouring block weights kept.
+
+    quantized: the same with every layer in the blocks on a grid of 4 bits.
+    """
 
     folder: Path
     text: Path
     dense: Checkpoint
     pruned: Checkpoint
+    quantized: Checkpoint
 
     @classmethod
     def build(cls, folder: Path) -> Laboratory:
@@ -55,22 +63,39 @@ class Laboratory:
         pruned = folder / "pruned"
         shutil.copytree(dense, pruned)
         _prune(Checkpoint(pruned))
-        return cls(folder, text, Checkpoint(dense), Checkpoint(pruned))
+        _quantize(Checkpoint(dense), folder / "quantized")
+        return cls(folder, text, *(Checkpoint(folder / name) for name in ("dense", "pruned", "quantized")))
 
     def calibration(self) -> CalibrationSet:
         """Sixteen windows of 32 tokens of the text."""
         return token_windows(str(self.text), self.dense.load_tokenizer(), num_sequences=16, length=32)
 
-    def context(self, seed: int, calibration: CalibrationSet | None, progress: Callable[[float, str], None]) -> Context:
-        """A context as the core makes it, with an empty scratch folder."""
+    def context(
+        self,
+        seed: int,
+        calibration: CalibrationSet | None,
+        progress: Callable[[float, str], None],
+        student: Checkpoint | None = None,
+    ) -> Context:
+        """A context as the core makes it, with an empty scratch folder. student: what the step reads."""
         scratch = self.folder / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        return Context(seed, self.dense, calibration, scratch, progress)
+        held = {self.pruned: Invariant.ZEROS, self.quantized: Invariant.GRID}.get(student or self.dense)
+        return Context(
+            seed,
+            self.dense,
+            calibration,
+            scratch,
+            progress,
+            checkpoint=student,
+            held=frozenset({held}) if held else frozenset(),
+        )
 
     def digests(self) -> dict[str, str]:
-        """sha256 of the text and of every file of both models."""
-        files = [self.text, *self.dense.path.rglob("*"), *self.pruned.path.rglob("*")]
+        """sha256 of the text and of every file of the models."""
+        models = (self.dense, self.pruned, self.quantized)
+        files = [self.text, *(path for model in models for path in model.path.rglob("*"))]
         return {str(path.relative_to(self.folder)): file_sha256(path) for path in sorted(files) if path.is_file()}
 
 
@@ -129,3 +154,17 @@ def _prune(checkpoint: Checkpoint) -> None:
         runs_XM = weight_OI.view(-1, 4)
         runs_XM.scatter_(1, runs_XM.abs().argsort(dim=1)[:, :2], 0.0)
     save_file(tensors, path, {"format": "pt"})
+
+
+def _quantize(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the model with the layers in its blocks rounded to 4 bits, one scale for each row."""
+    import torch
+
+    scheme = QuantScheme(num_bits=4, strategy="channel", group_size=None)
+    with closing(ModelWriter(checkpoint, folder, scheme=scheme)) as writer, TensorReader(checkpoint) as read:
+        for layer in checkpoint.block_layers():
+            weight_OI = read(f"{layer.name}.weight")
+            scale_O1 = weight_OI.abs().amax(1, keepdim=True) / scheme.quant_max
+            q_OI = (weight_OI / scale_O1).round().to(torch.int8)
+            writer.add_quantized(layer.name, QuantizedWeight(q_OI, scale_O1, None, scheme))
+        writer.finish()

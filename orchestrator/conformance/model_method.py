@@ -16,7 +16,7 @@ from orchestrator.conformance.bits import same_bytes
 from orchestrator.conformance.findings import Findings
 from orchestrator.conformance.laboratory import Laboratory
 from orchestrator.conformance.surroundings import left_alone
-from orchestrator.export import save_model
+from orchestrator.export import encodings_of, save_model
 from orchestrator.foreseen import ask, check_foreseen, foresee_model
 from orchestrator.invariants import check_artifact
 from orchestrator.method import Invariant, ModelMethod, ModelResult
@@ -28,14 +28,19 @@ if TYPE_CHECKING:
 def check_model_method(method: ModelMethod, laboratory: Laboratory, findings: Findings) -> None:
     """The checks M1 to M5, C7 and C8."""
     calibration = laboratory.calibration() if method.needs_calibration() else None
-    student = laboratory.pruned if Invariant.ZEROS in method.keeps else laboratory.dense
+    first_student, *others = _students(method, laboratory)
+    for other in others:
+        made = _apply(method, other, laboratory, calibration, 0, findings)
+        if made is None:
+            return
+        _check_saved(method, other, made, laboratory, findings)
     states: list[dict[str, torch.Tensor]] = []
     for attempt, global_seed in enumerate((0, 0, 1)):
-        result = _apply(method, student, laboratory, calibration, global_seed, findings)
+        result = _apply(method, first_student, laboratory, calibration, global_seed, findings)
         if result is None:
             return
         if attempt == 0:
-            _check_saved(method, student, result, laboratory, findings)
+            _check_saved(method, first_student, result, laboratory, findings)
         states.append({name: tensor.clone() for name, tensor in result.model.state_dict().items()})
     first, second, third = states
     if findings.expect(
@@ -49,6 +54,14 @@ def check_model_method(method: ModelMethod, laboratory: Laboratory, findings: Fi
             "the result of `apply` depends on the global random seed; draw only from generators seeded with "
             "context.seed, or seed inside torch.random.fork_rng()",
         )
+
+
+def _students(method: ModelMethod, laboratory: Laboratory) -> list[Checkpoint]:
+    """What the method is tried on: models that have what it needs, and what it says it keeps."""
+    plain = laboratory.pruned if Invariant.ZEROS in method.keeps else laboratory.dense
+    if Invariant.GRID in method.requires:
+        return [laboratory.quantized]
+    return [plain, laboratory.quantized] if Invariant.GRID in method.keeps else [plain]
 
 
 def _apply(
@@ -66,7 +79,7 @@ def _apply(
             f"context.progress was called with ({fraction!r}, {message!r}); give a number from 0 to 1 and a str",
         )
 
-    model, context = student.load(), laboratory.context(0, calibration, progress)
+    model, context = student.load(), laboratory.context(0, calibration, progress, student)
     result = None
     with findings.attempt("M1 runs", "`apply`"), left_alone(findings, "`apply`", seed=global_seed):
         result = method.apply(model, context)
@@ -88,7 +101,8 @@ def _check_saved(
     folder = laboratory.folder / "saved"
     shutil.rmtree(folder, ignore_errors=True)
     with findings.attempt("M2 saves", "saving and loading the result of `apply`"):
-        save_model(result.model, student, folder)
+        kept = student if Invariant.GRID in method.keeps else None
+        save_model(result.model, student, folder, encodings=encodings_of(result, kept))
         expected_BTV, actual_BTV = _logits(result.model), _logits(Checkpoint(folder).load())
         finite = bool(expected_BTV.isfinite().all())
         if findings.expect("M2 saves", finite, "the logits of the result are not finite; keep the update small"):
@@ -99,19 +113,29 @@ def _check_saved(
                 "wrappers, adapters merged, dtype as it was",
             )
     if not findings.failed("M2 saves"):
-        _check_invariants(method, student, result.blocks, folder, findings)
+        planned = laboratory.dense if student.is_quantized else student  # planning reckons with dense shapes
+        _check_invariants(method, student, planned, result.blocks, folder, findings)
 
 
 def _check_invariants(
-    method: ModelMethod, student: Checkpoint, blocks: tuple[int, ...] | None, folder: Path, findings: Findings
+    method: ModelMethod,
+    student: Checkpoint,
+    planned: Checkpoint,
+    blocks: tuple[int, ...] | None,
+    folder: Path,
+    findings: Findings,
 ) -> None:
-    kept = {"zeros": {"pattern": "2:4"}} if Invariant.ZEROS in method.keeps else {}
+    kept: dict[str, dict[str, str]] = {}
+    if student.is_quantized:
+        kept["grid"] = {}
+    elif Invariant.ZEROS in method.keeps:
+        kept["zeros"] = {"pattern": "2:4"}
     claims: dict[str, dict[str, str]] | None = {"zeros": {}} if Invariant.ZEROS in method.provides else None
     remedy = "hold what `keeps` and `provides` claim (a mask after every update), or do not claim it"
     with findings.attempt("M3 keeps what it claims", f"holding the saved model against its claims ({remedy})"):
         check_artifact(student, Checkpoint(folder), kept, claims=claims, blocks=blocks)
     with findings.attempt("M5 foreseen", "comparing the saved model with `blocks_removed` and `config_after`"):
-        foreseen = foresee_model(method, student, lambda config: ask(method, student, config))
+        foreseen = foresee_model(method, planned, lambda config: ask(method, planned, config))
         check_foreseen(foreseen, Checkpoint(folder), blocks)
 
 
