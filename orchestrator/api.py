@@ -48,7 +48,7 @@ from orchestrator.plugins import API_VERSION, hookimpl
 from orchestrator.reader import TensorReader
 from orchestrator.scheme import FLOAT8_MAX, InputScheme, QuantizedWeight, QuantScheme
 from orchestrator.serving import KVPlan, ModelShape
-from orchestrator.sources import check_source, read_documents
+from orchestrator.sources import check_source, check_text_size, read_documents
 from orchestrator.statistics import InputMoment
 from orchestrator.store import Release, StoredFile, open_store
 from orchestrator.text import token_windows
@@ -105,6 +105,7 @@ __all__ = [
     "WeightedModels",
     "Work",
     "check_source",
+    "check_text_size",
     "decoder_blocks",
     "hookimpl",
     "in_parallel",

@@ -132,6 +132,23 @@ def check_source(source: str) -> None:
         raise PreflightError(f"{path} is not UTF-8 text", remedy="convert it to UTF-8, JSON lines or Parquet")
 
 
+def check_text_size(source: str, windows: int, length: int) -> None:
+    """Raise `PreflightError` for a text file with fewer bytes than tokens in `windows` windows of `length`."""
+    path = Path(source)
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return
+    # A token stands for at least a byte of text, but Parquet is compressed, and a hub's size is not known here.
+    if path.suffix == ".parquet" or not stat.S_ISREG(found.st_mode):
+        return
+    if found.st_size < windows * length:
+        raise PreflightError(
+            f"{path} holds {found.st_size} bytes, too few for the {windows * length} tokens of {windows} windows",
+            remedy="name a source with more text, or lower `sequences` or `length_tokens`",
+        )
+
+
 def _is_utf8(head: bytes) -> bool:
     try:
         head.decode("utf-8")

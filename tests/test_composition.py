@@ -85,22 +85,28 @@ def zeros_of(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda name: name.replace(" ", "-"))
 def test_a_pair_keeps_its_invariants_or_is_refused(first: str, second: str, place: Path, tracking_uri: str) -> None:
     steps = ["  - calibrate: text\n    with: {source: text.txt, sequences: 8, length_tokens: 32}\n"]
-    for name in (first, second):
+    classes = {f"{method.cls.stage} {method.cls.name}": method.cls for method in methods().installed.values()}
+    # What trains a grid is tried on one; nothing else comes before the pair.
+    before_all = ("quantize rtn",) if Invariant.GRID in classes[first].requires else ()
+    for name in (*before_all, first, second):
         stage, method = name.split()
         steps.append(f"  - {stage}: {method}\n    with: {PARAMETERS[name]}\n")
     path = place / "pair.yaml"
     path.write_text(f"version: 1\nname: pair\nmodel: {{id: model}}\nsteps:\n{''.join(steps)}", encoding="utf-8")
     settings = Settings(place / "home", tracking_uri)
-    classes = {f"{method.cls.stage} {method.cls.name}": method.cls for method in methods().installed.values()}
-    established = classes[first].provides
-    lost = established - classes[second].keeps
-    if lost:
-        with pytest.raises(SpecError, match=rf"{second} would destroy the (zeros|grid) that {first} established"):
+    established = frozenset().union(*(classes[name].provides for name in (*before_all, first)))
+    if lost := classes[second].requires - established:
+        with pytest.raises(SpecError, match=rf"{second} .* has a {next(iter(lost))} already, and no step before"):
+            make_plan(path, methods(), settings.home)
+        return
+    if established - classes[second].keeps:
+        owner = "|".join((*before_all, first))
+        with pytest.raises(SpecError, match=rf"{second} would destroy the (zeros|grid) that ({owner}) established"):
             make_plan(path, methods(), settings.home)
         return
     document = run_locally(path, methods(), settings, Watcher()).document()
     store = ArtifactStore(settings.home)
-    before, after = (store.find(step["artifact"]["digest"]) for step in document["steps"][1:])
+    before, after = (store.find(step["artifact"]["digest"]) for step in document["steps"][-2:])
     if Invariant.ZEROS in established:
         assert "zeros" in after.manifest["invariants"]
         kept = zeros_of(after.path)
@@ -110,6 +116,9 @@ def test_a_pair_keeps_its_invariants_or_is_refused(first: str, second: str, plac
         if Invariant.ZEROS not in classes[second].provides:
             patterns = [artifact.manifest["invariants"]["zeros"]["pattern"] for artifact in (before, after)]
             assert patterns[0] == patterns[1]
+    if Invariant.GRID in established & classes[second].keeps:  # the layers that are left are stored by the same schemes
+        grids = [artifact.manifest["invariants"]["grid"] for artifact in (before, after)]
+        assert grids[0] == grids[1] or (second == "prune depth" and "schemes" in grids[0])
     if Invariant.GRID in classes[second].provides:
         grid = after.manifest["invariants"]["grid"]
         if second == "quantize mixed":

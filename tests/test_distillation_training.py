@@ -13,7 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from orchestrator.api import CalibrationSet, Checkpoint, Context, StepError
+from orchestrator.api import CalibrationSet, Checkpoint, Context, PreflightError, StepError
 from orchestrator_distillation import objective, outputs, resuming
 from orchestrator_distillation.outputs import Scorer
 from orchestrator_distillation.presets import GKD, QAT, DistiLLM, Logits, MiniLLM
@@ -334,6 +334,43 @@ def test_parameters_that_contradict_each_other_are_refused(cls: Any, changes: di
         cls(**changes)
 
 
-def test_more_tokens_than_there_are_cannot_be_named(dense: Checkpoint, context: Context) -> None:
+def test_what_config_json_shows_is_refused_while_planning(dense: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(StepError, match="teacher_top_k is 256, and the teacher knows 256 tokens"):
-        method(teacher_top_k=256).apply(pruned(dense), context)
+        method(teacher_top_k=256).config_after(dense.config)
+    other = make_model(tmp_path / "other", layers=2)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    with pytest.raises(StepError, match="the student scores 256 tokens, the teacher other 300"):
+        method(teachers={str(other): 1.0}).config_after(dense.config)
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(PreflightError, match="holds 9 bytes, too few for the 2048 tokens of 16 windows"):
+        method(source=str(tmp_path / "short.txt"), sequences=16, length_tokens=128).preflight()
+
+
+def test_a_rate_that_only_harms_leaves_the_model_as_it_was(dense: Checkpoint, context: Context, tmp_path: Path) -> None:
+    said: list[str] = []
+    watched = Context(0, dense, context.calibration, tmp_path, lambda fraction, message: said.append(message))
+    model = pruned(dense)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = method(learning_rate=1.0, warmup_fraction=0.0, updates=4).apply(model, watched)
+    assert "no update has lowered the held-out loss" in said[-1]
+    assert result.metrics["best_update"] == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in result.model.state_dict().items())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_held_out_loss_is_that_of_the_student_and_the_teacher(
+    temperature: float, dense: Checkpoint, context: Context
+) -> None:
+    """The first windows of the calibration set, which are not trained on; in float64, by torch."""
+    assert context.calibration is not None
+    chosen = method(temperature=temperature, updates=1, divergence="reverse_kl")
+    metrics = chosen.apply(pruned(dense), context).metrics
+    tokens_NT = context.calibration.tokens_NT[:3]
+    with torch.no_grad():
+        log_q, log_p = (
+            (model.double()(input_ids=tokens_NT, use_cache=False).logits / temperature).log_softmax(-1)
+            for model in (pruned(dense), dense.load())
+        )
+    for name, (one, other) in {"held_out_before": (log_q, log_p), "kl_before": (log_p, log_q)}.items():
+        assert metrics[name] == pytest.approx(float((one.exp() * (one - other)).sum(-1).mean()), rel=1e-4)

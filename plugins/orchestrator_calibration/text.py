@@ -5,13 +5,11 @@ Shape legend: N = sequences, T = tokens of a sequence.
 
 from __future__ import annotations
 
-import stat
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from orchestrator.api import CalibrationSet, Calibrator, PreflightError, Stage, StepError, TextSource, token_windows
+from orchestrator.api import CalibrationSet, Calibrator, Stage, StepError, TextSource, check_text_size, token_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,21 +36,7 @@ class Text(Calibrator):
 
     def preflight(self) -> None:
         """Refuse a text file with fewer bytes than tokens needed. (The plan itself refuses an unreadable source.)"""
-        path = Path(self.source)
-        try:
-            found = path.stat()
-        except (OSError, ValueError):
-            return
-        # A token stands for at least a byte of text, but Parquet is compressed, and a hub's size is not known here.
-        if path.suffix == ".parquet" or not stat.S_ISREG(found.st_mode):
-            return
-        needed = self.sequences * (self.length_tokens - self.start_token)
-        size = found.st_size
-        if size < needed:
-            raise PreflightError(
-                f"{path} holds {size} bytes, too few for the {needed} tokens of {self.sequences} windows",
-                remedy="name a source with more text, or lower `sequences` or `length_tokens`",
-            )
+        check_text_size(self.source, self.sequences, self.length_tokens - self.start_token)
 
     def expected_shape(self) -> tuple[int, int]:
         """The set is of the size that is asked for, or there is none."""

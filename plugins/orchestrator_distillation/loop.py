@@ -90,6 +90,8 @@ class Trainer:
                 f"update {done} of {self._pace.updates}, loss {loss:.4f}, {_left((self._pace.updates - done) * each)}",
             )
         course.best_update = best.update
+        if best.update == 0:
+            progress(1.0, "no update has lowered the held-out loss; the model is as it was: lower `learning_rate`")
         if best.update != self._pace.updates:
             for name, value in best.parameters().items():
                 self.parameters[name].data.copy_(value)

@@ -26,16 +26,18 @@ from orchestrator.api import (
     TextSource,
     WeightedModels,
     Work,
+    check_text_size,
     token_windows,
 )
 from orchestrator_distillation.divergence import Divergence
+from orchestrator_distillation.examining import Examiner, require_one_tokenizer
 from orchestrator_distillation.lesson import Desk, Lesson
 from orchestrator_distillation.loop import Pace, Trainer, recomputing, trainable
-from orchestrator_distillation.objective import CHUNK_ELEMENTS, NO_TARGET, Objective
+from orchestrator_distillation.objective import CHUNK_ELEMENTS, Objective
 from orchestrator_distillation.outputs import Compute, Scorer
 from orchestrator_distillation.resuming import Best, TrainingState
 from orchestrator_distillation.straight_through import Grids, grid_layers, weight_names
-from orchestrator_distillation.teachers import Ensemble, TeacherCache, windows_of
+from orchestrator_distillation.teachers import Ensemble, TeacherCache
 from orchestrator_distillation.zeros import ZeroMask
 
 if TYPE_CHECKING:
@@ -46,8 +48,6 @@ _HELD_OUT_SHARE = 8  # one window in eight, at most _HELD_OUT_MOST, is never tra
 _HELD_OUT_MOST = 16
 _EXAMS = 10
 _OFFERED_TOP_K = 64
-_FORWARD_KL = Objective(Divergence("forward_kl"))
-_ENTROPY = Objective(Divergence("forward_kl"), alpha=0.0)
 
 
 class Training(ModelMethod):
@@ -119,12 +119,35 @@ class Training(ModelMethod):
         """Return what the updates are taught by."""
 
     def exam(self) -> Objective:
-        """The loss on held-out windows by which parameters are chosen, at temperature 1."""
-        return _FORWARD_KL
+        """The divergence on held-out windows by which parameters are chosen."""
+        return Objective(Divergence("forward_kl"))
 
     def needs_teacher(self) -> bool:
         """Whether anything is learned from a teacher."""
         return True
+
+    def preflight(self) -> None:
+        """Refuse a text file with fewer bytes than tokens needed. (The plan itself refuses an unreadable source.)"""
+        if self.source is not None:
+            check_text_size(self.source, self.sequences, self.length_tokens)
+
+    def config_after(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The same. Raises `StepError` for a teacher that cannot know the student's tokens, or too many asked of it."""
+        vocabulary = config.get("vocab_size")
+        for name in self.teachers if self.needs_teacher() and isinstance(vocabulary, int) else ():
+            known = vocabulary if name == DENSE else Checkpoint(Path(name)).config.get("vocab_size", vocabulary)
+            assert isinstance(known, int)
+            if known != vocabulary:
+                raise StepError(
+                    f"the student scores {vocabulary} tokens, the teacher {Path(name).name} {known}",
+                    remedy="use a teacher of the student's family, with the same tokenizer",
+                )
+            if self.teacher_top_k is not None and self.teacher_top_k >= known:
+                raise StepError(
+                    f"teacher_top_k is {self.teacher_top_k}, and the teacher knows {known} tokens",
+                    remedy="set it to some dozen, or remove it",
+                )
+        return config
 
     def needs_calibration(self) -> bool:
         """Whether the windows come from the calibration set."""
@@ -189,15 +212,11 @@ class Training(ModelMethod):
         if not self.needs_teacher():
             return
         teachers = self._teacher_models(context)
-        _require_one_tokenizer(context, [checkpoint for checkpoint, _ in teachers])
+        if context.checkpoint is not None:
+            self.config_after(context.checkpoint.config)
+        require_one_tokenizer(context, [checkpoint for checkpoint, _ in teachers])
         if self.teacher_top_k is not None:
             tokens_NT = self._windows(context)
-            vocabulary = min(int(checkpoint.config.get("vocab_size", 1 << 62)) for checkpoint, _ in teachers)
-            if self.teacher_top_k >= vocabulary:
-                raise StepError(
-                    f"teacher_top_k is {self.teacher_top_k}, and the teacher knows {vocabulary} tokens",
-                    remedy="set it to some dozen, or remove it",
-                )
             cache = self._cache(context, tokens_NT)
             cache.fill(lambda: Ensemble.load(teachers, self.teacher_temperature(), self.compute), context.progress)
             if cache.set_aside:
@@ -221,7 +240,7 @@ class Training(ModelMethod):
             )
             grids.write()
             desk, held_out_NT = self._desk(model, context, tokens_NT)
-            examiner = _Examiner(desk, held_out_NT, self.exam(), self.needs_teacher())
+            examiner = Examiner(desk, held_out_NT, self.exam(), self.needs_teacher())
             before = examiner.measure()
             trainer = Trainer(
                 model, self.make_lesson(desk, context.seed), self._pace(), grids, zeros, set(on_grids.values())
@@ -345,63 +364,3 @@ class Training(ModelMethod):
         }
         assert self.teacher_top_k is not None
         return TeacherCache(context.cache or context.scratch, tokens_NT, self.teacher_top_k, identity)
-
-
-class _Examiner:
-    """Measures the student on the held-out windows: the loss that chooses, and the forward KL, at temperature 1."""
-
-    def __init__(self, desk: Desk, held_out_NT: torch.Tensor, objective: Objective, with_teacher: bool) -> None:
-        self._desk, self._tokens_NT, self._objective, self._with_teacher = desk, held_out_NT, objective, with_teacher
-
-    def measure(self) -> Mapping[str, float]:
-        """Return `loss`, and `kl` if there is a teacher, in nats per token."""
-        import torch
-
-        total = {"loss": 0.0, "kl": 0.0}
-        count = targets = 0
-        for numbers_B in windows_of(self._tokens_NT, self._desk.at_once):
-            tokens_BT = self._tokens_NT[numbers_B].to(self._desk.student.model.device)
-            said = None
-            if self._with_teacher:
-                heard = self._desk.cache.listen(numbers_B) if self._desk.cache else self._desk.listen(None, tokens_BT)
-                assert heard is not None
-                said = heard
-            targets_BT = torch.full_like(tokens_BT, NO_TARGET)
-            targets_BT[:, :-1] = tokens_BT[:, 1:]
-            targets_P = targets_BT.flatten()
-            for part, logits_CV in self._desk.student.logits_of(tokens_BT):
-                rows_C = torch.arange(part.start, part.start + len(logits_CV), device=logits_CV.device)
-                targets_C = targets_P[rows_C]
-                if said is None:
-                    rows = (targets_C != NO_TARGET).nonzero().squeeze(-1)
-                    log_q_RV = logits_CV[rows].log_softmax(-1)
-                    total["loss"] -= float(log_q_RV.gather(-1, targets_C[rows].unsqueeze(-1)).sum(dtype=torch.float64))
-                    targets += len(rows)
-                    continue
-                chunk = said.at(rows_C)
-                kl_C, _ = _FORWARD_KL.divergence_and_gradient(logits_CV, chunk)
-                loss_C, _ = self._objective.divergence_and_gradient(logits_CV, chunk)
-                total["kl"] += float(kl_C.sum(dtype=torch.float64))
-                total["loss"] += float(loss_C.sum(dtype=torch.float64))
-                count += len(rows_C)
-        if not self._with_teacher:
-            return {"loss": total["loss"] / max(1, targets)}
-        return {name: value / count for name, value in total.items()}
-
-
-def _require_one_tokenizer(context: Context, teachers: list[Checkpoint]) -> None:
-    """Raise `StepError` if a teacher other than the dense model reads text in other tokens than the student."""
-    others = [teacher for teacher in teachers if teacher.path != context.dense.path]
-    if not others:
-        return
-    own = context.dense.load_tokenizer()
-    for teacher in others:
-        theirs = teacher.load_tokenizer()
-        if own.get_vocab() != theirs.get_vocab():
-            strange = sorted(own.get_vocab().items() ^ theirs.get_vocab().items())[0]
-            raise StepError(
-                f"student and teacher {teacher.path.name} have different tokenizers: token {strange[0]!r} is"
-                f" {theirs.get_vocab().get(strange[0], 'unknown')} to the teacher,"
-                f" {own.get_vocab().get(strange[0], 'unknown')} to the student",
-                remedy="use a teacher of the student's family",
-            )
