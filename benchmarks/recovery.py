@@ -4,12 +4,14 @@
 
 Four damages of reference-7m: half of the weights (Wanda), a fifth of the MLP channels (LLM-Pruner, without its own
 recovery), 3 bits and 2 bits (GPTQ). Each preset trains each of them for the same number of updates of as many windows,
-with its own defaults otherwise but the learning rate, which suits the size of the model. The share won back is
+with its own defaults otherwise but the learning rate, which suits the size of the model (of MiniLLM, whose gradients
+are noisier, less than half of it). The share won back is
 
     (perplexity damaged - perplexity trained) / (perplexity damaged - perplexity dense)
 
 on held-out text, by one evaluator (stock Transformers, float32). A minute of compute is a minute of the step, the
-teacher's pass and the student's writing included, the import of libraries not.
+teacher's pass and the student's writing included, the import of libraries not. Every damage has a home of its own, so
+that the cache of the teacher is made anew in each.
 """
 
 from __future__ import annotations
@@ -76,11 +78,11 @@ def recover(damages: list[str], presets: list[str], updates: int, folder: Path, 
     evaluate = Evaluator(Checkpoint(material.model).load(), load_file(material.held_out)["tokens_NT"])
     dense = evaluate.dense
     print(f"dense: perplexity {dense.perplexity:.3f}", flush=True)
-    kitchen = Kitchen(material.model, folder, home)
     text = str(material.calibration.text)
     calibrate = {"calibrate": "text", "with": {"source": text, "sequences": CALIBRATION, "length_tokens": LENGTH}}
     found: dict[str, Any] = {}
     for damage in damages:
+        kitchen = Kitchen(material.model, folder, home / damage.replace(" ", "-").replace("%", "percent"))
         damaged = evaluate(kitchen.run([calibrate, DAMAGES[damage]], 0)[0].load())
         print(f"{damage}: perplexity {damaged.perplexity:.3f}", flush=True)
         rows: dict[str, Any] = {}
@@ -113,7 +115,8 @@ def recover(damages: list[str], presets: list[str], updates: int, folder: Path, 
                 "share": share,
                 "share_per_minute": share / (seconds / 60),
                 "best_update": step["metrics"]["best_update"],
-                "cached": step["cached"],
+                "found": step["cached"],
+                "changed_parameters": changes,
             }
             print(f"{damage}, {preset}: perplexity {trained.perplexity:.3f}, {seconds:.0f} s", flush=True)
         found[damage] = {"damaged": damaged.record(), "trained": rows}

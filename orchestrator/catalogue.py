@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from orchestrator.errors import SpecError
 from orchestrator.method import Stage
 from orchestrator.plugins import InstalledMethod, Methods
-from orchestrator.sources import InputFile
+from orchestrator.sources import InputFile, InputModels
 
 
 def as_document(methods: Methods, name: str | None = None) -> dict[str, Any]:
@@ -107,6 +107,8 @@ def _type_name(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         marked = any(isinstance(entry, InputFile) for entry in arguments[1:])
+        if any(isinstance(part, InputModels) for part in arguments):
+            return "{model: weight}"
         return "text source" if marked else _type_name(arguments[0])
     if origin in (Union, UnionType):
         return " | ".join(_type_name(part) for part in arguments)

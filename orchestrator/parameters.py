@@ -102,10 +102,11 @@ def parameters_of(installed: InstalledMethod, method: Method, digests: FileDiges
         parameters = method.model_dump(mode="json")
     for name in _marked_fields(type(method), InputModels):
         if parameters[name] is not None:
-            parameters[name] = {
-                model if model == DENSE else Checkpoint(Path(model)).digest(digests.sha256): weight
-                for model, weight in parameters[name].items()
-            }
+            named = parameters[name].items()  # a list, because two folders may hold the same bytes
+            parameters[name] = sorted(
+                [model if model == DENSE else Checkpoint(Path(model)).digest(digests.sha256), weight]
+                for model, weight in named
+            )
     for name in _marked_fields(type(method), InputFile):
         value = parameters[name]
         if value is not None:

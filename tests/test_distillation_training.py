@@ -6,6 +6,7 @@ Shape legend: N = windows, B = windows of a batch, T = tokens of a window.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from pydantic import ValidationError
 
 from orchestrator.api import CalibrationSet, Checkpoint, Context, PreflightError, StepError
 from orchestrator_distillation import objective, outputs, resuming
+from orchestrator_distillation.divergence import Divergence
+from orchestrator_distillation.objective import Objective
 from orchestrator_distillation.outputs import Scorer
 from orchestrator_distillation.presets import GKD, QAT, DistiLLM, Logits, MiniLLM
 from orchestrator_distillation.sampling import sample
@@ -96,6 +99,44 @@ def test_training_goes_on_where_it_stopped_to_the_same_bytes(
     assert all(torch.equal(tensor, state[key]) for key, tensor in result.model.state_dict().items())
     assert dict(result.curves) == dict(undisturbed.curves)
     assert result.metrics == undisturbed.metrics
+
+
+def test_an_exam_after_the_last_state_does_not_spoil_it(
+    dense: Checkpoint, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of update 3 speaks of the best parameters of update 2; those of update 4 are better."""
+    asked = [0]
+
+    def due(self: resuming.TrainingState) -> bool:
+        asked[0] += 1
+        return asked[0] == 3
+
+    monkeypatch.setattr(resuming.TrainingState, "is_due", due)
+    said: list[str] = []
+
+    def stop(fraction: float, message: str) -> None:
+        said.append(message)
+        if message.startswith("update 5 of") and len(said) == 5:
+            raise KeyboardInterrupt
+
+    chosen = method(updates=8, examine_every=2)
+    undisturbed = chosen.apply(pruned(dense), context)
+    exams = [loss for _, loss in undisturbed.curves["held_out_loss"]]
+    assert exams == sorted(exams, reverse=True)
+    asked[0] = 0
+    (tmp_path / "state").mkdir()
+    watched = Context(0, dense, context.calibration, tmp_path, stop, state=tmp_path / "state")
+    with pytest.raises(KeyboardInterrupt):
+        chosen.apply(pruned(dense), watched)
+    assert sorted(path.name[:14] for path in (tmp_path / "state").glob("best-*")) == [
+        "best-000000002",
+        "best-000000004",
+    ]
+    said.clear()
+    result = chosen.apply(pruned(dense), watched)
+    assert said[0].startswith("update 4 of 8")
+    state = undisturbed.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in result.model.state_dict().items())
 
 
 def test_a_damaged_state_is_not_believed(
@@ -235,6 +276,16 @@ def test_a_teacher_that_speaks_otherwise_is_refused(dense: Checkpoint, context: 
         method(teachers={"dense": 1.0, str(other): 1.0}).apply(pruned(dense), context)
 
 
+def test_two_folders_with_the_same_bytes_are_two_teachers(cached: Cached, dense: Checkpoint, tmp_path: Path) -> None:
+    """Their weights add up; so a mixture has an identity of its own."""
+    copy = tmp_path / "copy"
+    shutil.copytree(dense.path, copy)
+    other = str(make_model(tmp_path / "other", layers=2, seed=1))
+    for count, teachers in enumerate(({"dense": 3.0, other: 1.0}, {"dense": 3.0, str(copy): 9.0, other: 1.0}), start=1):
+        method(teacher_top_k=16, teachers=teachers).prepare(cached.context)
+        assert len(cached.files()) == count
+
+
 class Cached:
     """A folder of teacher caches, and what happens in it."""
 
@@ -326,6 +377,7 @@ def test_a_cache_that_is_not_what_it_should_be_is_set_aside(
         (MiniLLM, {"teacher_top_k": 8}, "what the student writes is new"),
         (MiniLLM, {"prompt_tokens": 300}, "leave nothing of length_tokens"),
         (Logits, {"teachers": {}}, "at least 1 item"),
+        (QAT, {"teacher_top_k": 8}, "mean nothing with alpha 0"),
         (Logits, {"teachers": {"dense": 0.0}}, "greater than 0"),
     ],
 )
@@ -342,9 +394,73 @@ def test_what_config_json_shows_is_refused_while_planning(dense: Checkpoint, tmp
     (other / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
     with pytest.raises(StepError, match="the student scores 256 tokens, the teacher other 300"):
         method(teachers={str(other): 1.0}).config_after(dense.config)
+    with pytest.raises(StepError, match="to write 200 tokens after 100, and it has 256 positions") as caught:
+        MiniLLM(prompt_tokens=100, answer_tokens=200).config_after({**dense.config, "max_position_embeddings": 256})
+    assert caught.value.problems[0].remedy == "lower answer_tokens to at most 156"
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(PreflightError, match="holds 9 bytes, too few for the 2048 tokens of 16 windows"):
         method(source=str(tmp_path / "short.txt"), sequences=16, length_tokens=128).preflight()
+
+
+def test_a_prompt_longer_than_the_windows_is_refused(dense: Checkpoint, context: Context) -> None:
+    with pytest.raises(StepError, match="prompt_tokens 20 leave nothing of windows of 20 tokens"):
+        MiniLLM(**{**SMALL, "length_tokens": 64}, prompt_tokens=20, answer_tokens=4).apply(pruned(dense), context)
+
+
+@pytest.mark.parametrize("fault", ["a folder for a file", "a file for the folder", "a link"])
+def test_a_cache_that_cannot_be_used_is_named(fault: str, cached: Cached, dense: Checkpoint, tmp_path: Path) -> None:
+    chosen = method(teacher_top_k=16)
+    chosen.prepare(cached.context)
+    (path,) = cached.files()
+    path.unlink()
+    if fault == "a folder for a file":
+        path.mkdir()
+    else:
+        path.parent.rmdir()
+        if fault == "a link":
+            (tmp_path / "elsewhere").mkdir()
+            path.parent.symlink_to(tmp_path / "elsewhere")
+        else:
+            path.parent.write_text("")
+    with pytest.raises(StepError, match=r"the teacher's cache .*teacher-.* cannot be used") as caught:
+        chosen.prepare(cached.context)
+    assert caught.value.problems[0].remedy == "remove it, and run again"
+    assert not (tmp_path / "elsewhere").exists() or not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_broken_teacher_fills_no_cache(cached: Cached, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = make_model(tmp_path / "other", layers=2, seed=1)
+    state = load_file(other / "model.safetensors")
+    state["model.norm.weight"][0] = float("nan")
+    save_file(state, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StepError, match="the teacher gives probabilities that are not finite"):
+        method(teacher_top_k=16, teachers={str(other): 1.0}).prepare(cached.context)
+    assert not cached.files()
+
+
+def test_tokens_that_a_teacher_rules_out_have_no_probability(dense: Checkpoint) -> None:
+    both = Ensemble.load([(dense, 1.0)], 1.0, "float32")
+    model = both.members[0][1].model
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(256))
+    model.lm_head.bias.data[7] = float("-inf")
+    chunk = both.listen(make_tokens(sequences=1, length=4)).at(torch.arange(4))
+    student_PV = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    assert bool((chunk.log_p[:, 7].exp() == 0).all())
+    for name in ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"):
+        value_P, gradient_PV = Objective(Divergence(name)).divergence_and_gradient(student_PV, chunk)  # type: ignore[arg-type]
+        assert bool(value_P.isfinite().all()) and bool(gradient_PV.isfinite().all())
+
+
+def test_a_teacher_that_cuts_text_otherwise_is_refused(dense: Checkpoint, context: Context, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", layers=2, seed=1)
+    path = other / "tokenizer.json"
+    text = json.loads(path.read_text())
+    text["model"]["merges"] = []
+    path.write_text(json.dumps(text))
+    with pytest.raises(StepError, match="cut text into other tokens"):
+        method(teachers={str(other): 1.0}).apply(pruned(dense), context)
 
 
 def test_a_rate_that_only_harms_leaves_the_model_as_it_was(dense: Checkpoint, context: Context, tmp_path: Path) -> None:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# Tokenizers with one vocabulary may still cut otherwise: other merges, other rules for digits, spaces and marks.
+_PROBE = "The 1,234 quick (brown) foxes don't jump; they'd  rather   read_docs!\n\tdef naïve(x): return x ** 2 # été\n"
+
+
 class Examiner:
     """Measures the student on the held-out windows: the divergence that chooses, and the forward KL.
 
@@ -72,6 +76,11 @@ def require_one_tokenizer(context: Context, teachers: list[Checkpoint]) -> None:
     own = context.dense.load_tokenizer()
     for teacher in others:
         theirs = teacher.load_tokenizer()
+        if own.get_vocab() == theirs.get_vocab() and own(_PROBE)["input_ids"] != theirs(_PROBE)["input_ids"]:
+            raise StepError(
+                f"student and teacher {teacher.path.name} cut text into other tokens, though they know the same ones",
+                remedy="use a teacher of the student's family",
+            )
         if own.get_vocab() != theirs.get_vocab():
             strange = sorted(own.get_vocab().items() ^ theirs.get_vocab().items())[0]
             raise StepError(

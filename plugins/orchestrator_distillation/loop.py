@@ -70,20 +70,24 @@ class Trainer:
             groups, lr=0.0, betas=(0.9, 0.95), weight_decay=pace.weight_decay, fused=True
         )
 
-    def run(self, examine: Examine, state: TrainingState, best: Best, progress: Progress) -> Course:
-        """Train, and leave the student with the parameters that were best on held-out windows."""
+    def run(self, examine: Examine, before: float, state: TrainingState, best: Best, progress: Progress) -> Course:
+        """Train, and leave the student with the parameters that were best on held-out windows.
+
+        before: the loss on them as the student is now.
+        """
         course = self._resumed(state, best)
         done = course.resumed_at
         if done == 0:
-            self._examine(0, examine, best, course)
+            self._examined(0, before, best, course)
         began, first = time.monotonic(), done
         while done < self._pace.updates:
             loss = self._update(done, course)
             done += 1
             if done % self._pace.examine_every == 0 or done == self._pace.updates:
-                self._examine(done, examine, best, course)
+                self._examined(done, examine(), best, course)
             if state.is_due():
                 state.save(done, *self._state(course, best))
+                best.named()
             each = (time.monotonic() - began) / (done - first)
             progress(
                 done / self._pace.updates,
@@ -120,8 +124,7 @@ class Trainer:
         course.note(number + 1, {"train_loss": loss, "gradient_norm": norm, **self._lesson.curve()})
         return loss
 
-    def _examine(self, update: int, examine: Examine, best: Best, course: Course) -> None:
-        loss = examine()
+    def _examined(self, update: int, loss: float, best: Best, course: Course) -> None:
         if not math.isfinite(loss):
             raise StepError(
                 f"the loss on held-out windows is {loss} after {update} updates",
@@ -148,7 +151,7 @@ class Trainer:
 
         found = state.load()
         if found is None or not best.restore(found[2]["best"]):
-            best.update, best.loss = 0, math.inf
+            best.forget()
             return Course()
         update, tensors, facts = found
         for name, weight in self.parameters.items():

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from orchestrator.api import Invariant, ModelFacts, Work
+from orchestrator.api import DENSE, Invariant, ModelFacts, Work
 from orchestrator_distillation.divergence import Divergence, DivergenceName
 from orchestrator_distillation.lesson import Desk, Lesson, PrefixLesson, Schedule
 from orchestrator_distillation.minillm import MiniLLMLesson
@@ -52,6 +52,8 @@ class _Matching(Training):
             raise ValueError(f"prompt_tokens {self.prompt_tokens} leave nothing of length_tokens {self.length_tokens}")
         if self.student_share == 0 and (self.replay_sequences or self.schedule != "constant"):
             raise ValueError("schedule and replay_sequences mean nothing without student_share")
+        if self.alpha == 0 and (self.teacher_top_k is not None or dict(self.teachers) != {DENSE: 1.0}):
+            raise ValueError("teachers and teacher_top_k mean nothing with alpha 0: there is cross-entropy alone")
         return self
 
     def needs_teacher(self) -> bool:
@@ -61,6 +63,10 @@ class _Matching(Training):
     def can_cache(self) -> bool:
         """Text of the data is known before, the student's is not."""
         return self.needs_teacher() and self.student_share == 0
+
+    def prompt_and_answer(self) -> tuple[int, int]:
+        """None, if all text is of the data."""
+        return (self.prompt_tokens, self.answer_tokens) if self.student_share > 0 else (0, 0)
 
     def teacher_temperature(self) -> float:
         """That of the objective."""
@@ -164,6 +170,10 @@ class MiniLLM(Training):
         """What the student writes is not known before."""
         return False
 
+    def prompt_and_answer(self) -> tuple[int, int]:
+        """What every rollout has."""
+        return self.prompt_tokens, self.answer_tokens
+
     def exam(self) -> Objective:
         """Reverse KL, on text of the data."""
         return Objective(Divergence("reverse_kl"))
@@ -197,9 +207,6 @@ class QAT(_Matching):
     requires: ClassVar[frozenset[Invariant]] = frozenset({Invariant.GRID})
 
     alpha: float = Field(0.0, ge=0, le=1, description="Weight of the divergence; 1 - alpha weighs the cross-entropy.")
-    learning_rate: float = Field(
-        1e-4, gt=0, le=1, description="Peak learning rate. The default suits some million parameters."
-    )
 
 
 class QAD(_Matching):
@@ -208,7 +215,3 @@ class QAD(_Matching):
     name: ClassVar = "qad"
     paper: ClassVar = "Liu et al. 2023 (LLM-QAT), arXiv:2305.17888, eq. 3; forward KL with the dense model as teacher"
     requires: ClassVar[frozenset[Invariant]] = frozenset({Invariant.GRID})
-
-    learning_rate: float = Field(
-        1e-4, gt=0, le=1, description="Peak learning rate. The default suits some million parameters."
-    )

@@ -89,6 +89,7 @@ class Best:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.update, self.loss = 0, float("inf")
+        self._named: int | None = None  # the update whose parameters the last state speaks of
 
     def offer(self, update: int, loss: float, parameters: Mapping[str, torch.Tensor]) -> None:
         """Keep the parameters if their loss is lower than that of any others before."""
@@ -96,8 +97,15 @@ class Best:
             old = self._path()
             self.update, self.loss = update, loss
             _write_tensors(self._path(), parameters)
-            if old != self._path():
+            if old != self._path() and old != self._path(self._named):
                 old.unlink(missing_ok=True)
+
+    def named(self) -> None:
+        """Take notice that the state on disk speaks of these parameters; earlier ones may go now."""
+        self._named = self.update
+        for path in self._folder.glob("best-*.safetensors"):
+            if path != self._path():
+                path.unlink()
 
     def facts(self) -> dict[str, Any]:
         """Return which update it was, for a state."""
@@ -106,6 +114,7 @@ class Best:
     def restore(self, facts: Mapping[str, Any]) -> bool:
         """Go back to what `facts` says; False if those parameters are not there whole."""
         self.update, self.loss = int(facts["update"]), float(facts["loss"])
+        self._named = self.update
         try:
             return _sha256(self._path()) == str(facts["sha256"])
         except OSError:
@@ -117,8 +126,12 @@ class Best:
 
         return load_file(self._path())
 
-    def _path(self) -> Path:
-        return self._folder / f"best-{self.update:09d}.safetensors"
+    def forget(self) -> None:
+        """Begin anew."""
+        self.update, self.loss, self._named = 0, float("inf"), None
+
+    def _path(self, update: int | None = None) -> Path:
+        return self._folder / f"best-{self.update if update is None else update:09d}.safetensors"
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -14,11 +14,13 @@ V = vocabulary, K = tokens named at each position, K1 = K + 1, the tail being la
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 _WINDOWS_PER_FILE = 64
 _FORMAT = "1"
+_LEAST = -1e4  # of a log-probability: exp of it is 0
 
 
 class Said(Protocol):
@@ -87,7 +90,9 @@ class _Heard:
                 logits_CV = scorer.logits(states_PX[rows_C]).float()
                 log_p_CV = (logits_CV / self.ensemble.temperature).log_softmax(-1)
                 parts.append(log_p_CV if len(self.states) == 1 else log_p_CV + math.log(weight))
-            return TeacherChunk(parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0))
+            log_p_CV = parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
+            # Some models rule tokens out with logits of -inf, and 0 ln 0 is 0.
+            return TeacherChunk(log_p_CV.clamp_min_(_LEAST))
 
 
 @dataclass(frozen=True)
@@ -120,9 +125,17 @@ class TeacherCache:
 
     def fill(self, load: Callable[[], Ensemble], progress: Callable[[float, str], None]) -> None:
         """Make the files that are missing. `load` is called if there are any; the teacher is let go at the end."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        os.utime(self.folder)  # what is in use is not swept away
-        missing = [number for number in range(self._count()) if not self._is_whole(number)]
+        try:
+            if self.folder.is_symlink():
+                raise NotADirectoryError(errno.ENOTDIR, "is a link", str(self.folder))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # of another user: it may be swept away, then it is made anew
+                os.utime(self.folder)  # what is in use is not swept away
+            missing = [number for number in range(self._count()) if not self._is_whole(number)]
+        except OSError as error:
+            raise StepError(
+                f"the teacher's cache {self.folder} cannot be used: {error.strerror}", remedy="remove it, and run again"
+            ) from error
         if not missing:
             return
         teacher = load()
@@ -165,6 +178,8 @@ class TeacherCache:
             heard = teacher.listen(tokens_T.unsqueeze(0).to(teacher.members[0][1].model.device))
             for rows_C in torch.split(torch.arange(len(tokens_T)), teacher.members[0][1].chunk_size()):
                 chunk = top_and_tail(heard.at(rows_C).log_p, self._top)
+                if not bool(chunk.log_p.isfinite().all()):
+                    raise StepError("the teacher gives probabilities that are not finite", remedy="check its weights")
                 assert chunk.ids_CK is not None
                 log_p_NTK1[window, rows_C] = chunk.log_p.cpu()
                 ids_NTK[window, rows_C] = chunk.ids_CK.int().cpu()
@@ -184,8 +199,10 @@ class TeacherCache:
         from safetensors import SafetensorError, safe_open
 
         path = self._path(number)
-        if not path.exists():
+        if not os.path.lexists(path):
             return False
+        if path.is_symlink() or not path.is_file():
+            raise FileExistsError(errno.EEXIST, f"{path.name} is no plain file", str(path))
         try:
             with safe_open(path, "pt") as file:
                 facts, log_p, ids = file.metadata() or {}, file.get_tensor("log_p"), file.get_tensor("ids")

@@ -147,7 +147,18 @@ class Training(ModelMethod):
                     f"teacher_top_k is {self.teacher_top_k}, and the teacher knows {known} tokens",
                     remedy="set it to some dozen, or remove it",
                 )
+        positions = config.get("max_position_embeddings", config.get("n_positions"))
+        prompt, answer = self.prompt_and_answer()
+        if isinstance(positions, int) and prompt + answer > positions:
+            raise StepError(
+                f"the student is to write {answer} tokens after {prompt}, and it has {positions} positions",
+                remedy=f"lower answer_tokens to at most {positions - prompt}" if prompt < positions else "",
+            )
         return config
+
+    def prompt_and_answer(self) -> tuple[int, int]:
+        """How many tokens the student takes over and writes, if it does."""
+        return 0, 0
 
     def needs_calibration(self) -> bool:
         """Whether the windows come from the calibration set."""
@@ -249,6 +260,7 @@ class Training(ModelMethod):
             identity = {"threads": torch.get_num_threads(), "machine": torch.backends.cpu.get_cpu_capability()}
             course = trainer.run(
                 lambda: examiner.measure()["loss"],
+                before["loss"],
                 TrainingState(context.state, identity),
                 Best(folder),
                 context.progress,
@@ -315,6 +327,12 @@ class Training(ModelMethod):
     def _desk(self, model: PreTrainedModel, context: Context, tokens_NT: torch.Tensor) -> tuple[Desk, torch.Tensor]:
         """Return what lessons work with, and the held-out windows, which are the first ones."""
         held_out = min(_HELD_OUT_MOST, max(1, len(tokens_NT) // _HELD_OUT_SHARE))
+        prompt, length = self.prompt_and_answer()[0], tokens_NT.shape[1]
+        if prompt >= length:
+            raise StepError(
+                f"prompt_tokens {prompt} leave nothing of windows of {length} tokens",
+                remedy=f"set prompt_tokens to at most {length - 1}, or calibrate on longer windows",
+            )
         student, teacher, cache = Scorer(model, self.compute), None, None
         if self.needs_teacher():
             models = self._teacher_models(context)
@@ -355,7 +373,7 @@ class Training(ModelMethod):
     def _cache(self, context: Context, tokens_NT: torch.Tensor) -> TeacherCache:
         import torch
 
-        teachers = {checkpoint.digest(): weight for checkpoint, weight in self._teacher_models(context)}
+        teachers = sorted((checkpoint.digest(), weight) for checkpoint, weight in self._teacher_models(context))
         identity = {
             "teachers": teachers,
             "temperature": self.teacher_temperature(),

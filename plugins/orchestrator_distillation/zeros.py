@@ -23,12 +23,13 @@ class ZeroMask:
         import torch
 
         self._zeros: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}  # a head may share one
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Embedding):
                 continue
             for leaf, weight in module.named_parameters(prefix=name, recurse=False):
                 zero = weight.detach() == 0
-                if weight.ndim > 1 and leaf not in leave_out and bool(zero.any()):
+                if weight.ndim > 1 and id(weight) not in tables and leaf not in leave_out and bool(zero.any()):
                     self._zeros[leaf] = (weight, zero)
 
     @property
