@@ -1,15 +1,18 @@
 """Distillation beside trl's GKD trainer: seconds per update, peak memory, held-out KL; in one run on one machine.
 
-    python -m benchmarks.distillation [--updates N] [--repeats N] [--model DIR] [--cases small large] [--save]
+    python -m benchmarks.distillation [--updates N] [--repeats N] [--model DIR] [--removed N] [--save]
 
 Both train the same student with the same teacher on the same windows in the same order, by the same AdamW at the same
 rates, each in a fresh process with the same threads; systems take turns. The small student is the dense model without
-two of its layers, so that neither side has zeros to keep; it is trained on the first half of the text and evaluated on
+some of its layers, so that neither side has zeros to keep; it is trained on the first half of the text and evaluated on
 the second. The large vocabulary has random weights and random tokens: only time and memory are of interest there.
 
 Ours is measured with the teacher's cache filled before, with the cache made within the run, and with the teacher in
 memory. seconds: from the loaded models to the trained weights, ours with its looks at the held-out windows, by which it
 chooses the parameters that it returns, and its states on disk; trl does neither. updates alone: without these.
+
+Whoever keeps the teacher in memory also runs it forwards. Of a student that costs S, three passes of it and one of a
+teacher that costs T: a cache saves no more than T of 3 S + T, half of all if the teacher is three times as large.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ CASES = ("small", "large")
 COMPUTE = ("float32", "bfloat16")
 
 # What both are given.
-BATCH, LENGTH, WINDOWS, EVALUATED, LAYERS_REMOVED = 4, 256, 128, 64, 2
+BATCH, LENGTH, WINDOWS, EVALUATED = 4, 256, 128, 64
 OPTIMIZER = {
     "batch": BATCH,
     "learning_rate": 5e-4,
@@ -98,13 +101,17 @@ class Setting:
 
 @dataclass
 class Measured:
-    """One training. Seconds are those of one update; `failed` says why there are none."""
+    """One training. Seconds are those of one update; `failed` says why there are none.
+
+    cpu_seconds: as `seconds`, of all threads; says more than these where the machine is shared.
+    """
 
     case: str
     compute: str
     system: str
     seconds: float | None = None
     update_seconds: float | None = None
+    cpu_seconds: float | None = None
     peak_bytes: int | None = None
     above_bytes: int | None = None
     kl: float | None = None
@@ -129,6 +136,10 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--compute", nargs="+", choices=COMPUTE, default=list(COMPUTE))
     parser.add_argument("--top-k", type=int, default=64, help="probabilities that the cache keeps of each position")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument(
+        "--removed", type=int, default=2, help="layers that the small student lacks; the more, the smaller"
+    )
     parser.add_argument("--threads", type=int, default=min(THREADS, os.cpu_count() or 1), help="of each process")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/distillation.json")
     arguments = parser.parse_args()
@@ -140,7 +151,7 @@ def main() -> None:
         folder = Path(name)
         for case in arguments.cases:
             if case == "small":
-                setting = small(model, text, folder / case, arguments.updates, arguments.repeats)
+                setting = small(model, text, folder / case, arguments)
                 judge = Judge(setting)
                 closeness = {"dense": judge.of(setting.teacher), "student": judge.of(setting.student)}
                 for what, found in closeness.items():
@@ -161,7 +172,7 @@ def main() -> None:
                 **about,
                 "model": model.name,
                 "text": text.name,
-                "layers_removed": LAYERS_REMOVED,
+                "layers_removed": arguments.removed,
                 "windows": {"trained": WINDOWS, "evaluated": EVALUATED, "length_tokens": LENGTH},
                 "optimizer": {**OPTIMIZER, "updates": arguments.updates},
                 "teacher_top_k": arguments.top_k,
@@ -174,18 +185,19 @@ def main() -> None:
         )
 
 
-def small(model: Path, text: Path, folder: Path, updates: int, repeats: int) -> Setting:
-    """The dense model and what is left of it without two layers. Raises `RunError`."""
+def small(model: Path, text: Path, folder: Path, arguments: argparse.Namespace) -> Setting:
+    """The dense model and what is left of it without some layers. Raises `RunError`."""
     folder.mkdir()
     trained_on, evaluated_on = split_text(text, folder)
     windows, held_out = folder / "windows.safetensors", folder / "held-out.safetensors"
     make_windows(model, trained_on, windows, WINDOWS, LENGTH)
     make_windows(model, evaluated_on, held_out, EVALUATED, LENGTH, in_order=True)
-    step = {"prune": "depth", "with": {"layers": LAYERS_REMOVED, "criterion": "evenly"}}
+    step = {"prune": "depth", "with": {"layers": arguments.removed, "criterion": "evenly"}}
     done = ours.compress(model, Calibration(trained_on, 8, LENGTH), step, folder / "spec", folder / "home")
     student = Path(done["steps"][1]["artifact"]["path"])
-    taught = write_taught(windows, folder / "taught.safetensors", updates)
-    return Setting("small", student, model, model, windows, taught, held_out, updates, repeats, None)
+    taught = write_taught(windows, folder / "taught.safetensors", arguments.updates)
+    rounds = arguments.updates, arguments.repeats
+    return Setting("small", student, model, model, windows, taught, held_out, *rounds, examine_every=None)
 
 
 def large(folder: Path, updates: int) -> Setting:
@@ -254,9 +266,9 @@ def measure_all(
     setting: Setting, compute: str, judge: Judge | None, folder: Path, arguments: argparse.Namespace
 ) -> list[Measured]:
     """Everybody in turns; medians."""
-    found: dict[str, list[Measured]] = {system: [] for system in SYSTEMS}
+    found: dict[str, list[Measured]] = {system: [] for system in arguments.systems}
     for repeat in range(setting.repeats):
-        for system in SYSTEMS:
+        for system in found:
             one = measure(setting, compute, system, folder / "run", arguments.top_k, arguments.threads)
             if repeat == 0 and judge is not None and one.failed is None:  # the repeats give the same weights
                 vars(one).update(judge.of(folder / "run" / "out"))
@@ -303,6 +315,7 @@ def measure(setting: Setting, compute: str, system: str, folder: Path, top_k: in
         reported = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         measured.seconds = reported.pop("seconds") / setting.updates
         measured.update_seconds = reported.pop("update_seconds") / setting.updates
+        measured.cpu_seconds = reported.pop("cpu_seconds") / setting.updates
         measured.above_bytes = reported["peak_bytes"] - baseline
         vars(measured).update(reported)
     except RunError as error:
@@ -335,17 +348,19 @@ def median(ones: Sequence[Measured]) -> Measured:
     """The first with the medians of all; any failure counts."""
     first = next((one for one in ones if one.failed), ones[0])
     if first.failed is None:
-        for name in ("seconds", "update_seconds", "peak_bytes", "above_bytes"):
+        for name in ("seconds", "update_seconds", "cpu_seconds", "peak_bytes", "above_bytes"):
             setattr(first, name, statistics.median(getattr(one, name) for one in ones))
     return first
 
 
 def show(measured: Sequence[Measured]) -> None:
     """Print the table: each number, and what share of trl's it is."""
-    print("\ns/update: all of the training; alone: the updates only. MiB: peak of the process; above: what importing")
-    print("torch takes. KL and perplexity: on held-out windows, of the student in float32.\n")
     print(
-        f"{'':<42}{'s/update':>9}{'/ trl':>7}{'alone':>9}{'/ trl':>7}{'MiB':>7}{'/ trl':>7}"
+        "\ns/update: all of the training; alone: the updates only; CPU: all, of all threads. MiB: peak of the process;"
+    )
+    print("above: without what importing torch takes. KL and perplexity: held-out windows, student in float32.\n")
+    print(
+        f"{'':<42}{'s/update':>9}{'/ trl':>7}{'alone':>9}{'/ trl':>7}{'CPU':>9}{'/ trl':>7}{'MiB':>7}{'/ trl':>7}"
         f"{'above':>7}{'/ trl':>7}{'KL':>10}{'/ trl':>7}{'perplexity':>12}"
     )
     for one in measured:
@@ -358,6 +373,7 @@ def show(measured: Sequence[Measured]) -> None:
         for name, unit, width, digits in (
             ("seconds", 1, 9, 3),
             ("update_seconds", 1, 9, 3),
+            ("cpu_seconds", 1, 9, 3),
             ("peak_bytes", MIB, 7, 0),
             ("above_bytes", MIB, 7, 0),
             ("kl", 1, 10, 5),
@@ -404,7 +420,7 @@ class Watch:
     """Looks on while ours trains: seconds of the updates, seconds of loading a teacher, the tokens that are taught."""
 
     def __init__(self) -> None:
-        self.update_seconds = self.load_seconds = 0.0
+        self.update_seconds = self.load_seconds = self.load_cpu_seconds = 0.0
         self.taught: list[Any] = []
 
     @contextmanager
@@ -421,9 +437,10 @@ class Watch:
             return loss
 
         def timed_load(*given: Any, **named: Any) -> Any:
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             loaded = load(*given, **named)
             self.load_seconds += time.perf_counter() - start
+            self.load_cpu_seconds += time.process_time() - cpu_start
             return loaded
 
         def heard(scorer: Any, tokens_BT: Any, *given: Any) -> float:
@@ -488,16 +505,18 @@ def learn(path: str) -> None:
     method, context = method_and_context(job)
     watch = Watch()
     with watch.looking():
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         method.prepare(context)
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         model = context.checkpoint.load(torch.float32)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         result = method.apply(model, context)
         seconds += time.perf_counter() - start
+        cpu_seconds += time.process_time() - cpu_start
     report = {
         "seconds": seconds - watch.load_seconds,
         "update_seconds": watch.update_seconds,
+        "cpu_seconds": cpu_seconds - watch.load_cpu_seconds,
         "peak_bytes": peak_bytes(),
         "first_loss": result.metrics["first_loss"],
         "last_loss": result.metrics["last_loss"],

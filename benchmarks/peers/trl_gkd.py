@@ -108,10 +108,11 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     trainer, clock = trainer_of(job), Clock()
     trainer.add_callback(clock)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     trainer.train()
     report = {
         "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu_start,
         "update_seconds": clock.ended - clock.began,
         "peak_bytes": peak_bytes(),
         "first_loss": next(row["loss"] for row in trainer.state.log_history if "loss" in row),
