@@ -89,13 +89,13 @@ class Objective:
         self, student_CV: torch.Tensor, teacher: TeacherChunk
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return D [C] at each position, nats, and its gradient [C, V] by student/T."""
-        log_q_CV = (student_CV / self.temperature).log_softmax(-1)
+        log_q_CV = (student_CV if self.temperature == 1 else student_CV / self.temperature).log_softmax(-1)
         if teacher.ids_CK is None:
             return self.divergence.value_and_gradient(teacher.log_p, log_q_CV)
         log_q_CK1 = _with_tail(log_q_CV, teacher.ids_CK)
         value_C, gradient_CK1 = self.divergence.value_and_gradient(teacher.log_p, log_q_CK1)
         # What moves the tail moves each of its tokens by its share of the tail.
-        share_CV = (log_q_CV - log_q_CK1[:, -1:]).exp_()
+        share_CV = log_q_CV.sub_(log_q_CK1[:, -1:]).exp_()
         gradient_CV = share_CV.mul_(gradient_CK1[:, -1:])
         return value_C, gradient_CV.scatter_(-1, teacher.ids_CK, gradient_CK1[:, :-1])
 

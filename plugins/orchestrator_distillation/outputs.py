@@ -36,6 +36,7 @@ class Scorer:
         self.model: Any = model
         self.compute = compute
         self._head = _plain_head(model)
+        self._weight_VD: torch.Tensor | None = None  # of the head, in the type of products, as of the last `states`
 
     @property
     def vocabulary(self) -> int:
@@ -51,16 +52,21 @@ class Scorer:
         with self._arithmetic():
             if self._head is None:
                 found_BTX = self.model(input_ids=tokens_BT, use_cache=False).logits
-            else:
-                found_BTX = self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+                return cast("torch.Tensor", found_BTX.flatten(0, 1))
+            found_BTX = self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        weight_VD = self._head.weight.detach()
+        self._weight_VD = weight_VD if self.compute == "float32" else weight_VD.bfloat16()
         return cast("torch.Tensor", found_BTX.flatten(0, 1))
 
     def logits(self, states_CX: torch.Tensor) -> torch.Tensor:
         """Return logits [C, V]."""
+        from torch.nn.functional import linear
+
         if self._head is None:
             return states_CX
-        with self._arithmetic():
-            return cast("torch.Tensor", self._head(states_CX))
+        assert self._weight_VD is not None
+        bias_V = None if self._head.bias is None else self._head.bias.detach().to(self._weight_VD.dtype)
+        return linear(states_CX.to(self._weight_VD.dtype), self._weight_VD, bias_V)
 
     def logits_of(self, tokens_BT: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield chunks of positions with their logits [C, V], float32, without gradients."""
@@ -83,18 +89,36 @@ class Scorer:
             states_PX = self.states(tokens_BT)
             gradient_PX = torch.zeros_like(states_PX)
             loss = 0.0
-            for rows_C in torch.split(rows_R, self.chunk_size()):
-                states_CX = states_PX.detach()[rows_C].requires_grad_()
-                logits_CV = self.logits(states_CX)
-                part, gradient_CV = cost(rows_C, logits_CV.detach().float())
-                loss += part
-                if self._head is None:
-                    gradient_PX[rows_C] = gradient_CV.to(states_PX.dtype)
-                    continue
-                logits_CV.backward(gradient_CV.to(logits_CV.dtype))  # type: ignore[no-untyped-call]
-                gradient_PX[rows_C] = cast("torch.Tensor", states_CX.grad)
+            with torch.no_grad():
+                for rows_C in torch.split(rows_R, self.chunk_size()):
+                    states_CX = states_PX.detach()[rows_C]
+                    part, gradient_CV = cost(rows_C, self.logits(states_CX).float())
+                    loss += part
+                    gradient_CX = gradient_CV if self._head is None else self._through_head(states_CX, gradient_CV)
+                    gradient_PX[rows_C] = gradient_CX.to(states_PX.dtype)
             states_PX.backward(gradient_PX)  # type: ignore[no-untyped-call]
         return loss
+
+    def _through_head(self, states_CD: torch.Tensor, gradient_CV: torch.Tensor) -> torch.Tensor:
+        """Add a chunk's part to the gradients of the head, in place; return the gradient by the states."""
+        import torch
+
+        weight_VD = self._weight_VD
+        assert self._head is not None and weight_VD is not None
+        gradient_CV = gradient_CV.to(weight_VD.dtype)
+        states_CD = states_CD.to(weight_VD.dtype)
+        if self._head.weight.requires_grad:
+            if self._head.weight.grad is None:
+                self._head.weight.grad = torch.zeros_like(self._head.weight)
+            if weight_VD.dtype == self._head.weight.dtype:
+                self._head.weight.grad.addmm_(gradient_CV.T, states_CD)
+            else:
+                self._head.weight.grad += gradient_CV.T @ states_CD
+        if self._head.bias is not None and self._head.bias.requires_grad:
+            if self._head.bias.grad is None:
+                self._head.bias.grad = torch.zeros_like(self._head.bias)
+            self._head.bias.grad += gradient_CV.sum(0)
+        return gradient_CV @ weight_VD
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         import torch
@@ -109,7 +133,7 @@ def _plain_head(model: Any) -> Any:
     import torch
 
     head = model.get_output_embeddings()
-    if head is None or model.base_model is model:
+    if type(head) is not torch.nn.Linear or model.base_model is model:
         return None
     tokens_BT = torch.arange(4, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
     with torch.no_grad():

@@ -84,11 +84,11 @@ class _Heard:
     def at(self, rows_C: torch.Tensor) -> TeacherChunk:
         import torch
 
-        parts = []
+        parts, temperature = [], self.ensemble.temperature
         with torch.no_grad():
             for (weight, scorer), states_PX in zip(self.ensemble.members, self.states, strict=True):
                 logits_CV = scorer.logits(states_PX[rows_C]).float()
-                log_p_CV = (logits_CV / self.ensemble.temperature).log_softmax(-1)
+                log_p_CV = (logits_CV if temperature == 1 else logits_CV / temperature).log_softmax(-1)
                 parts.append(log_p_CV if len(self.states) == 1 else log_p_CV + math.log(weight))
             log_p_CV = parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
             # Some models rule tokens out with logits of -inf, and 0 ln 0 is 0.
