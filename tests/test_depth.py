@@ -553,10 +553,21 @@ def test_a_mistake_is_refused_while_planning(planner: Callable[[str], Plan], old
         planner(CHAIN.replace(old, new))
 
 
-def test_layers_are_not_removed_from_a_quantized_model(planner: Callable[[str], Plan]) -> None:
+def test_layers_can_be_removed_from_a_quantized_model(planner: Callable[[str], Plan]) -> None:
+    """They are stored as they were; `test_distillation_grids` runs it."""
     depth, end = CHAIN[CHAIN.index("  - prune: depth") : CHAIN.index("  - quantize")], CHAIN.index("  - validate")
-    with pytest.raises(SpecError, match="prune depth would destroy the grid that quantize gptq established"):
-        planner(CHAIN[:end].replace(depth, "") + depth + CHAIN[end:])
+    plan = planner(CHAIN[:end].replace(depth, "") + depth + CHAIN[end:])
+    labels = [step.label for step in plan.steps]
+    assert labels.index("quantize gptq") < labels.index("prune depth")
+
+
+@pytest.mark.parametrize(("removed", "kept"), [(1, (0, 2, 3)), (2, (0, 3)), (3, (0,))])
+def test_evenly_leaves_the_first_layer_and_the_last(removed: int, kept: tuple[int, ...], tmp_path: Path) -> None:
+    source = Checkpoint(make_model(tmp_path / "model", layers=4))
+    context = Context(0, source, CalibrationSet(make_tokens(), {}), tmp_path)
+    result = Depth(layers=removed, criterion="evenly").apply(source.load(), context)
+    assert result.blocks == kept
+    assert result.metrics["loss_after"] > 0
 
 
 def test_an_engine_that_only_the_shallower_model_fits_is_accepted(planner: Callable[[str], Plan]) -> None:

@@ -281,3 +281,21 @@ def test_a_killed_training_on_a_grid_goes_on(
     for name, code in expected.items():
         assert torch.equal(code.q_OI, found[name].q_OI)
         assert torch.equal(code.scale_OG, found[name].scale_OG)
+
+
+def test_curves_are_metrics_with_a_history_in_mlflow(place: Path, methods: Methods, tracking_uri: str) -> None:
+    import json
+
+    from orchestrator.tracking import connect
+
+    step = QAD_STEP.replace("12", "4")
+    *_, trained = run(place, methods, tracking_uri, QUANTIZED["gptq"], step)
+    curves = json.loads((trained.path / "curves.json").read_text(encoding="utf-8"))
+    assert [update for update, _ in curves["held_out_loss"]] == [0, 1, 2, 3, 4]
+    client = connect(tracking_uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    wanted = f"tags.`orchestrator.artifact` = '{trained.digest}'"
+    recorded = client.search_runs(experiments, filter_string=wanted)[0].info.run_id
+    for name in ("held_out_loss", "train_loss", "gradient_norm"):
+        history = sorted((metric.step, metric.value) for metric in client.get_metric_history(recorded, name))
+        assert history == [(update, pytest.approx(value)) for update, value in curves[name]]

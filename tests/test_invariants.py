@@ -152,8 +152,10 @@ def test_a_grid_that_is_lost_or_changed_is_refused(dense: Checkpoint, tmp_path: 
     kept = check_artifact(dense, four, {})
     with pytest.raises(StepError, match="not quantized, though it should be"):
         check_artifact(four, dense, kept)
-    with pytest.raises(StepError, match="num_bits of the quantization is 8, not 4"):
+    with pytest.raises(StepError, match=r"down_proj is quantized as num_bits=8 .*, not as num_bits=4"):
         check_artifact(four, eight, kept)
+    with pytest.raises(StepError, match="num_bits of the quantization is 8, not 4"):
+        check_artifact(dense, eight, {}, claims={"grid": {"num_bits": 4}})
     with pytest.raises(StepError, match="not quantized, though it should be"):
         check_artifact(dense, dense, {}, claims={"grid": {}})
 
