@@ -217,7 +217,7 @@ def _rows(chains: Chains, bits: int, evaluate: Evaluator) -> Iterator[tuple[str,
         try:
             made = chains.order(letters, bits) if letters in ORDERS else chains.alone(letters, budget)
         except OrchestratorError as error:
-            yield letters, Row(failed=str(error))
+            yield letters, Row(failed=error.problems[0].what)
             continue
         size = made.weight_bytes()
         if letters in ORDERS and budget not in (0, size):
