@@ -46,7 +46,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "qad": ("qad", {}),
 }
 ON_GRIDS = ("qat", "qad")
-UPDATES, BATCH, WINDOWS, LENGTH, CALIBRATION = 40, 4, 256, 256, 64
+UPDATES, BATCH, WINDOWS, LENGTH, CALIBRATION = 24, 4, 256, 256, 64
 LEARNING_RATE = 1e-3
 
 
