@@ -5,7 +5,7 @@
 Four damages of reference-7m: half of the weights (Wanda), a fifth of the MLP channels (LLM-Pruner, without its own
 recovery), 3 bits and 2 bits (GPTQ). Each preset trains each of them for the same number of updates of as many windows,
 with its own defaults otherwise but the learning rate, which suits the size of the model (of MiniLLM, whose gradients
-are noisier, less than half of it). The share won back is
+are noisier, half of it). The share won back is
 
     (perplexity damaged - perplexity trained) / (perplexity damaged - perplexity dense)
 
@@ -41,13 +41,13 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "logits, cached": ("logits", {"teacher_top_k": 64}),
     "gkd": ("gkd", {}),
     "distillm": ("distillm", {}),
-    "minillm": ("minillm", {"learning_rate": 4e-4}),
+    "minillm": ("minillm", {"learning_rate": 1.5e-4}),
     "qat": ("qat", {}),
     "qad": ("qad", {}),
 }
 ON_GRIDS = ("qat", "qad")
-UPDATES, BATCH, WINDOWS, LENGTH, CALIBRATION = 24, 4, 256, 256, 64
-LEARNING_RATE = 1e-3
+UPDATES, BATCH, WINDOWS, LENGTH, CALIBRATION = 24, 4, 128, 256, 64
+LEARNING_RATE, EXAMINE_EVERY = 3e-4, 8
 
 
 def main() -> None:
@@ -97,6 +97,7 @@ def recover(damages: list[str], presets: list[str], updates: int, folder: Path, 
                 "updates": updates,
                 "batch_sequences": BATCH,
                 "learning_rate": LEARNING_RATE,
+                "examine_every": EXAMINE_EVERY,
                 **changes,
             }
             try:
