@@ -4,8 +4,8 @@
 
 Four damages of reference-7m: half of the weights (Wanda), a fifth of the MLP channels (LLM-Pruner, without its own
 recovery), 3 bits and 2 bits (GPTQ). Each preset trains each of them for the same number of updates of as many windows,
-with its own defaults otherwise but the learning rate, which suits the size of the model (of MiniLLM, whose gradients
-are noisier, half of it). The share won back is
+with its own defaults otherwise but the exams, of which there are three, and the learning rate, which suits the size of
+the model (of MiniLLM, whose gradients are noisier, half of it). The share won back is
 
     (perplexity damaged - perplexity trained) / (perplexity damaged - perplexity dense)
 

@@ -38,22 +38,22 @@ class Writer:
     """Continues prompts, token by token."""
 
     def __init__(self, scorer: Scorer) -> None:
-        self._scorer = scorer
+        self._model = scorer.model
+        known = signature(self._model.forward).parameters
+        self._cache_name = "cache" if "cache" in known else "past_key_values"  # Transformers 5.24 gave it another name
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self._cache: Any = None
 
     def start(self) -> None:
         """Forget what was read."""
         from transformers import DynamicCache
 
-        self._cache = DynamicCache(config=self._scorer.model.config)
+        self._cache = DynamicCache(config=self._model.config)
 
     def read(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Read on; return the logits [B, V] of the next token, float32."""
-        model = self._scorer.model
-        known = signature(model.forward).parameters
-        cache = "cache" if "cache" in known else "past_key_values"  # Transformers 5.24 gave it another name
-        last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        output = model(input_ids=tokens_BT, use_cache=True, **{cache: self._cache}, **last)
+        state = {self._cache_name: self._cache}
+        output = self._model(input_ids=tokens_BT, use_cache=True, **state, **self._last_only)
         logits_BV: torch.Tensor = output.logits[:, -1].float()
         return logits_BV
 
@@ -67,11 +67,10 @@ def sample(
     end_token: int | None = None,
     teacher: Ensemble | None = None,
     teacher_share: float = 0.0,
-    temperature: float = 1.0,
 ) -> Samples:
     """Let the student write `count` tokens after each prompt; no gradients.
 
-    teacher_share: a, above. temperature: divides the logits of both.
+    teacher_share: a, above.
     """
     import torch
 
@@ -86,10 +85,7 @@ def sample(
             writer.start()
         latest_BT = prompts_BT
         for _ in range(count):
-            # Weights of one sum; a single distribution is not multiplied, so that it is the softmax itself.
-            probability_BV = sum(
-                weight * (writer.read(latest_BT) / temperature).softmax(-1) for weight, writer in writers
-            )
+            probability_BV = sum(weight * writer.read(latest_BT).softmax(-1) for weight, writer in writers)
             assert isinstance(probability_BV, torch.Tensor)
             latest_BT = torch.multinomial(probability_BV, 1, generator=generator)
             counted_BT[:, -1] = open_B

@@ -152,7 +152,9 @@ class Training(ModelMethod):
         if isinstance(positions, int) and prompt + answer > positions:
             raise StepError(
                 f"the student is to write {answer} tokens after {prompt}, and it has {positions} positions",
-                remedy=f"lower answer_tokens to at most {positions - prompt}" if prompt < positions else "",
+                remedy=f"lower answer_tokens to at most {positions - prompt}"
+                if prompt < positions
+                else "lower prompt_tokens first",
             )
         return config
 
@@ -173,7 +175,7 @@ class Training(ModelMethod):
         sequences, length = (self.sequences, self.length_tokens) if self.source else calibration
         windows = sequences * max(1, length // self.length_tokens)
         length = min(length, self.length_tokens)
-        held_out = min(_HELD_OUT_MOST, max(1, windows // _HELD_OUT_SHARE))
+        held_out = _held_out(windows)
         size = max(1, min(self.batch_sequences, windows - held_out))
         at_once = length * min(size, self.sequences_at_once or size)
         trained = self.updates * size * length
@@ -326,7 +328,7 @@ class Training(ModelMethod):
 
     def _desk(self, model: PreTrainedModel, context: Context, tokens_NT: torch.Tensor) -> tuple[Desk, torch.Tensor]:
         """Return what lessons work with, and the held-out windows, which are the first ones."""
-        held_out = min(_HELD_OUT_MOST, max(1, len(tokens_NT) // _HELD_OUT_SHARE))
+        held_out = _held_out(len(tokens_NT))
         prompt, length = self.prompt_and_answer()[0], tokens_NT.shape[1]
         if prompt >= length:
             raise StepError(
@@ -382,3 +384,8 @@ class Training(ModelMethod):
         }
         assert self.teacher_top_k is not None
         return TeacherCache(context.cache or context.scratch, tokens_NT, self.teacher_top_k, identity)
+
+
+def _held_out(windows: int) -> int:
+    """How many of so many windows are never trained on."""
+    return min(_HELD_OUT_MOST, max(1, windows // _HELD_OUT_SHARE))
