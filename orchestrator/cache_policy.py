@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
 
+    from orchestrator.checkpoint import Checkpoint
+
 
 class CachePolicy(Method):
     """Keeps, forgets or compresses the keys and values of past tokens. Stage validate.
@@ -26,11 +28,14 @@ class CachePolicy(Method):
     """
 
     @abstractmethod
-    def attached(self, model: PreTrainedModel) -> AbstractContextManager[Cache]:
+    def attached(self, model: PreTrainedModel, checkpoint: Checkpoint) -> AbstractContextManager[Cache]:
         """A fresh, empty cache for one stream (batch 1), to be given as `past_key_values`.
 
-        Whatever the model itself needs for it (another attention function) is there while the context is open, and
-        undone when it closes. Raises `StepError` for a model whose attention the policy cannot serve.
+        Tokens may come one by one or several at once, with the same result: each sees what it would have seen had it
+        come alone. Positions are the cache's business: give no `position_ids`. Whatever the model itself needs for the
+        cache (another attention function) is there while the context is open, and undone when it closes; one cache at
+        a time for a model. checkpoint: what the model was loaded from; calibrated scales are read from it. Raises
+        `StepError` for a model whose attention the policy cannot serve.
         """
 
     @abstractmethod
