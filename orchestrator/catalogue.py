@@ -8,6 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from orchestrator.errors import SpecError
 from orchestrator.method import Stage
+from orchestrator.plan import LISTED
 from orchestrator.plugins import InstalledMethod, Methods
 from orchestrator.sources import InputFile, InputModels
 
@@ -52,6 +53,9 @@ def show_method(methods: Methods, name: str) -> str:
     for method in _called(methods, name):
         lines = [f"{method.cls.stage}: {name}   ({method.kind}, {method.origin})", f"  {_summary(method)}"]
         lines.append(f"  source: {method.cls.paper}")
+        key = _listed_under(method)
+        if key:
+            lines.append(f"  no step of its own: it is listed under `{key}:` of a {method.cls.stage} step")
         for entry in _describe(method)["parameters"]:
             default = "required" if entry["required"] else f"default {entry['default']!r}"
             lines.append(f"  {entry['name']} ({entry['type']}, {default})")
@@ -61,8 +65,17 @@ def show_method(methods: Methods, name: str) -> str:
 
 
 def _ordered(methods: Methods) -> list[InstalledMethod]:
+    """By stage: first what is a step, then what a step lists."""
     stages = list(Stage)
-    return sorted(methods.installed.values(), key=lambda method: (stages.index(method.cls.stage), method.cls.name))
+    return sorted(
+        methods.installed.values(),
+        key=lambda method: (stages.index(method.cls.stage), _listed_under(method) or "", method.cls.name),
+    )
+
+
+def _listed_under(method: InstalledMethod) -> str | None:
+    """The key of a step that lists this method, if it is no step itself."""
+    return next((key for kind, _, key in LISTED if issubclass(method.cls, kind)), None)
 
 
 def _called(methods: Methods, name: str) -> list[InstalledMethod]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.allocation import planned_schemes
+from orchestrator.cache_policy import CachePolicy
 from orchestrator.checkpoint import Checkpoint, TensorInfo
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 from orchestrator.export_format import ExportFormat
@@ -60,6 +61,7 @@ class Draft:
     engines: list[tuple[InstalledMethod, ServingEngine]]
     parameters: dict[str, Any]
     formats: list[tuple[InstalledMethod, ExportFormat]] = field(default_factory=list)
+    policy: tuple[InstalledMethod, CachePolicy] | None = None
 
     @property
     def place(self) -> Location:
@@ -197,6 +199,8 @@ def check_against_model(draft: Draft, model: Checkpoint, note: Note) -> None:
     try:
         if isinstance(method, LayerMethod):
             _check_layers(draft, method, model, note)
+        if draft.policy:
+            _check_policy(draft, *draft.policy, model, note)
         for index, (installed, engine) in enumerate(draft.engines):
             location = (*draft.location, "engines", index, engine.name)
             try:
@@ -211,6 +215,18 @@ def check_against_model(draft: Draft, model: Checkpoint, note: Note) -> None:
         note(error, draft.place)
     except PreflightError as error:
         note(error, ("model", "id"))
+
+
+def _check_policy(draft: Draft, installed: InstalledMethod, policy: CachePolicy, model: Checkpoint, note: Note) -> None:
+    try:
+        with plugin_fault(installed, "preflight"):
+            policy.preflight()
+        with plugin_fault(installed, "check_model"):
+            policy.check_model(model.config)
+    except PluginFaultError:
+        raise
+    except OrchestratorError as error:
+        note(error, (*draft.location, "policy", policy.name))
 
 
 def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: Note) -> None:

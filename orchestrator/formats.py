@@ -1,4 +1,4 @@
-"""What a register step lists beside its method: finding it, and for file formats, asking and calling them.
+"""What a step lists beside its method: finding it, and for file formats, asking and calling them.
 
 A format's files lie in ``formats/<format>/`` of the release, as an engine's in ``serving/<engine>/``: no format can
 meet a file of the model or of another. They are written into the bundle before anything is published, so that a format
@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.cache_policy import CachePolicy
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.checks import Draft, Note, PluginFaultError, plugin_fault, possible_schemes
 from orchestrator.errors import OrchestratorError, SpecError, StepError
@@ -26,6 +27,7 @@ from orchestrator.spec import Location
 
 FOLDER = "formats"
 _WORDS: Mapping[type[Method], str] = {ServingEngine: "serving engine", ExportFormat: "file format"}
+Build = Callable[[InstalledMethod, Mapping[str, Any], Location], Method | None]
 
 
 def listed_methods(
@@ -33,7 +35,7 @@ def listed_methods(
     location: Location,
     kind: type[Method],
     methods: Methods,
-    build: Callable[[InstalledMethod, Mapping[str, Any], Location], Method | None],
+    build: Build,
     note: Note,
 ) -> list[tuple[InstalledMethod, Any]]:
     """Return the methods of `kind` that entries ``{name: parameters}`` name; those that fail are noted and left out."""
@@ -55,6 +57,28 @@ def listed_methods(
             if isinstance(method, kind):
                 listed.append((found, method))
     return listed
+
+
+def chosen_policy(
+    entry: Mapping[str, Mapping[str, Any] | None] | None,
+    location: Location,
+    methods: Methods,
+    build: Build,
+    note: Note,
+) -> tuple[InstalledMethod, CachePolicy] | None:
+    """Return the cache policy that ``{name: parameters}`` names; None if there is none, or it fails and is noted."""
+    for name, values in (entry or {}).items():
+        place = (*location, name)
+        try:
+            found = methods.find(Stage.VALIDATE, name)
+            if not issubclass(found.cls, CachePolicy):
+                raise SpecError(f'"{name}" is no cache policy')
+        except SpecError as error:
+            note(error, place)
+            return None
+        policy = build(found, values or {}, place)
+        return (found, policy) if isinstance(policy, CachePolicy) else None
+    return None
 
 
 def check_formats(drafts: Sequence[Draft], reads: Sequence[Checkpoint], note: Note) -> None:

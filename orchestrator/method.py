@@ -5,6 +5,7 @@
 | `Calibrator`    | calibrate                | `sample(tokenizer, seed) -> CalibrationSet`              |
 | `ModelMethod`   | prune, distill, quantize | `apply(model, context) -> ModelResult`                   |
 | `Evaluator`     | validate                 | `measure(candidate, baseline, context) -> {name: number}`|
+| `CachePolicy`   | validate                 | in `orchestrator.cache_policy`                           |
 | `Publisher`     | register                 | `publish(bundle, manifest, name) -> Release`             |
 | `ServingEngine` | register                 | `render(shape, plan) -> {file name: text}`               |
 | `LayerMethod`   | prune, quantize          | in `orchestrator.layer_method`, with its kinds           |
@@ -35,6 +36,7 @@ from orchestrator.work import ModelFacts, Work
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from orchestrator.cache_policy import CachePolicy
     from orchestrator.calibration import CalibrationSet
     from orchestrator.checkpoint import Checkpoint
     from orchestrator.scheme import QuantizedWeight
@@ -92,6 +94,17 @@ class ModelResult:
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What an `Evaluator` returns that has more to say than numbers.
+
+    curves: by name, (place, value) in rising order of the places; they become metrics with a history in MLflow.
+    """
+
+    metrics: Mapping[str, float]
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+
+
 def _ignore_progress(fraction: float, message: str) -> None:
     """The default of `Context.progress`."""
 
@@ -109,6 +122,7 @@ class Context:
     held: the invariants of that model.
     state: of a `ModelMethod` that is `resumable`, a folder that outlives a killed run, until the step has its result.
     cache: a folder that steps and runs share, for what is dear to compute; what it holds may be gone at any time.
+    policy: how keys and values are kept, of an `Evaluator` that `takes_policy`; None where the step names none.
     """
 
     seed: int
@@ -120,6 +134,7 @@ class Context:
     held: frozenset[Invariant] = frozenset()
     state: Path | None = None
     cache: Path | None = None
+    policy: CachePolicy | None = None
 
 
 class Method(BaseModel):
@@ -232,9 +247,11 @@ class Evaluator(Method):
     """Measures a compressed model beside the dense one.
 
     `metrics` says what is measured: name -> meaning with unit. A gate can only refer to these names.
+    takes_policy: whether the step may name a `CachePolicy`, found in `Context.policy`.
     """
 
     metrics: ClassVar[Mapping[str, str]]
+    takes_policy: ClassVar[bool] = False
 
     def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
         """Both models in memory, in float32, and some thousand tokens through each."""
@@ -243,8 +260,8 @@ class Evaluator(Method):
         return Work(memory_bytes=held + 8 * 512 * dense.vocabulary).then(passed)
 
     @abstractmethod
-    def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Mapping[str, float]:
-        """Return a finite number for every name in `metrics`."""
+    def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Mapping[str, float] | Measured:
+        """Return a finite number for every name in `metrics`; within `Measured`, curves beside them."""
 
 
 class Publisher(Method):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.cache_policy import CachePolicy
 from orchestrator.canonical import digest_of
 from orchestrator.checkpoint import Checkpoint, locate_model
 from orchestrator.checks import (
@@ -30,7 +31,7 @@ from orchestrator.digests import FileDigests
 from orchestrator.errors import OrchestratorError, PreflightError, Problem, SpecError
 from orchestrator.export_format import ExportFormat
 from orchestrator.foreseen import Foresight
-from orchestrator.formats import check_formats, format_identity, listed_methods
+from orchestrator.formats import check_formats, chosen_policy, format_identity, listed_methods
 from orchestrator.layer_method import InputMode, LayerMethod, Needs
 from orchestrator.method import Calibrator, Evaluator, Method, ModelMethod, Publisher, ServingEngine, Stage
 from orchestrator.parameters import parameterize, parameters_of
@@ -52,10 +53,11 @@ _SHOWING = (
 )
 _FORESEEING = ("estimate.py", "facts.py", "foreseen.py", "machine.py", "preflight.py", "work.py")
 NOT_COMPUTING = (*_SHOWING, *_FORESEEING)  # files of the core that decide no result
-# Methods that no step is, but that a register step lists.
+# Methods that no step is, but that a step of their stage lists.
 LISTED: tuple[tuple[type[Method], str, str], ...] = (
     (ServingEngine, "a serving engine", "engines"),
     (ExportFormat, "a file format", "formats"),
+    (CachePolicy, "a cache policy", "policy"),
 )
 
 
@@ -78,6 +80,7 @@ class Step:
     require: Mapping[str, Mapping[str, float]]
     engines: tuple[ServingEngine, ...]
     formats: tuple[ExportFormat, ...]
+    policy: CachePolicy | None
     inputs: Mapping[str, int]
     reads: Checkpoint
     gives: Checkpoint
@@ -214,7 +217,8 @@ def _draft(
         installed = methods.find(step.stage, step.method)
         for listed, what, key in LISTED:
             if issubclass(installed.cls, listed):
-                raise SpecError(f'"{step.method}" is {what}', remedy=f"list it under `{key}:` of a register step")
+                remedy = f"list it under `{key}:` of a {step.stage} step"
+                raise SpecError(f'"{step.method}" is {what}', remedy=remedy)
     except SpecError as error:
         note(error, here)
         return None
@@ -225,7 +229,9 @@ def _draft(
 
     engines = listed_methods(step.engines, (*location, "engines"), ServingEngine, methods, built, note)
     formats = listed_methods(step.formats, (*location, "formats"), ExportFormat, methods, built, note)
+    policy = chosen_policy(step.policy, (*location, "policy"), methods, built, note)
     complete = method is not None and len(engines) == len(step.engines) and len(formats) == len(step.formats)
+    complete = complete and (policy is None) == (step.policy is None)
     calibrated = issubclass(installed.cls, LayerMethod) and installed.cls.needs is not Needs.WEIGHT
     if step.inputs and not calibrated:
         note(
@@ -242,6 +248,11 @@ def _draft(
             note(
                 SpecError(f"`{key}` means nothing to {step.stage} {step.method}", remedy="remove it"), (*location, key)
             )
+    if step.policy and not (issubclass(installed.cls, Evaluator) and installed.cls.takes_policy):
+        note(
+            SpecError(f"`policy` means nothing to {step.stage} {step.method}", remedy="remove it"),
+            (*location, "policy"),
+        )
     if issubclass(installed.cls, Evaluator):
         for metric in sorted(set(step.require) - set(installed.cls.metrics)):
             known = ", ".join(sorted(installed.cls.metrics))
@@ -261,7 +272,7 @@ def _draft(
     except OrchestratorError as error:
         note(error, (*location, "with"))
         return None
-    return Draft(step, location, installed, method, engines, parameters, formats)
+    return Draft(step, location, installed, method, engines, parameters, formats, policy)
 
 
 def _fingerprinted(
@@ -323,6 +334,13 @@ def _fingerprinted(
                     for found, engine in draft.engines
                 ],
             }
+        if draft.policy:
+            found, policy = draft.policy
+            identity["policy"] = {
+                "name": policy.name,
+                "parameters": policy.model_dump(mode="json"),
+                "plugin": _plugin_identity(found),
+            }
         if draft.formats:
             identity |= {
                 "seed": spec.seed,
@@ -341,6 +359,7 @@ def _fingerprinted(
                 require={name: bound.model_dump(exclude_none=True) for name, bound in draft.spec.require.items()},
                 engines=tuple(engine for _, engine in draft.engines),
                 formats=tuple(export for _, export in draft.formats),
+                policy=draft.policy[1] if draft.policy else None,
                 inputs=inputs,
                 reads=reads[index],
                 gives=reads[index + 1],

@@ -74,7 +74,7 @@ class RunRecord:
             self._tracker.log_step(
                 parent,
                 name=step.label,
-                params=_flat(step.identity["parameters"]),
+                params=_parameters(step),
                 metrics=metrics,
                 tags=_tags(step, cached=outcome.cached) | {"orchestrator.artifact": artifact.digest},
                 manifest=artifact.manifest,
@@ -97,7 +97,7 @@ class RunRecord:
             self._tracker.log_step(
                 self.mlflow_run,
                 name=step.label,
-                params=_flat(step.identity["parameters"]),
+                params=_parameters(step),
                 metrics={},
                 tags=_tags(step, cached=False) | {"orchestrator.error": message[:4000]},
                 manifest={"identity": step.identity, "error": message},
@@ -168,6 +168,13 @@ def _curves(artifact: Artifact) -> dict[str, list[tuple[int, float]]]:
         return {}
     curves = json.loads((artifact.path / CURVES_FILE).read_text(encoding="utf-8"))
     return {name: [(int(update), float(value)) for update, value in curve] for name, curve in curves.items()}
+
+
+def _parameters(step: Step) -> dict[str, Any]:
+    """The parameters of a step's method, and of the cache policy that it measures."""
+    flat = _flat(step.identity["parameters"])
+    policy = step.identity.get("policy")
+    return flat | {"policy": policy["name"], **_flat(policy["parameters"], "policy.")} if policy else flat
 
 
 def _flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -74,6 +74,7 @@ class StepSpec(BaseModel):
     require: dict[str, Bound] = Field(default_factory=dict)
     engines: tuple[dict[str, dict[str, Any] | None], ...] = ()
     formats: tuple[dict[str, dict[str, Any] | None], ...] = ()
+    policy: dict[str, dict[str, Any] | None] | None = None
 
     @model_validator(mode="after")
     def _one_stage(self) -> StepSpec:
@@ -84,6 +85,8 @@ class StepSpec(BaseModel):
         for key, entries in (("engines", self.engines), ("formats", self.formats)):
             if any(len(entry) != 1 for entry in entries):
                 raise ValueError(f"each entry of {key} is one {key[:-1]}'s name with its parameters")
+        if self.policy is not None and len(self.policy) != 1:
+            raise ValueError("policy is one cache policy's name with its parameters")
         return self
 
     def _value(self, stage: Stage) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
 from orchestrator.foreseen import check_foreseen
 from orchestrator.layer_method import LayerMethod, MixedMethod
-from orchestrator.method import Calibrator, Context, Evaluator, Invariant, ModelMethod
+from orchestrator.method import Calibrator, Context, Evaluator, Invariant, Measured, ModelMethod
 from orchestrator.plan import Step
 from orchestrator.scheme import QuantScheme
 
 METRICS_FILE = "metrics.json"
-CURVES_FILE = "curves.json"  # by name, [update, value] in the order of the updates
+CURVES_FILE = "curves.json"  # by name, [update or place, value] in their order
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def perform(step: Step, inputs: StepInputs, folder: Path) -> StepFacts:
     if isinstance(method, ModelMethod):
         return _change_model(step, method, inputs, folder)
     if isinstance(method, Evaluator):
-        return _evaluate(method, inputs, folder)
+        return _evaluate(step, method, inputs, folder)
     raise TypeError(f"{type(method).__name__} is not performed here")
 
 
@@ -166,22 +166,32 @@ def _change_model(step: Step, method: ModelMethod, inputs: StepInputs, folder: P
     result = method.apply(inputs.model.load(), context)
     kept = inputs.model if Invariant.GRID in method.keeps else None
     save_model(result.model, inputs.model, folder, encodings=encodings_of(result, kept))
-    if result.curves:
-        curves = {name: [[update, value] for update, value in curve] for name, curve in result.curves.items()}
-        (folder / CURVES_FILE).write_bytes(canonical_json(curves))
+    _write_curves(result.curves, folder)
     changed = Checkpoint(folder)
     check_foreseen(step.gives, changed, result.blocks)
     invariants = check_artifact(inputs.model, changed, kept=inputs.invariants, blocks=result.blocks)
     return StepFacts("model", finite(method.name, result.metrics), invariants)
 
 
-def _evaluate(method: Evaluator, inputs: StepInputs, folder: Path) -> StepFacts:
-    measured = finite(method.name, method.measure(inputs.model, inputs.dense, inputs.context()))
+def _evaluate(step: Step, method: Evaluator, inputs: StepInputs, folder: Path) -> StepFacts:
+    result = method.measure(inputs.model, inputs.dense, replace(inputs.context(), policy=step.policy))
+    if not isinstance(result, Measured):
+        result = Measured(result)
+    measured = finite(method.name, result.metrics)
     missing = sorted(set(method.metrics) - set(measured))
     if missing:
         raise StepError(f"{method.name} did not measure {', '.join(missing)}, which it declares")
     (folder / METRICS_FILE).write_text(json.dumps(measured, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name, curve in result.curves.items():
+        finite(method.name, {f"{name} at {place}": value for place, value in curve})
+    _write_curves(result.curves, folder)
     return StepFacts("report", measured, {})
+
+
+def _write_curves(curves: Mapping[str, Sequence[tuple[int, float]]], folder: Path) -> None:
+    if curves:
+        points = {name: [[place, value] for place, value in curve] for name, curve in curves.items()}
+        (folder / CURVES_FILE).write_bytes(canonical_json(points))
 
 
 def finite(name: str, metrics: Mapping[str, float]) -> dict[str, float]:

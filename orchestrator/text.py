@@ -82,7 +82,8 @@ def token_windows(
     available = tokens.numel()
     if available < least:
         raise StepError(
-            f"{source_name(source)} holds {available} tokens, but {num_sequences or 1} windows need {least}",
+            f"{source_name(source)} holds {available} tokens, but {num_sequences or 1} windows need {least}: "
+            f"{least - available} are missing",
             remedy="name a source with more text, or ask for fewer or shorter windows",
         )
     if random:
