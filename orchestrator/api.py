@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from orchestrator.attention import LayerCache, ModelShape
 from orchestrator.blocks import decoder_blocks
+from orchestrator.cache_dtypes import CacheDtype
+from orchestrator.cache_policy import CachePolicy
 from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint, LayerShape
 from orchestrator.columns import Removal, SaliencyMask, lowest, solve_columns
@@ -17,6 +20,7 @@ from orchestrator.errors import (
 )
 from orchestrator.export_format import ExportFacts, ExportFormat
 from orchestrator.factor import MAX_RAISES, HessianFactor
+from orchestrator.kv_scales import kv_scale_names, read_kv_scales
 from orchestrator.layer_method import (
     InputMode,
     LayerCosts,
@@ -36,7 +40,6 @@ from orchestrator.method import (
     ModelMethod,
     ModelResult,
     Publisher,
-    ServingEngine,
     Stage,
     TextSource,
     WeightedModels,
@@ -47,7 +50,8 @@ from orchestrator.parallel import in_parallel
 from orchestrator.plugins import API_VERSION, hookimpl
 from orchestrator.reader import TensorReader
 from orchestrator.scheme import FLOAT8_MAX, InputScheme, QuantizedWeight, QuantScheme
-from orchestrator.serving import KVPlan, ModelShape
+from orchestrator.serving import KVGroup, KVPlan, Layout, LayoutRule, every_layer_in_full, heads_bytes, page_bytes
+from orchestrator.serving_engine import ServingEngine, UnsupportedPolicyError
 from orchestrator.sources import check_source, check_text_size, read_documents
 from orchestrator.statistics import InputMoment
 from orchestrator.store import Release, StoredFile, open_store
@@ -59,6 +63,8 @@ __all__ = [
     "DENSE",
     "FLOAT8_MAX",
     "MAX_RAISES",
+    "CacheDtype",
+    "CachePolicy",
     "CalibrationSet",
     "Calibrator",
     "Checkpoint",
@@ -72,11 +78,15 @@ __all__ = [
     "InputMoment",
     "InputScheme",
     "Invariant",
+    "KVGroup",
     "KVPlan",
+    "LayerCache",
     "LayerCosts",
     "LayerMethod",
     "LayerResult",
     "LayerShape",
+    "Layout",
+    "LayoutRule",
     "Method",
     "MixedMethod",
     "ModelFacts",
@@ -102,16 +112,22 @@ __all__ = [
     "StoredFile",
     "TensorReader",
     "TextSource",
+    "UnsupportedPolicyError",
     "WeightedModels",
     "Work",
     "check_source",
     "check_text_size",
     "decoder_blocks",
+    "every_layer_in_full",
+    "heads_bytes",
     "hookimpl",
     "in_parallel",
+    "kv_scale_names",
     "lowest",
     "open_store",
+    "page_bytes",
     "read_documents",
+    "read_kv_scales",
     "require_own_sparsity",
     "run_of",
     "solve_columns",

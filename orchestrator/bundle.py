@@ -7,7 +7,6 @@ model twice gives the same bytes.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -15,9 +14,9 @@ from pathlib import Path
 
 from orchestrator.canonical import digest_of, file_sha256
 from orchestrator.checkpoint import Checkpoint
-from orchestrator.errors import StepError
-from orchestrator.method import ServingEngine
-from orchestrator.serving import ModelShape, plan_kv
+from orchestrator.deployment import serving_files
+from orchestrator.serving import ModelShape
+from orchestrator.serving_engine import ServingEngine
 
 
 def write_bundle(model: Checkpoint, engines: Sequence[ServingEngine], folder: Path) -> None:
@@ -30,15 +29,9 @@ def write_bundle(model: Checkpoint, engines: Sequence[ServingEngine], folder: Pa
     if engines:
         shape = ModelShape.from_config(model.config)
         for engine in engines:
-            plan = plan_kv(shape, weight_bytes=model.weight_bytes(), **engine.budget())
             target = folder / "serving" / engine.name
             target.mkdir(parents=True)
-            files = {"kv-plan.json": json.dumps(plan.as_dict(), indent=2, sort_keys=True) + "\n"}
-            for name, text in engine.render(shape, plan).items():
-                if Path(name).name != name or name in files:
-                    raise StepError(f"the engine {engine.name!r} rendered a file called {name!r}")
-                files[name] = text
-            for name, text in files.items():
+            for name, text in serving_files(engine, shape, model.weight_bytes()).items():
                 (target / name).write_text(text, encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator.allocation import planned_schemes
 from orchestrator.cache_policy import CachePolicy
 from orchestrator.checkpoint import Checkpoint, TensorInfo
+from orchestrator.deployment import check_engine
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 from orchestrator.export_format import ExportFormat
 from orchestrator.layer_method import LayerMethod, MixedMethod, Needs
@@ -23,13 +24,13 @@ from orchestrator.method import (
     Method,
     ModelMethod,
     Publisher,
-    ServingEngine,
     Stage,
 )
 from orchestrator.packing import check_scheme
 from orchestrator.plugins import InstalledMethod
 from orchestrator.scheme import QuantScheme
-from orchestrator.serving import ModelShape, plan_kv
+from orchestrator.serving import ModelShape
+from orchestrator.serving_engine import ServingEngine
 from orchestrator.spec import Location, StepSpec
 
 OUTPUT_HEAD = "lm_head"  # never compressed, so naming it in `skip` is right, if needless
@@ -193,8 +194,11 @@ def _contradictions(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
         yield f"num_attention_heads as {heads}, but self_attn.q_proj.weight has {rows} rows"
 
 
-def check_against_model(draft: Draft, model: Checkpoint, note: Note) -> None:
-    """Check what depends on the shapes of the model that the step reads: layers, skip patterns, context length."""
+def check_against_model(draft: Draft, model: Checkpoint, engines: Sequence[type[ServingEngine]], note: Note) -> None:
+    """Check what depends on the shapes of the model that the step reads: layers, skip patterns, context length.
+
+    engines: those that are installed, to name one that can do what another cannot.
+    """
     method = draft.method
     try:
         if isinstance(method, LayerMethod):
@@ -204,11 +208,12 @@ def check_against_model(draft: Draft, model: Checkpoint, note: Note) -> None:
         for index, (installed, engine) in enumerate(draft.engines):
             location = (*draft.location, "engines", index, engine.name)
             try:
+                with plugin_fault(installed, "preflight"):
+                    check_engine(engine, engines)
                 shape = ModelShape.from_config(model.config)
                 # Weights that take no room at all: what is refused here no compression can make fit.
-                plan = plan_kv(shape, weight_bytes=0, **engine.budget())
                 with plugin_fault(installed, "render"):
-                    engine.render(shape, plan)
+                    engine.render(shape, engine.plan(shape, 0))
             except OrchestratorError as error:
                 note(error, location)
     except PluginFaultError as error:

@@ -20,9 +20,10 @@ from orchestrator.errors import OrchestratorError, SpecError, StepError
 from orchestrator.export_format import ExportFacts, ExportFormat
 from orchestrator.layer_method import LayerMethod
 from orchestrator.layers import is_skipped
-from orchestrator.method import Context, Invariant, Method, ModelMethod, ServingEngine, Stage
+from orchestrator.method import Context, Invariant, Method, ModelMethod, Stage
 from orchestrator.plugins import InstalledMethod, Methods
 from orchestrator.scheme import QuantScheme
+from orchestrator.serving_engine import ServingEngine
 from orchestrator.spec import Location
 
 FOLDER = "formats"

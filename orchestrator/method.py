@@ -7,7 +7,8 @@
 | `Evaluator`     | validate                 | `measure(candidate, baseline, context) -> {name: number}`|
 | `CachePolicy`   | validate                 | in `orchestrator.cache_policy`                           |
 | `Publisher`     | register                 | `publish(bundle, manifest, name) -> Release`             |
-| `ServingEngine` | register                 | `render(shape, plan) -> {file name: text}`               |
+| `ServingEngine` | register                 | in `orchestrator.serving_engine`                         |
+| `CachePolicy`   | validate                 | in `orchestrator.cache_policy`                           |
 | `LayerMethod`   | prune, quantize          | in `orchestrator.layer_method`, with its kinds           |
 | `ExportFormat`  | register                 | in `orchestrator.export_format`                          |
 
@@ -29,7 +30,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from orchestrator.serving import KVPlan, ModelShape
 from orchestrator.sources import InputFile, InputModels
 from orchestrator.work import ModelFacts, Work
 
@@ -59,6 +59,7 @@ class Invariant(StrEnum):
 
     ZEROS = "zeros"  # every weight that a pruning step set to zero stays zero
     GRID = "grid"  # weights lie on a quantization grid and are stored as packed integers
+    KV_SCALES = "kv_scales"  # measured scales of an fp8 KV cache; they are those of the weights as they are
 
 
 # What a stage gives its result, unless the method says otherwise.
@@ -84,6 +85,8 @@ class ModelResult:
     blocks: which decoder blocks of the input are left, in their order, if some were removed: ``(0, 1, 3)``.
     encodings: by name, the linear layers that are stored on a grid. A method that keeps `Invariant.GRID` and gives none
         has changed no quantized layer: those that are left are stored as the input has them.
+    kv_scales: by name of the attention module ("model.layers.0.self_attn"), the scales of its keys and of its values in
+        an fp8 cache. A method that keeps `Invariant.KV_SCALES` and gives none leaves them as they are.
     curves: by name, (update, value) in the order of the updates; they become metrics with a history in MLflow.
     """
 
@@ -91,6 +94,7 @@ class ModelResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
     blocks: tuple[int, ...] | None = None
     encodings: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    kv_scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
 
@@ -297,27 +301,3 @@ class Publisher(Method):
     @abstractmethod
     def find(self, name: str) -> Release | None:
         """Return the complete release called `name`, or None. Raise `PublishError` if it is damaged."""
-
-
-class ServingEngine(Method):
-    """Writes the files with which one engine serves the compressed model with a planned KV cache.
-
-    The fields below are common to all engines; an engine adds its own.
-    """
-
-    supported_versions: ClassVar[str]  # a specifier, e.g. ">=0.30,<0.34"
-
-    gpu_memory_gib: float = Field(24.0, gt=0, le=100_000, description="Memory of one accelerator, GiB.")
-    memory_utilization: float = Field(0.92, gt=0, le=1, description="Share of that memory the engine may use.")
-    max_model_len: int = Field(2048, gt=0, description="Longest sequence served: prompt and answer, tokens.")
-    kv_cache_dtype: str = Field("auto", description="Element type of the KV cache; 'auto' is the model's own.")
-    block_size: int = Field(16, gt=0, description="Tokens per KV-cache block.")
-    activation_gib: float = Field(1.0, ge=0, le=100_000, description="Memory left to activations and graphs, GiB.")
-
-    def budget(self) -> dict[str, Any]:
-        """The fields above by name: the arguments of `orchestrator.serving.plan_kv`."""
-        return {name: getattr(self, name) for name in ServingEngine.model_fields}
-
-    @abstractmethod
-    def render(self, shape: ModelShape, plan: KVPlan) -> Mapping[str, str]:
-        """Return {file name: content}. Raise `SpecError` for what this engine cannot honour."""

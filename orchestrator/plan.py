@@ -32,10 +32,12 @@ from orchestrator.errors import OrchestratorError, PreflightError, Problem, Spec
 from orchestrator.export_format import ExportFormat
 from orchestrator.foreseen import Foresight
 from orchestrator.formats import check_formats, chosen_policy, format_identity, listed_methods
+from orchestrator.kv_scales import has_kv_scales
 from orchestrator.layer_method import InputMode, LayerMethod, Needs
-from orchestrator.method import Calibrator, Evaluator, Method, ModelMethod, Publisher, ServingEngine, Stage
+from orchestrator.method import Calibrator, Evaluator, Method, ModelMethod, Publisher, Stage
 from orchestrator.parameters import parameterize, parameters_of
 from orchestrator.plugins import InstalledMethod, Methods, library_versions, package_digest
+from orchestrator.serving_engine import ServingEngine
 from orchestrator.spec import Location, ModelSpec, SpecFile, SpecText, StepSpec, read_spec
 
 SOURCE = -1  # stands for the source model where an input is the index of a step
@@ -149,10 +151,11 @@ def make_plan(
     reads: list[Checkpoint] = []
     if source:
         foresight = Foresight(home)
+        engines = [found.cls for found in methods.installed.values() if issubclass(found.cls, ServingEngine)]
         model = source[0]
         for draft in drafts:
             _settle_dtype(draft, source[0], digests, note)
-            check_against_model(draft, model, note)
+            check_against_model(draft, model, engines, note)
             reads.append(model)
             model = foresight.after(draft, model, note)
         reads.append(model)
@@ -188,6 +191,11 @@ def _open_source(file: SpecText, model: ModelSpec, digests: FileDigests, note: N
         source = locate_model(model.id, model.revision, file.folder, model.dtype)
         if source.is_quantized:
             raise PreflightError(f"{model.id} is already quantized", remedy="start from the dense model")
+        if has_kv_scales(source.config):  # they would be stale after the first step
+            raise PreflightError(
+                f"{model.id} has scales of a KV cache already",
+                remedy="start from the model without them, and measure them again with quantize kv_scales",
+            )
         if not source.tensors:
             raise PreflightError(f"{model.id} holds no tensors")
         faults = check_config(source)

@@ -201,7 +201,7 @@ def _check_api(declared: object) -> None:
 
 def _kinds() -> Mapping[type[Method], tuple[str, ...]]:
     """The method kinds and the stages where each makes sense."""
-    from orchestrator import export_format, layer_method, method
+    from orchestrator import cache_policy, export_format, layer_method, method, serving_engine
 
     return {
         method.Calibrator: ("calibrate",),
@@ -209,7 +209,8 @@ def _kinds() -> Mapping[type[Method], tuple[str, ...]]:
         method.ModelMethod: ("prune", "distill", "quantize"),
         method.Evaluator: ("validate",),
         method.Publisher: ("register",),
-        method.ServingEngine: ("register",),
+        cache_policy.CachePolicy: ("validate",),
+        serving_engine.ServingEngine: ("register",),
         export_format.ExportFormat: ("register",),
     }
 
@@ -255,7 +256,8 @@ def check_class(cls: object) -> type[Method]:
 def _check_kind(cls: type[Method], label: str) -> None:
     """Check the ClassVars that only some kinds have."""
     from orchestrator.layer_method import LayerMethod, Needs
-    from orchestrator.method import Evaluator, ServingEngine
+    from orchestrator.method import Evaluator
+    from orchestrator.serving_engine import ServingEngine
 
     if issubclass(cls, LayerMethod) and not isinstance(getattr(cls, "needs", None), Needs):
         raise PluginError(f"{label} has no ClassVar 'needs' (Needs.WEIGHT, Needs.INPUT_NORM or Needs.INPUT_MOMENT)")

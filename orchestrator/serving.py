@@ -1,130 +1,90 @@
-"""KV-cache arithmetic: bytes per token, blocks and concurrency for the attention kinds that are understood.
+"""Dividing an accelerator's memory into weights, activations and blocks of a paged KV cache.
 
-Pure integers, no torch, no GPU. A KV cache holds, for every token and every layer that attends,
-
-    grouped-query attention   2 (K and V) x KV heads x head_dim        elements
-    multi-head latent (MLA)   kv_lora_rank + qk_rope_head_dim          elements (one latent, never x 2, never x heads)
-
-and an engine hands it out in blocks of `block_size` tokens. Sliding-window layers are charged for every token of a
-sequence: engines keep one pool of equal pages for all layers, so counting only the window promises memory that is
-not there. For such models the concurrency given here is a lower bound.
-
-What is not understood is refused: a wrong number here is an out-of-memory error in production.
+Pure integers, no torch, no GPU. How layers share blocks is the engine's own rule: a `Layout`, which the serving plugins
+calculate for the versions they know. The rule here, for engines that say nothing else, is the careful one: one block
+table, and every layer charged for every token of a sequence, sliding windows too; counting only the window promises
+memory that is not there where layers share one pool of equal pages.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from orchestrator.attention import LayerCache, ModelShape
+from orchestrator.cache_dtypes import CacheDtype, cache_dtype
 from orchestrator.errors import PreflightError, SpecError
-from orchestrator.quantized import read_groups
-from orchestrator.scheme import QuantScheme
+
+__all__ = ["GIB", "KVGroup", "KVPlan", "Layout", "LayoutRule", "ModelShape", "page_bytes", "plan_kv", "state_elements"]
 
 GIB = 2**30
 # Beyond these there is no accelerator, no block and no model, and floats would overflow.
 MOST_GIB = 100_000
 MOST_BLOCK_TOKENS = 2**20
-MOST_COUNT = 2**40
-LEAVE_OUT = "leave the serving configuration out of the specification"
-# Families whose K and V are [tokens, KV heads, head_dim] in every layer, by what Transformers takes a missing key for:
-# `num_key_value_heads` means one KV head per attention head, `head_dim` means hidden_size / num_attention_heads;
-ONE_KV_HEAD_PER_HEAD = frozenset({"granite", "llama", "olmo2", "phi3"})
-# only `head_dim` means that;
-DIVIDING_FAMILIES = ONE_KV_HEAD_PER_HEAD | {"ministral", "mistral", "mixtral", "qwen2", "qwen2_moe", "starcoder2"}
-# neither does: the configuration must say.
-STATING_FAMILIES = frozenset({"gemma", "gemma2", "gemma3_text", "gpt_oss", "qwen3", "qwen3_moe"})
-MLA_FAMILIES = frozenset({"deepseek_v2", "deepseek_v3"})
-FAMILIES = DIVIDING_FAMILIES | STATING_FAMILIES | MLA_FAMILIES
-ELEMENT_BYTES: Mapping[str, int] = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "fp8": 1,
-    "fp8_e4m3": 1,
-    "fp8_e5m2": 1,
-}
-KV_CACHE_DTYPES = ("auto", *ELEMENT_BYTES)
+MOST_DEVICES = 1024
+EVERY_LAYER_IN_FULL = "every layer charged for every token"
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """What decides the size of a model's KV cache.
+class KVGroup:
+    """Layers that share one block table.
 
-    num_kv_heads, head_dim: of the cache; latent attention caches one head of kv_lora_rank + qk_rope_head_dim.
-    windows: per layer the sliding window in tokens, or None for full attention.
-    kv_lora_rank, qk_rope_head_dim: of multi-head latent attention, else None.
-    dtype: the torch name of the checkpoint's dtype, e.g. "bfloat16".
-    quantization: the schemes of its weights; none for a dense checkpoint, and for one that is quantized in a way this
-        project does not write.
+    kind: what they keep (`orchestrator.attention`). block_size: tokens of a block. page_bytes: one layer's share of
+    a block. cap_tokens: most tokens of a sequence that are kept; None: all. extra_blocks: beside those for the tokens.
+    fixed_blocks: blocks of a sequence however long it is, of a recurrent state.
     """
 
-    model_type: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    windows: tuple[int | None, ...]
-    kv_lora_rank: int | None
-    qk_rope_head_dim: int | None
-    max_position_embeddings: int
-    vocab_size: int
-    dtype: str
-    tied_embeddings: bool
-    quantization: tuple[QuantScheme, ...] = ()
+    kind: str
+    layers: int
+    block_size: int
+    page_bytes: int
+    cap_tokens: int | None = None
+    extra_blocks: int = 0
+    fixed_blocks: int | None = None
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """Read a Hugging Face config.json. Raises `SpecError` for an attention kind or family not understood."""
-        family = str(config.get("model_type"))
-        if family not in FAMILIES:
-            raise SpecError(
-                f"the KV cache of model type {family!r} is not understood (understood: {', '.join(sorted(FAMILIES))})",
-                remedy=LEAVE_OUT,
-            )
-        if (config.get("quantization_config") or {}).get("kv_cache_scheme"):
-            raise SpecError("the checkpoint's own kv_cache_scheme is not understood", remedy=LEAVE_OUT)
-        num_layers = _count(config, "num_hidden_layers")
-        heads = _count(config, "num_attention_heads")
-        rank = rope = None
-        if family in MLA_FAMILIES:
-            rank, rope = _count(config, "kv_lora_rank"), _count(config, "qk_rope_head_dim")
-            kv_heads, head_dim = 1, rank + rope
-        else:
-            kv_heads = _count(config, "num_key_value_heads", heads if family in ONE_KV_HEAD_PER_HEAD else None)
-            by_division = _count(config, "hidden_size") // heads if family in DIVIDING_FAMILIES else None
-            head_dim = _count(config, "head_dim", by_division)
-        return cls(
-            model_type=family,
-            num_layers=num_layers,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            windows=_windows(config, family, num_layers),
-            kv_lora_rank=rank,
-            qk_rope_head_dim=rope,
-            max_position_embeddings=_count(config, "max_position_embeddings"),
-            vocab_size=_count(config, "vocab_size"),
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-            tied_embeddings=bool(config.get("tie_word_embeddings", family.startswith("gemma"))),
-            quantization=tuple(dict.fromkeys(scheme for _, scheme in read_groups(config) or ())),
-        )
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that a sequence of so many tokens takes."""
+        if self.fixed_blocks is not None:
+            return self.fixed_blocks
+        kept = tokens if self.cap_tokens is None else min(tokens, self.cap_tokens)
+        return -(-kept // self.block_size) + self.extra_blocks
 
-    @property
-    def serving_dtype(self) -> str:
-        """The dtype in which engines compute the model: a float32 checkpoint is served in bfloat16."""
-        return "bfloat16" if self.dtype == "float32" else self.dtype
+
+@dataclass(frozen=True)
+class Layout:
+    """How an engine lays the caches of a model out in one pool of blocks.
+
+    rule: whose it is, for people. bytes_per_block: of one block of the pool, on one device. state_bytes: of one
+    sequence, beside the pool. steps: the arithmetic.
+    """
+
+    rule: str
+    groups: tuple[KVGroup, ...]
+    bytes_per_block: int
+    state_bytes: int = 0
+    steps: tuple[str, ...] = ()
+
+
+# (shape, element type, tokens of a block, devices that share the heads, longest sequence) -> layout
+LayoutRule = Callable[[ModelShape, CacheDtype, int, int, int], Layout]
 
 
 @dataclass(frozen=True)
 class KVPlan:
     """A KV cache that fits. Sizes in bytes, lengths in tokens; `steps` is the arithmetic, line by line, for people.
 
-    weight_bytes: of the compressed model. memory_bytes: of the accelerator. available_bytes: left to the cache.
+    All numbers are of one device; with tensor parallelism every device holds the same blocks of its own heads.
+    bytes_per_token: of all layers that grow with the sequence. weight_bytes: of the compressed model, on one device.
+    memory_bytes: of the accelerator. available_bytes: left to the cache.
     kv_cache_dtype: as asked for; element_dtype: what it means for this model.
+    state_bytes: of the recurrent states of one sequence, where they are kept beside the blocks.
+    blocks_per_sequence: of one of max_model_len tokens. held_tokens: most tokens that are kept of it, by the policy.
     max_concurrency: how many sequences of max_model_len tokens the blocks hold at once.
     """
 
+    rule: str
+    policy: str
     bytes_per_token: int
     block_size: int
     bytes_per_block: int
@@ -132,17 +92,26 @@ class KVPlan:
     memory_bytes: int
     available_bytes: int
     memory_utilization: float
+    tensor_parallel_size: int
     num_blocks: int
     kv_tokens: int
     max_model_len: int
+    held_tokens: int
+    blocks_per_sequence: int
     max_concurrency: float
     kv_cache_dtype: str
     element_dtype: str
+    state_bytes: int
+    groups: tuple[KVGroup, ...]
     steps: tuple[str, ...]
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that a sequence of so many tokens takes; a policy that forgets keeps no more than `held_tokens`."""
+        return sum(group.blocks_for(min(tokens, self.held_tokens)) for group in self.groups)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
-        return {**asdict(self), "steps": list(self.steps)}
+        return {**asdict(self), "steps": list(self.steps), "groups": [asdict(group) for group in self.groups]}
 
 
 def plan_kv(
@@ -155,9 +124,15 @@ def plan_kv(
     max_model_len: int,
     kv_cache_dtype: str = "auto",
     block_size: int = 16,
+    tensor_parallel_size: int = 1,
+    policy: str = "paged",
+    held_tokens: int | None = None,
+    layout_rule: LayoutRule | None = None,
 ) -> KVPlan:
     """Divide an accelerator's memory into weights, activations and KV-cache blocks.
 
+    weight_bytes: of the whole model; each of the devices holds an equal part. held_tokens: most tokens of a sequence
+    that `policy` keeps; None: all. layout_rule: the engine's; None: `every_layer_in_full`.
     Raises `SpecError` for a dtype or length the model cannot have, `PreflightError` if the memory is too small.
     """
     if max_model_len > shape.max_position_embeddings:
@@ -166,69 +141,186 @@ def plan_kv(
             remedy=f"set max_model_len to at most {shape.max_position_embeddings}",
         )
     _check_budget(gpu_memory_gib, memory_utilization, activation_gib, max_model_len, block_size)
-    bytes_per_token, token_step = _bytes_per_token(shape, kv_cache_dtype)
-    bytes_per_block = bytes_per_token * block_size
-    memory_bytes = int(gpu_memory_gib * GIB)
-    activation_bytes = int(activation_gib * GIB)
+    check_tensor_parallel(shape, tensor_parallel_size)
+    dtype = _element_dtype(shape, kv_cache_dtype)
+    layout = (layout_rule or every_layer_in_full)(shape, dtype, block_size, tensor_parallel_size, max_model_len)
+    memory_bytes, activation_bytes = int(gpu_memory_gib * GIB), int(activation_gib * GIB)
     budget = int(memory_bytes * memory_utilization)
-    available = budget - weight_bytes - activation_bytes
-    if available < bytes_per_block:
-        needed = (weight_bytes + activation_bytes + bytes_per_block) / memory_utilization / GIB
+    weights = -(-weight_bytes // tensor_parallel_size)
+    available = budget - weights - activation_bytes
+    held = max_model_len if held_tokens is None else min(max_model_len, held_tokens)
+    per_sequence = sum(group.blocks_for(held) for group in layout.groups)
+    sequence_bytes = per_sequence * layout.bytes_per_block + layout.state_bytes
+    if available < layout.bytes_per_block:
+        needed = (weights + activation_bytes + sequence_bytes) / memory_utilization / GIB
         raise PreflightError(
-            f"the model does not fit: {_gib(weight_bytes)} weights + {_gib(activation_bytes)} activations leave no "
-            f"room for a KV cache in {_gib(budget)} ({memory_utilization:g} of {_gib(memory_bytes)})",
-            remedy=f"serve it on at least {needed:.2f} GiB, or compress it further",
+            f"the model does not fit: {gib(weights)} weights + {gib(activation_bytes)} activations leave no "
+            f"room for a KV cache in {gib(budget)} ({memory_utilization:g} of {gib(memory_bytes)}); "
+            f"{gib(sequence_bytes - available)} are missing for one sequence of {max_model_len} tokens",
+            remedy=f"serve it on at least {_up(needed)} GiB, or compress it further",
         )
-    num_blocks = available // bytes_per_block
-    kv_tokens = num_blocks * block_size
-    blocks_per_sequence = -(-max_model_len // block_size)
-    if num_blocks < blocks_per_sequence:
+    if available < sequence_bytes:
+        fitting = _longest(layout, available, held)
         raise PreflightError(
-            f"not one sequence of {max_model_len} tokens fits: it needs {_gib(blocks_per_sequence * bytes_per_block)} "
-            f"of KV cache, {_gib(available)} are left",
-            remedy=f"set max_model_len to at most {kv_tokens}, or give more memory or a smaller kv_cache_dtype",
+            f"not one sequence of {max_model_len} tokens fits: it needs {gib(sequence_bytes)} of KV cache, "
+            f"{gib(available)} are left, {gib(sequence_bytes - available)} are missing",
+            remedy=(f"set max_model_len to at most {fitting}, or " if fitting else "")
+            + f"give {_up((budget + sequence_bytes - available) / memory_utilization / GIB)} GiB of memory or a "
+            "smaller kv_cache_dtype",
         )
-    concurrency = num_blocks / blocks_per_sequence
+    sequences = available // sequence_bytes
+    pool = available - sequences * layout.state_bytes
+    num_blocks = pool // layout.bytes_per_block
+    concurrency = available / sequence_bytes if layout.state_bytes else num_blocks / per_sequence
+    tokens = num_blocks * block_size if len(layout.groups) == 1 else int(concurrency * max_model_len)
+    per_token = sum(heads_bytes(cache, dtype, tensor_parallel_size) for cache in shape.attending)
+    sharing = f" / {tensor_parallel_size} devices" if tensor_parallel_size > 1 else ""
     steps = [
-        token_step,
-        f"{bytes_per_token} bytes per token x {block_size} tokens = {bytes_per_block} bytes per block",
+        *layout.steps,
         f"{memory_bytes} bytes of memory x {memory_utilization:g} = {budget} bytes for the engine",
-        f"{budget} - {weight_bytes} weights - {activation_bytes} activations = {available} bytes for the KV cache",
-        f"{available} // {bytes_per_block} = {num_blocks} blocks = {kv_tokens} tokens",
-        f"{num_blocks} blocks / {blocks_per_sequence} blocks per {max_model_len} tokens = {concurrency:.2f} sequences",
+        f"{weight_bytes} bytes of weights{sharing} = {weights} bytes on a device",
+        f"{budget} - {weights} weights - {activation_bytes} activations = {available} bytes for the KV cache",
+        *_state_steps(layout, available, sequences, pool),
+        f"{pool} // {layout.bytes_per_block} = {num_blocks} blocks of {block_size} tokens",
+        f"{num_blocks} blocks / {per_sequence} blocks for a sequence of {max_model_len} tokens"
+        + (f", of which {policy} keeps {held}," if held < max_model_len else "")
+        + f" = {concurrency:.2f} sequences",
     ]
-    windowed = sum(window is not None for window in shape.windows)
-    if windowed:
-        steps.append(
-            f"{windowed} of {shape.num_layers} layers have a sliding window and are charged in full, as engines "
-            "allocate one page size for all layers: the concurrency is a lower bound"
-        )
     return KVPlan(
-        bytes_per_token=bytes_per_token,
+        rule=layout.rule,
+        policy=policy,
+        bytes_per_token=per_token,
         block_size=block_size,
-        bytes_per_block=bytes_per_block,
-        weight_bytes=weight_bytes,
+        bytes_per_block=layout.bytes_per_block,
+        weight_bytes=weights,
         memory_bytes=memory_bytes,
         available_bytes=available,
         memory_utilization=memory_utilization,
+        tensor_parallel_size=tensor_parallel_size,
         num_blocks=num_blocks,
-        kv_tokens=kv_tokens,
+        kv_tokens=tokens,
         max_model_len=max_model_len,
+        held_tokens=held,
+        blocks_per_sequence=per_sequence,
         max_concurrency=concurrency,
         kv_cache_dtype=kv_cache_dtype,
-        element_dtype=_element_dtype(shape, kv_cache_dtype),
+        element_dtype=dtype.name,
+        state_bytes=layout.state_bytes,
+        groups=layout.groups,
         steps=tuple(steps),
     )
+
+
+def every_layer_in_full(shape: ModelShape, dtype: CacheDtype, block_size: int, devices: int, length: int) -> Layout:
+    """One block table for all layers, every token of a sequence in every layer; states in float32, beside the pool."""
+    caches = shape.attending
+    per_token = sum(heads_bytes(cache, dtype, devices) for cache in caches)
+    steps = [
+        *token_steps(shape, dtype, devices),
+        f"{per_token} bytes per token x {block_size} tokens = {per_token * block_size} bytes per block",
+    ]
+    windowed = sum(cache.window is not None for cache in caches)
+    if windowed:
+        steps.append(
+            f"{windowed} of {len(caches)} layers have a sliding window or a chunk and are charged in full, as engines "
+            "allocate one page size for all layers: the concurrency is a lower bound"
+        )
+    state = 4 * state_elements(shape, devices)
+    if state:
+        count = sum(cache.kind == "state" for cache in shape.caches)
+        steps.append(f"{count} layers with a recurrent state: {state} bytes (float32) for a sequence of any length")
+    group = KVGroup("full" if not shape.is_latent else "latent", len(caches), block_size, per_token * block_size)
+    return Layout(EVERY_LAYER_IN_FULL, (group,), per_token * block_size, state, tuple(steps))
+
+
+def heads_on(cache: LayerCache, devices: int) -> int:
+    """KV heads of a layer on one device: divided, or kept by several where there are fewer heads than devices."""
+    return cache.num_kv_heads if cache.kind == "latent" else -(-cache.num_kv_heads // devices)
+
+
+def heads_bytes(cache: LayerCache, dtype: CacheDtype, devices: int) -> int:
+    """Bytes that one device keeps of one token in one layer."""
+    return heads_on(cache, devices) * (dtype.bytes_of(cache.head_dim) + dtype.bytes_of(cache.head_dim_v))
+
+
+def page_bytes(cache: LayerCache, dtype: CacheDtype, block_size: int, devices: int) -> int:
+    """Bytes of a block of one layer on one device."""
+    return block_size * heads_bytes(cache, dtype, devices)
+
+
+def state_elements(shape: ModelShape, devices: int = 1) -> int:
+    """Elements of all recurrent states of one sequence on one device."""
+    return sum(-(-elements // devices) for cache in shape.caches for elements in cache.state)
+
+
+def token_steps(shape: ModelShape, dtype: CacheDtype, devices: int) -> list[str]:
+    """The arithmetic of the bytes of a token, a line for each kind of layer."""
+    kinds: dict[tuple[int, int, int, bool], int] = {}
+    for cache in shape.attending:
+        key = (heads_on(cache, devices), cache.head_dim, cache.head_dim_v, cache.kind == "latent")
+        kinds[key] = kinds.get(key, 0) + 1
+    steps = []
+    for (heads, key_dim, value_dim, latent), layers in kinds.items():
+        size = dtype.bytes_of(key_dim) + dtype.bytes_of(value_dim)
+        total = layers * heads * size
+        if latent:
+            text = f"{layers} layers x 1 latent and rotary vector of {dtype.formula(key_dim)}"
+        elif key_dim == value_dim:
+            text = f"2 (K and V) x {layers} layers x {heads} KV heads x {dtype.formula(key_dim)}"
+        else:
+            text = f"{layers} layers x {heads} KV heads x ({dtype.formula(key_dim)} + {dtype.formula(value_dim)})"
+        steps.append(f"{text} = {total} bytes per token")
+    return steps
+
+
+def check_tensor_parallel(shape: ModelShape, devices: int) -> None:
+    """Raises `SpecError` for a number of devices among which the heads cannot be divided."""
+    if devices not in tensor_parallel_sizes(shape):
+        fitting = ", ".join(str(size) for size in tensor_parallel_sizes(shape)[:12])
+        raise SpecError(
+            f"{shape.num_attention_heads} attention heads and {shape.num_kv_heads} KV heads cannot be divided among "
+            f"{devices} devices",
+            remedy=f"set tensor_parallel_size to one of {fitting}",
+        )
+
+
+def tensor_parallel_sizes(shape: ModelShape) -> list[int]:
+    """The numbers of devices among which the heads of every layer can be divided; KV heads may be kept by several."""
+    kv_heads = {cache.num_kv_heads for cache in shape.attending if cache.kind != "latent"}
+    return [
+        size
+        for size in range(1, min(shape.num_attention_heads, MOST_DEVICES) + 1)
+        if shape.num_attention_heads % size == 0 and all(n % size == 0 or size % n == 0 for n in kv_heads)
+    ]
+
+
+def _longest(layout: Layout, available: int, held: int) -> int:
+    """The longest sequence that fits, tokens; 0 if none does."""
+    low, high = 0, held
+    while low < high:
+        middle = (low + high + 1) // 2
+        blocks = sum(group.blocks_for(middle) for group in layout.groups)
+        if blocks * layout.bytes_per_block + layout.state_bytes <= available:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _state_steps(layout: Layout, available: int, sequences: int, pool: int) -> list[str]:
+    if not layout.state_bytes:
+        return []
+    return [f"{available} - {sequences} sequences x {layout.state_bytes} bytes of state = {pool} bytes for blocks"]
 
 
 def _check_budget(
     gpu_memory_gib: float, memory_utilization: float, activation_gib: float, max_model_len: int, block_size: int
 ) -> None:
     """Raise `SpecError` for a number that is no size; the comparisons are written so that NaN fails them."""
-    gib = f"a number of GiB, at most {MOST_GIB}"
+    sizes = f"a number of GiB, at most {MOST_GIB}"
     for name, value, fits, wanted in (
-        ("gpu_memory_gib", gpu_memory_gib, 0 < gpu_memory_gib <= MOST_GIB, gib),
-        ("activation_gib", activation_gib, 0 <= activation_gib <= MOST_GIB, gib),
+        ("gpu_memory_gib", gpu_memory_gib, 0 < gpu_memory_gib <= MOST_GIB, sizes),
+        ("activation_gib", activation_gib, 0 <= activation_gib <= MOST_GIB, sizes),
         ("memory_utilization", memory_utilization, 0 < memory_utilization <= 1, "a share above 0, at most 1"),
         ("max_model_len", max_model_len, max_model_len >= 1, "a positive number of tokens"),
         ("block_size", block_size, 1 <= block_size <= MOST_BLOCK_TOKENS, f"1 to {MOST_BLOCK_TOKENS} tokens"),
@@ -238,67 +330,24 @@ def _check_budget(
             raise SpecError(f"{name} is {shown}, which is no such size", remedy=f"give {wanted}")
 
 
-def _element_dtype(shape: ModelShape, kv_cache_dtype: str) -> str:
-    return shape.serving_dtype if kv_cache_dtype == "auto" else kv_cache_dtype
-
-
-def _bytes_per_token(shape: ModelShape, kv_cache_dtype: str) -> tuple[int, str]:
-    """Return the bytes per token and the line of arithmetic."""
-    dtype = _element_dtype(shape, kv_cache_dtype)
-    if dtype not in ELEMENT_BYTES:
-        close = difflib.get_close_matches(dtype, KV_CACHE_DTYPES, n=1)
-        what = f"kv_cache_dtype {dtype!r}" if kv_cache_dtype != "auto" else f"dtype {dtype!r} of the checkpoint"
-        remedy = (f"did you mean {close[0]!r}? " if close else "") + f"One of: {', '.join(KV_CACHE_DTYPES)}"
-        raise SpecError(f"{what} is not known", remedy=remedy)
-    size = ELEMENT_BYTES[dtype]
-    if shape.kv_lora_rank is not None:
-        factors = f"{shape.num_layers} layers x ({shape.kv_lora_rank} latent + {shape.qk_rope_head_dim} rotary)"
-        total = shape.num_layers * shape.head_dim * size
-    else:
-        factors = f"2 (K and V) x {shape.num_layers} layers x {shape.num_kv_heads} KV heads x {shape.head_dim}"
-        total = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * size
-    return total, f"{factors} x {size} bytes ({dtype}) = {total} bytes per token"
-
-
-def _windows(config: Mapping[str, Any], family: str, num_layers: int) -> tuple[int | None, ...]:
-    """Return the sliding window of every layer. Raises `SpecError` for layer kinds other than full and sliding."""
-    window = config.get("sliding_window")
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        unknown = sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"})
-        if unknown or len(kinds) != num_layers:
-            what = f"layers of type {', '.join(unknown)}" if unknown else f"{len(kinds)} types for {num_layers} layers"
-            raise SpecError(f"the KV cache of a model with {what} is not understood", remedy=LEAVE_OUT)
-        slides = [kind == "sliding_attention" for kind in kinds]
-    elif family.startswith("qwen"):
-        if config.get("use_sliding_window") and family not in ("qwen2", "qwen3"):
-            raise SpecError(f"config.json of this {family} must give layer_types", remedy="complete config.json")
-        first = config.get("max_window_layers") or 0
-        slides = [bool(config.get("use_sliding_window")) and index >= first for index in range(num_layers)]
-    elif family in {"gemma2", "gpt_oss"}:
-        slides = [index % 2 == 0 for index in range(num_layers)]
-    elif family == "gemma3_text":
-        pattern = int(config.get("sliding_window_pattern") or 6)
-        slides = [(index + 1) % pattern != 0 for index in range(num_layers)]
-    else:
-        slides = [window is not None] * num_layers
-    if any(slides):
-        width = _count(config, "sliding_window")
-        return tuple(width if slide else None for slide in slides)
-    return (None,) * num_layers
-
-
-def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """Return a positive integer of the configuration."""
-    value = config.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_COUNT:
+def _element_dtype(shape: ModelShape, kv_cache_dtype: str) -> CacheDtype:
+    if kv_cache_dtype != "auto":
+        return cache_dtype(kv_cache_dtype)
+    if shape.kv_scales:
+        return cache_dtype("fp8")
+    try:
+        return cache_dtype(shape.serving_dtype)
+    except SpecError:
         raise SpecError(
-            f"config.json must give {key} as a positive integer, not {str(value)[:40]}",
-            remedy="complete the model's config.json",
-        )
-    return value
+            f"dtype {shape.dtype!r} of the checkpoint is not known", remedy="save it in bfloat16, float16 or float32"
+        ) from None
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """A size as people read it."""
     return f"{size / GIB:.2f} GiB"
+
+
+def _up(size_gib: float) -> str:
+    """A size in GiB rounded up to two places, so that it does suffice."""
+    return f"{-(-size_gib // 0.01) * 0.01:.2f}"

@@ -22,7 +22,8 @@ from orchestrator.conformance.findings import CHECKS, Findings
 from orchestrator.conformance.laboratory import Laboratory
 from orchestrator.export_format import ExportFormat
 from orchestrator.layer_method import LayerMethod
-from orchestrator.method import Calibrator, Evaluator, Method, ModelMethod, Publisher, ServingEngine
+from orchestrator.method import Calibrator, Evaluator, Method, ModelMethod, Publisher
+from orchestrator.serving_engine import ServingEngine
 
 __all__ = ["CHECKS", "SAMPLE_TEXT", "check_method"]
 

@@ -95,7 +95,7 @@ def test_the_whole_division_of_memory() -> None:
     assert (made.memory_bytes, made.available_bytes, made.bytes_per_block) == (24 * GIB, 6 * GIB, 2 * 2**20)
     assert (made.num_blocks, made.kv_tokens, made.max_concurrency) == (3072, 49152, 6.0)
     assert made.steps[0] == ("2 (K and V) x 32 layers x 8 KV heads x 128 x 2 bytes (bfloat16) = 131072 bytes per token")
-    assert "6442450944 // 2097152 = 3072 blocks = 49152 tokens" in made.steps
+    assert "6442450944 // 2097152 = 3072 blocks of 16 tokens" in made.steps
     assert json.loads(json.dumps(made.as_dict())) == made.as_dict()
 
 
@@ -116,8 +116,9 @@ def test_a_larger_block_never_promises_more() -> None:
 def test_weights_that_do_not_fit_are_refused_with_the_memory_that_would_do() -> None:
     with pytest.raises(PreflightError, match=r"16\.00 GiB weights.*12\.00 GiB") as caught:
         plan(LLAMA_8B, weight_bytes=16 * GIB)
-    assert "at least 34.00 GiB" in str(caught.value)
-    assert plan(LLAMA_8B, weight_bytes=16 * GIB, gpu_memory_gib=34.01, max_model_len=16).num_blocks >= 1
+    assert "6.00 GiB are missing for one sequence of 8192 tokens" in str(caught.value)
+    assert "at least 36.00 GiB" in str(caught.value)
+    assert plan(LLAMA_8B, weight_bytes=16 * GIB, gpu_memory_gib=36.0).max_concurrency == 1.0
 
 
 def test_a_length_that_does_not_fit_is_refused_with_the_length_that_does() -> None:
@@ -176,7 +177,7 @@ def test_an_unknown_cache_dtype_is_refused_with_a_suggestion() -> None:
 def test_windows_are_recorded_but_charged_in_full() -> None:
     shape = ModelShape.from_config(GPT_OSS_120B)
     assert shape.windows == (128, None) * 18
-    assert "lower bound" in plan(GPT_OSS_120B).steps[-1]
+    assert any("lower bound" in step for step in plan(GPT_OSS_120B).steps)
     assert ModelShape.from_config(QWEN_7B).windows == (None,) * 28
     mistral = {**LLAMA_8B, "model_type": "mistral", "sliding_window": 4096}
     assert ModelShape.from_config(mistral).windows == (4096,) * 32
@@ -208,7 +209,7 @@ def test_a_float32_checkpoint_is_planned_as_engines_serve_it() -> None:
     ("changes", "said"),
     [
         ({"model_type": "mamba2"}, "'mamba2' is not understood"),
-        ({"model_type": "qwen3_next"}, "'qwen3_next' is not understood"),
+        ({"model_type": "qwen3_next", "head_dim": 256}, "linear_num_key_heads"),
         ({"layer_types": ["linear_attention"] * 32}, "layers of type linear_attention"),
         ({"layer_types": ["full_attention"] * 31}, "31 types for 32 layers"),
         ({"layer_types": ["sliding_attention"] * 32}, "sliding_window"),

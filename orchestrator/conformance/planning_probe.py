@@ -32,8 +32,9 @@ def _plan(request: dict[str, Any]) -> None:
     from orchestrator.errors import OrchestratorError, SpecError
     from orchestrator.export_format import ExportFacts, ExportFormat
     from orchestrator.layer_method import LayerMethod
-    from orchestrator.method import ModelMethod, ServingEngine
-    from orchestrator.serving import ModelShape, plan_kv
+    from orchestrator.method import ModelMethod
+    from orchestrator.serving import ModelShape
+    from orchestrator.serving_engine import ServingEngine
     from orchestrator.spec import validate_strictly
 
     found: Any = importlib.import_module(request["module"])
@@ -57,7 +58,7 @@ def _plan(request: dict[str, Any]) -> None:
             method.config_after(model.config)
     elif isinstance(method, ServingEngine):
         shape = ModelShape.from_config(model.config)
-        method.render(shape, plan_kv(shape, weight_bytes=0, **method.budget()))
+        method.render(shape, method.plan(shape, 0))
     elif isinstance(method, ExportFormat):
         method.check(ExportFacts(model, frozenset(), {}))
 

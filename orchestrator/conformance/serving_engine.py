@@ -18,10 +18,10 @@ from orchestrator.conformance.findings import Findings
 from orchestrator.conformance.laboratory import Laboratory
 from orchestrator.conformance.surroundings import left_alone
 from orchestrator.errors import OrchestratorError
-from orchestrator.method import ServingEngine
-from orchestrator.serving import ModelShape, plan_kv
+from orchestrator.serving import ModelShape
+from orchestrator.serving_engine import ServingEngine
 
-KV_PLAN_FILE = "kv-plan.json"  # what the core itself writes beside the engine's files
+OWN_FILES = ("kv-plan.json", "README.md")  # what the core itself writes beside the engine's files
 _PARSERS: Mapping[str, Callable[[str], Any]] = {
     ".json": json.loads,
     ".yaml": yaml.safe_load,
@@ -64,15 +64,14 @@ def check_serving_engine(method: ServingEngine, laboratory: Laboratory, findings
 
 def _render(method: ServingEngine, laboratory: Laboratory) -> Mapping[str, str]:
     shape = ModelShape.from_config(laboratory.dense.config)
-    plan = plan_kv(shape, weight_bytes=laboratory.dense.weight_bytes(), **method.budget())
-    return method.render(shape, plan)
+    return method.render(shape, method.plan(shape, laboratory.dense.weight_bytes()))
 
 
 def _check_file(name: object, text: object, findings: Findings) -> None:
     if not findings.expect(
         "V2 files",
-        isinstance(name, str) and Path(name).name == name and name != KV_PLAN_FILE,
-        f"{name!r} is no plain file name, or is the core's own {KV_PLAN_FILE}; files go into the engine's own folder",
+        isinstance(name, str) and Path(name).name == name and name not in OWN_FILES,
+        f"{name!r} is no plain file name, or is the core's own; files go into the engine's own folder",
     ):
         return
     if not findings.expect(

@@ -47,7 +47,7 @@ class VLLM(ServingEngine):
         dtype = shape.serving_dtype
         if dtype not in COMPUTE_DTYPES:
             raise SpecError(f"vLLM does not serve a compressed model in {dtype}", remedy="save it in bfloat16")
-        if shape.kv_lora_rank is not None and plan.block_size != LATENT_BLOCK_SIZE:
+        if shape.is_latent and plan.block_size != LATENT_BLOCK_SIZE:
             raise SpecError(
                 f"vLLM replaces a block_size of {plan.block_size} by {LATENT_BLOCK_SIZE} for latent attention, and the "
                 "calculation would be wrong",

@@ -1,0 +1,403 @@
+"""What a model keeps of past tokens, layer by layer, as its config.json tells.
+
+A layer keeps one of
+
+    full, sliding, chunked   keys and values of each KV head (MHA, GQA, MQA), of all tokens, of the last `window`, or
+                             of the current chunk of `window` tokens
+    latent                   one latent vector and one rotary key for all heads (MLA)
+    state                    a recurrent state of fixed size (Mamba, Gated DeltaNet, short convolutions)
+
+or nothing: a layer that reads the cache of another, or has no attention. Engines decide what of that they can use;
+their rules are in the serving plugins. What is not understood is refused: a wrong number here is an out-of-memory error
+in production. No torch, no Transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from orchestrator.errors import SpecError
+from orchestrator.quantized import read_groups
+from orchestrator.scheme import QuantScheme
+
+MOST_COUNT = 2**40
+LEAVE_OUT = "leave the serving configuration out of the specification"
+AttentionKind = Literal["full", "sliding", "chunked", "latent", "state"]
+_KINDS: Mapping[str, AttentionKind | None] = {
+    "full_attention": "full",
+    "attention": "full",
+    "sliding_attention": "sliding",
+    "chunked_attention": "chunked",
+    "linear_attention": "state",
+    "mamba": "state",
+    "conv": "state",
+    "mlp": None,
+    "moe": None,
+}
+# What Transformers takes a missing key for. `num_key_value_heads`: one KV head for each attention head;
+ONE_KV_HEAD_PER_HEAD = frozenset(
+    {
+        "apertus",
+        "arcee",
+        "cohere",
+        "cohere2",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "granitemoe",
+        "granitemoehybrid",
+        "hunyuan_v1_dense",
+        "llama",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "opt",
+        "phi",
+        "phi3",
+    }
+)
+# `head_dim`: hidden_size / num_attention_heads;
+DIVIDING_FAMILIES = ONE_KV_HEAD_PER_HEAD | {
+    "bamba",
+    "exaone4",
+    "falcon",
+    "falcon_h1",
+    "gpt_bigcode",
+    "jamba",
+    "lfm2",
+    "ministral",
+    "mistral",
+    "mixtral",
+    "phimoe",
+    "qwen2",
+    "qwen2_moe",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+}
+# neither: the configuration must say.
+STATING_FAMILIES = frozenset(
+    {
+        "ernie4_5",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "gpt_oss",
+        "helium",
+        "llama4_text",
+        "minimax_m2",
+        "ministral3",
+        "nemotron",
+        "nemotron_h",
+        "qwen3",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_moe",
+        "qwen3_next",
+        "seed_oss",
+    }
+)
+MLA_FAMILIES = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite"})
+FAMILIES = DIVIDING_FAMILIES | STATING_FAMILIES | MLA_FAMILIES
+# Other names of the same entries.
+_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "num_hidden_layers": ("n_layer",),
+    "num_attention_heads": ("n_head",),
+    "hidden_size": ("n_embd",),
+    "max_position_embeddings": ("n_positions", "max_seq_len"),
+    "num_key_value_heads": ("num_kv_heads",),
+}
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one layer keeps.
+
+    layer: of which decoder layer; one with attention and a state beside it has two entries.
+    num_kv_heads, head_dim, head_dim_v: heads, and elements of a key and of a value; latent attention has one head of
+        kv_lora_rank + qk_rope_head_dim elements, and no values.
+    window: tokens of a sliding window, or of a chunk.
+    state: elements of the convolution's state and of the recurrent one, for one sequence.
+    """
+
+    kind: AttentionKind
+    layer: int
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    head_dim_v: int = 0
+    window: int | None = None
+    state: tuple[int, int] = (0, 0)
+
+    @property
+    def elements_per_token(self) -> int:
+        """Elements kept of each token; 0 for a state."""
+        return self.num_kv_heads * (self.head_dim + self.head_dim_v)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides the size of a model's KV cache.
+
+    num_layers: decoder layers. caches: what they keep, in their order.
+    dtype: the torch name of the checkpoint's dtype, e.g. "bfloat16".
+    quantization: the schemes of its weights; none for a dense checkpoint, and for one that is quantized in a way this
+        project does not write.
+    kv_scales: whether the checkpoint brings scales for an fp8 cache (`quantize: kv_scales`).
+    """
+
+    model_type: str
+    num_layers: int
+    num_attention_heads: int
+    caches: tuple[LayerCache, ...]
+    max_position_embeddings: int
+    vocab_size: int
+    dtype: str
+    tied_embeddings: bool
+    quantization: tuple[QuantScheme, ...] = ()
+    kv_scales: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Read a Hugging Face config.json. Raises `SpecError` for an attention kind or family not understood."""
+        text = config.get("text_config")
+        whole, family = config, str(config.get("model_type"))
+        if family not in FAMILIES and isinstance(text, Mapping):  # of a model that sees images too
+            config, family = {"quantization_config": config.get("quantization_config"), **text}, str(text["model_type"])
+        if family not in FAMILIES:
+            raise SpecError(
+                f"the KV cache of model type {family!r} is not understood (understood: {', '.join(sorted(FAMILIES))})",
+                remedy=LEAVE_OUT,
+            )
+        num_layers = _num_layers(config, family)
+        dtypes = (entry.get(name) for entry in (config, whole) for name in ("dtype", "torch_dtype"))
+        return cls(
+            model_type=family,
+            num_layers=num_layers,
+            num_attention_heads=_count(config, "num_attention_heads"),
+            caches=_caches(config, family, num_layers),
+            max_position_embeddings=_count(config, "max_position_embeddings"),
+            vocab_size=_count(config, "vocab_size"),
+            dtype=str(next((dtype for dtype in dtypes if dtype), "float32")),
+            tied_embeddings=bool(config.get("tie_word_embeddings", family.startswith("gemma"))),
+            quantization=tuple(dict.fromkeys(scheme for _, scheme in read_groups(config) or ())),
+            kv_scales=_brings_scales(config),
+        )
+
+    @property
+    def serving_dtype(self) -> str:
+        """The dtype in which engines compute the model: a float32 checkpoint is served in bfloat16."""
+        return "bfloat16" if self.dtype == "float32" else self.dtype
+
+    @property
+    def attending(self) -> tuple[LayerCache, ...]:
+        """The caches that grow with the sequence."""
+        return tuple(cache for cache in self.caches if cache.kind != "state")
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether attention is multi-head latent."""
+        return any(cache.kind == "latent" for cache in self.caches)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """By attending layer the sliding window or chunk in tokens, or None for full attention."""
+        return tuple(cache.window for cache in self.attending)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Largest number of KV heads of a layer; 1 for latent attention."""
+        return max((cache.num_kv_heads for cache in self.caches), default=0)
+
+    @property
+    def head_dim(self) -> int:
+        """Largest number of elements of a key."""
+        return max((cache.head_dim for cache in self.caches), default=0)
+
+
+def _brings_scales(config: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint says how its KV cache is quantized. Raises `SpecError` if not by fp8 scales of tensors."""
+    scheme = (config.get("quantization_config") or {}).get("kv_cache_scheme")
+    if not scheme:
+        return False
+    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    if not isinstance(scheme, Mapping) or any(scheme.get(key) != value for key, value in wanted.items()):
+        raise SpecError("the checkpoint's own kv_cache_scheme is not understood", remedy=LEAVE_OUT)
+    return True
+
+
+def _num_layers(config: Mapping[str, Any], family: str) -> int:
+    if family == "nemotron_h" and config.get("num_hidden_layers") is None:
+        pattern = config.get("hybrid_override_pattern") or config.get("layers_block_type") or ()
+        return len(pattern) or _count(config, "num_hidden_layers")
+    return _count(config, "num_hidden_layers")
+
+
+def _caches(config: Mapping[str, Any], family: str, num_layers: int) -> tuple[LayerCache, ...]:
+    kinds = _kinds(config, family, num_layers)
+    if family in MLA_FAMILIES:
+        latent = _count(config, "kv_lora_rank") + _count(config, "qk_rope_head_dim")
+        return tuple(LayerCache("latent", layer, 1, latent) for layer in range(num_layers))
+    heads = _count(config, "num_attention_heads")
+    kv_heads = _kv_heads(config, family, heads)
+    by_division = _count(config, "hidden_size") // heads if family in DIVIDING_FAMILIES else None
+    if family in ("gpt2", "gpt_bigcode", "gpt_neox", "opt", "falcon"):  # a head_dim there would mean nothing
+        head_dim = by_division or 0
+    else:
+        head_dim = _count(config, "head_dim", by_division)
+    caches: list[LayerCache] = []
+    for layer, kind in enumerate(kinds):
+        if kind in ("full", "hybrid"):
+            caches.append(LayerCache("full", layer, kv_heads, head_dim, head_dim))
+        elif kind in ("sliding", "chunked"):
+            width = _count(config, "sliding_window" if kind == "sliding" else "attention_chunk_size")
+            caches.append(LayerCache(kind, layer, kv_heads, head_dim, head_dim, width))
+        if kind in ("state", "hybrid"):
+            caches.append(LayerCache("state", layer, state=_STATES[_state_of(family)](config)))
+    return tuple(caches)
+
+
+def _kv_heads(config: Mapping[str, Any], family: str, heads: int) -> int:
+    if family == "gpt_bigcode":
+        return 1 if config.get("multi_query", True) else heads
+    if family == "falcon" and not config.get("new_decoder_architecture"):
+        return 1 if config.get("multi_query", True) else heads
+    return _count(config, "num_key_value_heads", heads if family in ONE_KV_HEAD_PER_HEAD else None)
+
+
+def _kinds(config: Mapping[str, Any], family: str, num_layers: int) -> list[AttentionKind | Literal["hybrid"] | None]:
+    """What every decoder layer keeps. Raises `SpecError` for kinds that are not understood."""
+    if family == "falcon_h1":
+        return ["hybrid"] * num_layers
+    named = config.get("layer_types") or config.get("layers_block_type")
+    if family == "nemotron_h" and config.get("hybrid_override_pattern"):
+        letters = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+        named = [letters.get(letter, letter) for letter in str(config["hybrid_override_pattern"])]
+    if named is not None:
+        unknown = sorted({str(kind) for kind in named} - _KINDS.keys())
+        states = any(_KINDS.get(str(kind)) == "state" for kind in named)
+        if states and _state_of(family) is None:
+            unknown = sorted({str(kind) for kind in named if _KINDS.get(str(kind)) == "state"})
+        if unknown or len(named) != num_layers:
+            what = f"layers of type {', '.join(unknown)}" if unknown else f"{len(named)} types for {num_layers} layers"
+            raise SpecError(f"the KV cache of a model with {what} is not understood", remedy=LEAVE_OUT)
+        return [_KINDS[str(kind)] for kind in named]
+    if family in _UNNAMED:
+        return _UNNAMED[family](config, num_layers)
+    if family in ("cohere2", "granitemoehybrid", "llama4_text", "lfm2", "nemotron_h", "olmo3", "exaone4"):
+        raise SpecError(f"config.json of this {family} must give layer_types", remedy="complete config.json")
+    windowed = config.get("sliding_window") is not None and family in _WINDOWED
+    return ["sliding" if windowed else "full"] * num_layers
+
+
+# Families whose every layer has the window that config.json names, if it names one.
+_WINDOWED = frozenset({"ministral", "ministral3", "mistral", "mixtral", "phi3", "phimoe", "starcoder2"})
+
+
+def _every(period: int, offset: int, one: AttentionKind, other: AttentionKind, num_layers: int) -> list[Any]:
+    return [one if index % period == offset else other for index in range(num_layers)]
+
+
+def _qwen(config: Mapping[str, Any], num_layers: int) -> list[Any]:
+    if config.get("use_sliding_window") and config["model_type"] not in ("qwen2", "qwen3"):
+        raise SpecError(
+            f"config.json of this {config['model_type']} must give layer_types", remedy="complete config.json"
+        )
+    first = config.get("max_window_layers") or 0
+    return ["sliding" if config.get("use_sliding_window") and i >= first else "full" for i in range(num_layers)]
+
+
+def _gemma3(config: Mapping[str, Any], num_layers: int) -> list[Any]:
+    period = _count(config, "sliding_window_pattern", 6)
+    return _every(period, period - 1, "full", "sliding", num_layers)
+
+
+def _gated_delta(config: Mapping[str, Any], num_layers: int) -> list[Any]:
+    period = _count(config, "full_attention_interval", 4)
+    return _every(period, period - 1, "full", "state", num_layers)
+
+
+def _bamba(config: Mapping[str, Any], num_layers: int) -> list[Any]:
+    attending = config.get("attn_layer_indices") or []
+    return ["full" if index in attending else "state" for index in range(num_layers)]
+
+
+def _jamba(config: Mapping[str, Any], num_layers: int) -> list[Any]:
+    period, offset = _count(config, "attn_layer_period"), int(config.get("attn_layer_offset") or 0)
+    return _every(period, offset, "full", "state", num_layers)
+
+
+# What config.json leaves to the model's code where it gives no layer_types.
+_UNNAMED: Mapping[str, Callable[[Mapping[str, Any], int], list[Any]]] = {
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), _qwen),
+    **dict.fromkeys(("gemma2", "gpt_oss"), lambda config, count: _every(2, 1, "full", "sliding", count)),
+    "gemma3_text": _gemma3,
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _gated_delta),
+    "bamba": _bamba,
+    "jamba": _jamba,
+}
+
+
+def _delta_state(config: Mapping[str, Any]) -> tuple[int, int]:
+    key_heads, value_heads = _count(config, "linear_num_key_heads"), _count(config, "linear_num_value_heads")
+    key_dim, value_dim = _count(config, "linear_key_head_dim"), _count(config, "linear_value_head_dim")
+    channels = 2 * key_heads * key_dim + value_heads * value_dim
+    kernel = _count(config, "linear_conv_kernel_dim")
+    return channels * (kernel - 1), value_heads * value_dim * key_dim
+
+
+def _mamba1_state(config: Mapping[str, Any]) -> tuple[int, int]:
+    inner = _count(config, "mamba_expand") * _count(config, "hidden_size")
+    return inner * (_count(config, "mamba_d_conv") - 1), inner * _count(config, "mamba_d_state")
+
+
+def _mamba2_state(config: Mapping[str, Any]) -> tuple[int, int]:
+    heads, head_dim = _count(config, "mamba_n_heads"), _count(config, "mamba_d_head")
+    groups, state = _count(config, "mamba_n_groups"), _count(config, "mamba_d_state")
+    channels = heads * head_dim + 2 * groups * state
+    return channels * (_count(config, "mamba_d_conv") - 1), heads * head_dim * state
+
+
+def _nemotron_state(config: Mapping[str, Any]) -> tuple[int, int]:
+    heads, head_dim = _count(config, "mamba_num_heads"), _count(config, "mamba_head_dim")
+    groups, state = _count(config, "n_groups"), _count(config, "ssm_state_size")
+    channels = heads * head_dim + 2 * groups * state
+    return channels * (_count(config, "conv_kernel") - 1), heads * head_dim * state
+
+
+def _short_convolution(config: Mapping[str, Any]) -> tuple[int, int]:
+    return _count(config, "hidden_size") * (_count(config, "conv_L_cache") - 1), 0
+
+
+# Elements of the convolution's and of the recurrent state: the last kernel - 1 inputs of every channel; heads x head
+# dimension x state dimension.
+_STATES: Mapping[str | None, Callable[[Mapping[str, Any]], tuple[int, int]]] = {
+    "gated_delta_net": _delta_state,
+    "mamba": _mamba1_state,
+    "mamba2": _mamba2_state,
+    "nemotron": _nemotron_state,
+    "short_conv": _short_convolution,
+}
+
+
+def _state_of(family: str) -> str | None:
+    if family.startswith(("qwen3_next", "qwen3_5")):
+        return "gated_delta_net"
+    kinds = {"jamba": "mamba", "nemotron_h": "nemotron", "lfm2": "short_conv"}
+    return kinds.get(family) or ("mamba2" if family in ("bamba", "falcon_h1", "granitemoehybrid") else None)
+
+
+def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Return a positive integer of the configuration."""
+    value = next((config[name] for name in (key, *_ALIASES.get(key, ())) if config.get(name) is not None), default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_COUNT:
+        raise SpecError(
+            f"config.json must give {key} as a positive integer, not {str(value)[:40]}",
+            remedy="complete the model's config.json",
+        )
+    return value
