@@ -59,6 +59,7 @@ def facts_of(checkpoint: Checkpoint, skip: Sequence[str] = ()) -> ModelFacts:
         vocabulary=_vocabulary(config, tensors),
         squares=bool(config.get("attn_logit_softcapping")),
         blocks=blocks,
+        positions=_count(config, "max_position_embeddings", "n_positions"),
     )
 
 

@@ -95,6 +95,7 @@ class ModelFacts:
     rest_bytes: the other files of the folder. quantized: whether layers are stored as packed integers.
     largest, largest_outside: elements of the largest tensor, of the largest outside of the blocks.
     squares: whether attention scores of all pairs of tokens are held at once.
+    positions: how many the model was made for, where its configuration says so.
     """
 
     parameters: int
@@ -112,6 +113,7 @@ class ModelFacts:
     vocabulary: int
     squares: bool
     blocks: tuple[BlockFacts, ...]
+    positions: int | None = None
 
     @property
     def float32_bytes(self) -> int:
