@@ -36,6 +36,7 @@ from orchestrator.method import (
     Context,
     Evaluator,
     Invariant,
+    Measured,
     Method,
     ModelMethod,
     ModelResult,
@@ -50,7 +51,7 @@ from orchestrator.parallel import in_parallel
 from orchestrator.plugins import API_VERSION, hookimpl
 from orchestrator.reader import TensorReader
 from orchestrator.scheme import FLOAT8_MAX, InputScheme, QuantizedWeight, QuantScheme
-from orchestrator.serving import KVGroup, KVPlan, Layout, LayoutRule, every_layer_in_full, heads_bytes, page_bytes
+from orchestrator.serving import KVGroup, KVPlan, Layout, LayoutRule, every_layer_in_full, heads_bytes, token_steps
 from orchestrator.serving_engine import ServingEngine, UnsupportedPolicyError
 from orchestrator.sources import check_source, check_text_size, read_documents
 from orchestrator.statistics import InputMoment
@@ -87,6 +88,7 @@ __all__ = [
     "LayerShape",
     "Layout",
     "LayoutRule",
+    "Measured",
     "Method",
     "MixedMethod",
     "ModelFacts",
@@ -125,12 +127,12 @@ __all__ = [
     "kv_scale_names",
     "lowest",
     "open_store",
-    "page_bytes",
     "read_documents",
     "read_kv_scales",
     "require_own_sparsity",
     "run_of",
     "solve_columns",
+    "token_steps",
     "token_windows",
     "unfilled_runs",
     "unpack",

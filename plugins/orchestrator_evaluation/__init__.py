@@ -6,6 +6,7 @@ from orchestrator.api import Method, hookimpl
 from orchestrator_evaluation.fidelity import Fidelity
 from orchestrator_evaluation.footprint import Footprint
 from orchestrator_evaluation.perplexity import Perplexity
+from orchestrator_evaluation.streaming import Streaming
 
 ORCHESTRATOR_API = ">=1.0,<2"
 
@@ -13,4 +14,4 @@ ORCHESTRATOR_API = ">=1.0,<2"
 @hookimpl
 def register_methods() -> list[type[Method]]:
     """Return the methods of this family."""
-    return [Perplexity, Fidelity, Footprint]
+    return [Perplexity, Fidelity, Footprint, Streaming]

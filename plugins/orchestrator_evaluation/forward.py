@@ -82,16 +82,21 @@ def load_float32(checkpoint: Checkpoint) -> PreTrainedModel:
     return cast("PreTrainedModel", model.float())
 
 
+def check_vocabulary(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """Raise `StepError` if a token is not in the vocabulary."""
+    rows = int(cast("torch.nn.Embedding", model.get_input_embeddings()).weight.shape[0])
+    if int(tokens.max()) >= rows:
+        raise StepError(
+            f"the tokenizer makes token {int(tokens.max())}, but the model embeds only {rows}",
+            remedy="use the tokenizer that belongs to the model",
+        )
+
+
 def logits_of(model: PreTrainedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
     """Return the logits [B, T, V], float32, of one batch. Raises `StepError` if a token is not in the vocabulary."""
     import torch
 
-    rows = int(cast("torch.nn.Embedding", model.get_input_embeddings()).weight.shape[0])
-    if int(tokens_BT.max()) >= rows:
-        raise StepError(
-            f"the tokenizer makes token {int(tokens_BT.max())}, but the model embeds only {rows}",
-            remedy="use the tokenizer that belongs to the model",
-        )
+    check_vocabulary(model, tokens_BT)
     with torch.inference_mode():
         logits_BTV: torch.Tensor = model(input_ids=tokens_BT.to(model.device), use_cache=False).logits
     return logits_BTV.float()
