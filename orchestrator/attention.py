@@ -116,6 +116,34 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class RecurrentState:
+    """What a layer with a recurrent state keeps of one sequence, elements.
+
+    taps: inputs that the convolution looks back on. channels: of the convolution, beside the grouped ones.
+    grouped: channels of one group (keys and queries of Mamba 2, which all heads of a group share). recurrent: of the
+    recurrent state itself, heads x head dimension x state dimension. float32: whether the recurrent state is kept in
+    float32 even where the model computes in 16 bits.
+    """
+
+    kind: Literal["gated_delta_net", "mamba", "mamba2", "short_conv"]
+    taps: int
+    channels: int
+    recurrent: int
+    groups: int = 0
+    grouped: int = 0
+    float32: bool = False
+
+    def convolution(self, devices: int = 1) -> int:
+        """Elements of the convolution's state on one device; a group that several devices need is on all of them."""
+        groups = self.groups if self.groups % devices == 0 else devices
+        return -(-(self.channels + groups * self.grouped) // devices) * self.taps
+
+    def elements(self, devices: int = 1) -> int:
+        """Elements of both on one device."""
+        return self.convolution(devices) - (-self.recurrent // devices)
+
+
+@dataclass(frozen=True)
 class LayerCache:
     """What one layer keeps.
 
@@ -123,7 +151,6 @@ class LayerCache:
     num_kv_heads, head_dim, head_dim_v: heads, and elements of a key and of a value; latent attention has one head of
         kv_lora_rank + qk_rope_head_dim elements, and no values.
     window: tokens of a sliding window, or of a chunk.
-    state: elements of the convolution's state and of the recurrent one, for one sequence.
     """
 
     kind: AttentionKind
@@ -132,7 +159,7 @@ class LayerCache:
     head_dim: int = 0
     head_dim_v: int = 0
     window: int | None = None
-    state: tuple[int, int] = (0, 0)
+    state: RecurrentState | None = None
 
     @property
     def elements_per_token(self) -> int:
@@ -258,7 +285,7 @@ def _caches(config: Mapping[str, Any], family: str, num_layers: int) -> tuple[La
             width = _count(config, "sliding_window" if kind == "sliding" else "attention_chunk_size")
             caches.append(LayerCache(kind, layer, kv_heads, head_dim, head_dim, width))
         if kind in ("state", "hybrid"):
-            caches.append(LayerCache("state", layer, state=_STATES[_state_of(family)](config)))
+            caches.append(LayerCache("state", layer, state=_STATES[family](config)))
     return tuple(caches)
 
 
@@ -281,7 +308,7 @@ def _kinds(config: Mapping[str, Any], family: str, num_layers: int) -> list[Atte
     if named is not None:
         unknown = sorted({str(kind) for kind in named} - _KINDS.keys())
         states = any(_KINDS.get(str(kind)) == "state" for kind in named)
-        if states and _state_of(family) is None:
+        if states and family not in _STATES:
             unknown = sorted({str(kind) for kind in named if _KINDS.get(str(kind)) == "state"})
         if unknown or len(named) != num_layers:
             what = f"layers of type {', '.join(unknown)}" if unknown else f"{len(named)} types for {num_layers} layers"
@@ -343,53 +370,48 @@ _UNNAMED: Mapping[str, Callable[[Mapping[str, Any], int], list[Any]]] = {
 }
 
 
-def _delta_state(config: Mapping[str, Any]) -> tuple[int, int]:
+def _gated_delta_net(config: Mapping[str, Any]) -> RecurrentState:
     key_heads, value_heads = _count(config, "linear_num_key_heads"), _count(config, "linear_num_value_heads")
     key_dim, value_dim = _count(config, "linear_key_head_dim"), _count(config, "linear_value_head_dim")
     channels = 2 * key_heads * key_dim + value_heads * value_dim
-    kernel = _count(config, "linear_conv_kernel_dim")
-    return channels * (kernel - 1), value_heads * value_dim * key_dim
+    taps = _count(config, "linear_conv_kernel_dim") - 1
+    wide = config["model_type"] != "qwen3_next" and config.get("mamba_ssm_dtype", "float32") == "float32"
+    return RecurrentState("gated_delta_net", taps, channels, value_heads * value_dim * key_dim, float32=wide)
 
 
-def _mamba1_state(config: Mapping[str, Any]) -> tuple[int, int]:
+def _mamba1(config: Mapping[str, Any]) -> RecurrentState:
     inner = _count(config, "mamba_expand") * _count(config, "hidden_size")
-    return inner * (_count(config, "mamba_d_conv") - 1), inner * _count(config, "mamba_d_state")
+    return RecurrentState("mamba", _count(config, "mamba_d_conv") - 1, inner, inner * _count(config, "mamba_d_state"))
 
 
-def _mamba2_state(config: Mapping[str, Any]) -> tuple[int, int]:
-    heads, head_dim = _count(config, "mamba_n_heads"), _count(config, "mamba_d_head")
-    groups, state = _count(config, "mamba_n_groups"), _count(config, "mamba_d_state")
-    channels = heads * head_dim + 2 * groups * state
-    return channels * (_count(config, "mamba_d_conv") - 1), heads * head_dim * state
+def _mamba2(
+    heads: str = "mamba_n_heads",
+    head_dim: str = "mamba_d_head",
+    groups: str = "mamba_n_groups",
+    state: str = "mamba_d_state",
+    kernel: str = "mamba_d_conv",
+    default: str | None = None,
+) -> Callable[[Mapping[str, Any]], RecurrentState]:
+    def read(config: Mapping[str, Any]) -> RecurrentState:
+        inner, size = _count(config, heads) * _count(config, head_dim), _count(config, state)
+        taps = _count(config, kernel) - 1
+        wide = (config.get("mamba_ssm_cache_dtype") or default) == "float32"
+        return RecurrentState("mamba2", taps, inner, inner * size, _count(config, groups), 2 * size, wide)
+
+    return read
 
 
-def _nemotron_state(config: Mapping[str, Any]) -> tuple[int, int]:
-    heads, head_dim = _count(config, "mamba_num_heads"), _count(config, "mamba_head_dim")
-    groups, state = _count(config, "n_groups"), _count(config, "ssm_state_size")
-    channels = heads * head_dim + 2 * groups * state
-    return channels * (_count(config, "conv_kernel") - 1), heads * head_dim * state
+def _short_convolution(config: Mapping[str, Any]) -> RecurrentState:
+    return RecurrentState("short_conv", _count(config, "conv_L_cache") - 1, _count(config, "hidden_size"), 0)
 
 
-def _short_convolution(config: Mapping[str, Any]) -> tuple[int, int]:
-    return _count(config, "hidden_size") * (_count(config, "conv_L_cache") - 1), 0
-
-
-# Elements of the convolution's and of the recurrent state: the last kernel - 1 inputs of every channel; heads x head
-# dimension x state dimension.
-_STATES: Mapping[str | None, Callable[[Mapping[str, Any]], tuple[int, int]]] = {
-    "gated_delta_net": _delta_state,
-    "mamba": _mamba1_state,
-    "mamba2": _mamba2_state,
-    "nemotron": _nemotron_state,
-    "short_conv": _short_convolution,
+_STATES: Mapping[str, Callable[[Mapping[str, Any]], RecurrentState]] = {
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _gated_delta_net),
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid"), _mamba2()),
+    "nemotron_h": _mamba2("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "float32"),
+    "jamba": _mamba1,
+    "lfm2": _short_convolution,
 }
-
-
-def _state_of(family: str) -> str | None:
-    if family.startswith(("qwen3_next", "qwen3_5")):
-        return "gated_delta_net"
-    kinds = {"jamba": "mamba", "nemotron_h": "nemotron", "lfm2": "short_conv"}
-    return kinds.get(family) or ("mamba2" if family in ("bamba", "falcon_h1", "granitemoehybrid") else None)
 
 
 def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -17,13 +17,21 @@ class CacheDtype:
     """How the elements of a key or a value are stored.
 
     bits: of an element. group: how many elements of one head's vector share a scale; 0: all of them; None: there is no
-    scale in the cache. scale_bytes: of one group's scale, and zero point if it has one.
+    scale in the cache. scale_bytes: of one group's scale, and zero point if it has one. values: how values are stored,
+    where it is otherwise than keys. even: a key and its value together take an even number of bytes.
     """
 
     name: str
     bits: int
     group: int | None = None
     scale_bytes: int = 0
+    values: CacheDtype | None = None
+    even: bool = False
+
+    def pair_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Bytes of the key and the value of one head."""
+        total = self.bytes_of(head_dim) + (self.values or self).bytes_of(head_dim_v)
+        return total + total % 2 if self.even else total
 
     def bytes_of(self, head_dim: int) -> int:
         """Bytes that the vector of one head takes, scales included; 0 for a head of no elements."""
@@ -54,6 +62,11 @@ _ALL = (
     CacheDtype("fp8_per_token_head", 8, 0, 4),
     CacheDtype("int4_per_token_head", 4, 0, 4),
     CacheDtype("nvfp4", 4, 16, 1),
+    # Rotated, rounded to a code book; a norm for a key, scale and zero point for a value (vLLM).
+    CacheDtype("turboquant_k8v4", 8, values=CacheDtype("4 bits", 4, 0, 4), even=True),
+    CacheDtype("turboquant_4bit_nc", 4, 0, 2, values=CacheDtype("4 bits", 4, 0, 4), even=True),
+    CacheDtype("turboquant_k3v4_nc", 3, 0, 2, values=CacheDtype("4 bits", 4, 0, 4), even=True),
+    CacheDtype("turboquant_3bit_nc", 3, 0, 2, values=CacheDtype("3 bits", 3, 0, 4), even=True),
     # Blocks of 32 elements with a float16 scale, and a minimum in the types that end in 1 (llama.cpp).
     CacheDtype("q8_0", 8, 32, 2),
     CacheDtype("q5_1", 5, 32, 4),

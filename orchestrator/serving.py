@@ -16,7 +16,7 @@ from orchestrator.attention import LayerCache, ModelShape
 from orchestrator.cache_dtypes import CacheDtype, cache_dtype
 from orchestrator.errors import PreflightError, SpecError
 
-__all__ = ["GIB", "KVGroup", "KVPlan", "Layout", "LayoutRule", "ModelShape", "page_bytes", "plan_kv", "state_elements"]
+__all__ = ["GIB", "KVGroup", "KVPlan", "Layout", "LayoutRule", "ModelShape", "plan_kv", "state_elements"]
 
 GIB = 2**30
 # Beyond these there is no accelerator, no block and no model, and floats would overflow.
@@ -56,13 +56,14 @@ class Layout:
     """How an engine lays the caches of a model out in one pool of blocks.
 
     rule: whose it is, for people. bytes_per_block: of one block of the pool, on one device. state_bytes: of one
-    sequence, beside the pool. steps: the arithmetic.
+    sequence, beside the pool. reserved_blocks: that no sequence gets. steps: the arithmetic.
     """
 
     rule: str
     groups: tuple[KVGroup, ...]
     bytes_per_block: int
     state_bytes: int = 0
+    reserved_blocks: int = 0
     steps: tuple[str, ...] = ()
 
 
@@ -144,13 +145,14 @@ def plan_kv(
     check_tensor_parallel(shape, tensor_parallel_size)
     dtype = _element_dtype(shape, kv_cache_dtype)
     layout = (layout_rule or every_layer_in_full)(shape, dtype, block_size, tensor_parallel_size, max_model_len)
+    block_size = max((group.block_size for group in layout.groups if group.fixed_blocks is None), default=block_size)
     memory_bytes, activation_bytes = int(gpu_memory_gib * GIB), int(activation_gib * GIB)
     budget = int(memory_bytes * memory_utilization)
     weights = -(-weight_bytes // tensor_parallel_size)
     available = budget - weights - activation_bytes
     held = max_model_len if held_tokens is None else min(max_model_len, held_tokens)
     per_sequence = sum(group.blocks_for(held) for group in layout.groups)
-    sequence_bytes = per_sequence * layout.bytes_per_block + layout.state_bytes
+    sequence_bytes = (per_sequence + layout.reserved_blocks) * layout.bytes_per_block + layout.state_bytes
     if available < layout.bytes_per_block:
         needed = (weights + activation_bytes + sequence_bytes) / memory_utilization / GIB
         raise PreflightError(
@@ -168,7 +170,7 @@ def plan_kv(
             + f"give {_up((budget + sequence_bytes - available) / memory_utilization / GIB)} GiB of memory or a "
             "smaller kv_cache_dtype",
         )
-    sequences = available // sequence_bytes
+    sequences = available // sequence_bytes  # those whose states are set aside
     pool = available - sequences * layout.state_bytes
     num_blocks = pool // layout.bytes_per_block
     concurrency = available / sequence_bytes if layout.state_bytes else num_blocks / per_sequence
@@ -230,7 +232,7 @@ def every_layer_in_full(shape: ModelShape, dtype: CacheDtype, block_size: int, d
         count = sum(cache.kind == "state" for cache in shape.caches)
         steps.append(f"{count} layers with a recurrent state: {state} bytes (float32) for a sequence of any length")
     group = KVGroup("full" if not shape.is_latent else "latent", len(caches), block_size, per_token * block_size)
-    return Layout(EVERY_LAYER_IN_FULL, (group,), per_token * block_size, state, tuple(steps))
+    return Layout(EVERY_LAYER_IN_FULL, (group,), per_token * block_size, state, steps=tuple(steps))
 
 
 def heads_on(cache: LayerCache, devices: int) -> int:
@@ -240,17 +242,12 @@ def heads_on(cache: LayerCache, devices: int) -> int:
 
 def heads_bytes(cache: LayerCache, dtype: CacheDtype, devices: int) -> int:
     """Bytes that one device keeps of one token in one layer."""
-    return heads_on(cache, devices) * (dtype.bytes_of(cache.head_dim) + dtype.bytes_of(cache.head_dim_v))
-
-
-def page_bytes(cache: LayerCache, dtype: CacheDtype, block_size: int, devices: int) -> int:
-    """Bytes of a block of one layer on one device."""
-    return block_size * heads_bytes(cache, dtype, devices)
+    return heads_on(cache, devices) * dtype.pair_bytes(cache.head_dim, cache.head_dim_v)
 
 
 def state_elements(shape: ModelShape, devices: int = 1) -> int:
     """Elements of all recurrent states of one sequence on one device."""
-    return sum(-(-elements // devices) for cache in shape.caches for elements in cache.state)
+    return sum(cache.state.elements(devices) for cache in shape.caches if cache.state is not None)
 
 
 def token_steps(shape: ModelShape, dtype: CacheDtype, devices: int) -> list[str]:
@@ -261,14 +258,14 @@ def token_steps(shape: ModelShape, dtype: CacheDtype, devices: int) -> list[str]
         kinds[key] = kinds.get(key, 0) + 1
     steps = []
     for (heads, key_dim, value_dim, latent), layers in kinds.items():
-        size = dtype.bytes_of(key_dim) + dtype.bytes_of(value_dim)
-        total = layers * heads * size
+        total = layers * heads * dtype.pair_bytes(key_dim, value_dim)
+        values = dtype.values or dtype
         if latent:
             text = f"{layers} layers x 1 latent and rotary vector of {dtype.formula(key_dim)}"
-        elif key_dim == value_dim:
+        elif key_dim == value_dim and values is dtype:
             text = f"2 (K and V) x {layers} layers x {heads} KV heads x {dtype.formula(key_dim)}"
         else:
-            text = f"{layers} layers x {heads} KV heads x ({dtype.formula(key_dim)} + {dtype.formula(value_dim)})"
+            text = f"{layers} layers x {heads} KV heads x ({dtype.formula(key_dim)} + {values.formula(value_dim)})"
         steps.append(f"{text} = {total} bytes per token")
     return steps
 
@@ -300,7 +297,7 @@ def _longest(layout: Layout, available: int, held: int) -> int:
     while low < high:
         middle = (low + high + 1) // 2
         blocks = sum(group.blocks_for(middle) for group in layout.groups)
-        if blocks * layout.bytes_per_block + layout.state_bytes <= available:
+        if (blocks + layout.reserved_blocks) * layout.bytes_per_block + layout.state_bytes <= available:
             low = middle
         else:
             high = middle - 1

@@ -13,13 +13,13 @@ from pydantic import ValidationError
 from orchestrator.api import API_VERSION, ModelShape, PreflightError, PublishError, SpecError, Stage
 from orchestrator.quantized import quantization_config
 from orchestrator.scheme import QuantScheme
-from orchestrator.serving import GIB, plan_kv
+from orchestrator.serving import GIB
 from orchestrator_serving import ORCHESTRATOR_API, register_methods
 from orchestrator_serving.release import Release
 from orchestrator_serving.vllm import VLLM
 from tests.test_serving import DEEPSEEK_V3, GPT_OSS_120B, LLAMA_8B
 
-# Every key of the file, as a flag of `vllm serve` in vLLM 0.30 to 0.33.
+# Every key of the file, as a flag of `vllm serve`.
 VLLM_FLAGS = {
     "model",
     "dtype",
@@ -28,13 +28,14 @@ VLLM_FLAGS = {
     "gpu-memory-utilization",
     "kv-cache-dtype",
     "max-num-seqs",
+    "max-num-batched-tokens",
     "enable-prefix-caching",
 }
 
 
 def render(engine: VLLM, config: dict[str, Any], weight_bytes: int = 5 * GIB) -> tuple[dict[str, Any], str]:
     shape = ModelShape.from_config(config)
-    files = engine.render(shape, plan_kv(shape, weight_bytes=weight_bytes, **engine.budget()))
+    files = engine.render(shape, engine.plan(shape, weight_bytes))
     assert list(files) == ["vllm.yaml"]
     text = files["vllm.yaml"]
     parsed = yaml.safe_load(text)
@@ -62,6 +63,7 @@ def test_the_file_says_what_was_calculated() -> None:
         "gpu-memory-utilization": 0.5,
         "kv-cache-dtype": "auto",
         "max-num-seqs": 6,
+        "max-num-batched-tokens": 8192,
         "enable-prefix-caching": True,
     }
     assert set(settings) == VLLM_FLAGS
@@ -129,8 +131,10 @@ def test_weights_with_a_kernel_are_served_as_dense_ones_are(bits: int) -> None:
     assert render(VLLM(), packed(num_bits=bits, strategy="channel", group_size=None)) == render(VLLM(), LLAMA_8B)
 
 
-def test_a_model_with_windows_gets_a_lower_bound() -> None:
-    assert "lower bound" in render(VLLM(), GPT_OSS_120B)[1]
+def test_a_model_with_windows_is_planned_in_the_groups_that_vllm_makes() -> None:
+    settings, text = render(VLLM(gpu_memory_gib=80, max_model_len=131072), GPT_OSS_120B, 60 * GIB)
+    assert "a sequence takes, of the group of 18 sliding layers, blocks for 16511 tokens at most, and 1 more" in text
+    assert settings["max-num-seqs"] == 2
 
 
 @pytest.mark.parametrize("wrong", [{"block_size": 17}, {"kv_cache_dtype": "fp9"}, {"calculate_kv_scales": True}])

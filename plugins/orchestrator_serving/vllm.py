@@ -1,18 +1,20 @@
 """vLLM: a file for ``vllm serve --config serving/vllm/vllm.yaml``, whose KV cache has been calculated.
 
-Written for vLLM 0.30 to 0.33. Only keys that all of these know are written (`calculate_kv_scales` is gone since 0.33:
-fp8 scales come from the checkpoint, else they are 1.0). Sizes are stated for one accelerator.
+Keys are checked against the flags that vLLM's own parser has (schemas/), the arithmetic follows its own
+(`vllm_layout`). `calculate_kv_scales` is gone since 0.33: fp8 scales come from the checkpoint, else they are 1.0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field
 
-from orchestrator.api import KVPlan, ModelShape, ServingEngine, SpecError, Stage
+from orchestrator.api import KVPlan, LayoutRule, ModelShape, ServingEngine, SpecError, Stage
+from orchestrator_serving.vllm_layout import VLLMLayout
 
 FILE_NAME = "vllm.yaml"
 LATENT_BLOCK_SIZE = 64
@@ -21,6 +23,25 @@ COMPUTE_DTYPES = ("bfloat16", "float16")
 # What vLLM's usual kernel for packed weights (Marlin) computes.
 WEIGHT_BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
+_SMALLEST_SCALED_HEAD = 32  # elements; of the kernels with a scale for each token and head
+_LATENT_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
+
+CacheType = Literal[
+    "auto",
+    "float16",
+    "bfloat16",
+    "fp8",
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "int8_per_token_head",
+    "fp8_per_token_head",
+    "int4_per_token_head",
+    "nvfp4",
+    "turboquant_k8v4",
+    "turboquant_4bit_nc",
+    "turboquant_k3v4_nc",
+    "turboquant_3bit_nc",
+]
 
 
 class VLLM(ServingEngine):
@@ -29,10 +50,19 @@ class VLLM(ServingEngine):
     stage: ClassVar = Stage.REGISTER
     name: ClassVar = "vllm"
     paper: ClassVar = "Kwon et al. 2023, arXiv:2309.06180 (paged KV cache)."
-    supported_versions: ClassVar = ">=0.30,<0.34"
+    supported_versions: ClassVar = ">=0.33,<0.34"
+    newest_version: ClassVar = "0.33.0"
+    cache_dtypes: ClassVar = (
+        "auto",
+        "fp8",
+        "int8_per_token_head",
+        "int4_per_token_head",
+        "nvfp4",
+        "turboquant_4bit_nc",
+    )
 
-    kv_cache_dtype: Literal["auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"] = Field(
-        "auto", description="Element type of the KV cache; 'auto' is the dtype the model is served in."
+    kv_cache_dtype: CacheType = Field(
+        "auto", description="Element type of the KV cache; 'auto' is the model's, fp8 where it brings scales for it."
     )
     block_size: Literal[16, 32, 64, 128] = Field(
         16, description="Tokens per KV-cache block; models with latent attention (MLA) need 64."
@@ -40,50 +70,128 @@ class VLLM(ServingEngine):
     max_num_seqs: int = Field(
         1024, ge=1, le=1024, description="Most sequences to run at once; the file gets fewer if fewer fit. Sequences."
     )
+    max_num_batched_tokens: int = Field(
+        8192, ge=16, le=2**20, description="Most tokens of one step; sliding windows keep twice as many. Tokens."
+    )
     prefix_caching: bool = Field(True, description="Keep and share the KV blocks of common prompt beginnings.")
+    extra_flags: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="Further flags of `vllm serve`, checked against its own parser's."
+    )
+
+    def layout_rule(self) -> LayoutRule:
+        """That of vLLM 0.33."""
+        return VLLMLayout(self.max_num_batched_tokens, self.prefix_caching)
 
     def render(self, shape: ModelShape, plan: KVPlan) -> Mapping[str, str]:
         """Return ``{"vllm.yaml": text}``. Raises `SpecError` for what vLLM would refuse or silently change."""
-        dtype = shape.serving_dtype
-        if dtype not in COMPUTE_DTYPES:
-            raise SpecError(f"vLLM does not serve a compressed model in {dtype}", remedy="save it in bfloat16")
-        if shape.is_latent and plan.block_size != LATENT_BLOCK_SIZE:
-            raise SpecError(
-                f"vLLM replaces a block_size of {plan.block_size} by {LATENT_BLOCK_SIZE} for latent attention, and the "
-                "calculation would be wrong",
-                remedy=f"set block_size: {LATENT_BLOCK_SIZE}",
-            )
         fitting = int(plan.max_concurrency)
-        settings: dict[str, Any] = {
-            "model": ".",
-            "dtype": dtype,
-            "max-model-len": plan.max_model_len,
-            "block-size": plan.block_size,
-            "gpu-memory-utilization": plan.memory_utilization,
-            "kv-cache-dtype": _cache_dtype(dtype, plan),
-            "max-num-seqs": max(1, min(self.max_num_seqs, fitting)),
-            "enable-prefix-caching": self.prefix_caching,
-        }
         notes = [
             f"For vLLM {self.supported_versions}. From the root of the release, where the model lies:",
-            f"    vllm serve --config serving/{self.name}/{FILE_NAME}",
+            f"    {self.command()}",
             "",
-            "How the KV cache was calculated (one accelerator, tensor parallelism 1):",
+            "How the KV cache was calculated (all numbers are of one accelerator):",
             *(f"  {step}" for step in plan.steps),
             f"  {fitting} whole sequences of {plan.max_model_len} tokens fit; max-num-seqs is at most "
             f"{self.max_num_seqs}",
             "",
-            "Assumed: weights take in memory what they take on disk, and activations and CUDA graphs what the",
-            "specification leaves them (activation_gib). vLLM measures both when it starts; compare its log line",
-            f"'GPU KV cache size' with {plan.kv_tokens} tokens.",
+            *self.notes(shape, plan),
         ]
-        if shape.dtype != dtype:
-            notes.append(f"The checkpoint is {shape.dtype}; vLLM computes in {dtype}, and keeps the KV cache in it.")
+        header = "".join(f"# {line}".rstrip() + "\n" for note in notes for line in _wrapped(note))
+        return {FILE_NAME: header + yaml.safe_dump(self.settings(shape, plan), sort_keys=False)}
+
+    def settings(self, shape: ModelShape, plan: KVPlan) -> dict[str, Any]:
+        """The flags of `vllm serve`, without dashes. Raises `SpecError` as `render` does."""
+        self._check(shape)
+        settings: dict[str, Any] = {
+            "model": ".",
+            "dtype": shape.serving_dtype,
+            "max-model-len": plan.max_model_len,
+            "block-size": self.block_size,
+            "gpu-memory-utilization": plan.memory_utilization,
+            "kv-cache-dtype": self._cache_dtype(shape),
+            "max-num-seqs": max(1, min(self.max_num_seqs, int(plan.max_concurrency))),
+            "max-num-batched-tokens": self.max_num_batched_tokens,
+            "enable-prefix-caching": self.prefix_caching,
+        }
+        if plan.tensor_parallel_size > 1:
+            settings["tensor-parallel-size"] = plan.tensor_parallel_size
+        for name, value in self.extra_flags.items():
+            flag = name.lstrip("-").replace("_", "-")
+            if flag in settings:
+                raise SpecError(
+                    f"extra_flags sets {flag}, which has a parameter of its own or follows from the plan",
+                    remedy="remove it from extra_flags",
+                )
+            settings[flag] = value
+        return settings
+
+    def command(self) -> str:
+        """``vllm serve`` with the file."""
+        return f"vllm serve --config serving/{self.name}/{FILE_NAME}"
+
+    def notes(self, shape: ModelShape, plan: KVPlan) -> Sequence[str]:
+        """What vLLM measures itself, and what not every device or kernel takes."""
+        notes = [
+            "vLLM measures activations and CUDA graphs when it starts. Compare its log line 'GPU KV cache size' with "
+            f"{plan.kv_tokens} tokens."
+        ]
+        if shape.dtype != shape.serving_dtype:
+            notes.append(
+                f"The checkpoint is {shape.dtype}; vLLM computes, and keeps the KV cache, in {shape.serving_dtype}."
+            )
         notes += _kernel_notes(shape)
-        if plan.element_dtype.startswith("fp8"):
-            notes.append("The checkpoint holds no fp8 KV scales: vLLM takes 1.0, which can cost accuracy. Measure it.")
-        header = "".join(f"# {note}".rstrip() + "\n" for note in notes)
-        return {FILE_NAME: header + yaml.safe_dump(settings, sort_keys=False)}
+        if plan.element_dtype in ("fp8", "fp8_e4m3", "fp8_e5m2"):
+            notes.append(
+                "fp8 scales of keys and values come from the checkpoint (quantize: kv_scales)."
+                if shape.kv_scales
+                else "The checkpoint holds no fp8 KV scales: vLLM takes 1.0, which can cost accuracy. Measure it, or "
+                "add `quantize: kv_scales`."
+            )
+        return notes
+
+    def _check(self, shape: ModelShape) -> None:
+        if shape.serving_dtype not in COMPUTE_DTYPES:
+            raise SpecError(
+                f"vLLM does not serve a compressed model in {shape.serving_dtype}", remedy="save it in bfloat16"
+            )
+        if shape.is_latent and self.block_size != LATENT_BLOCK_SIZE:
+            raise SpecError(
+                f"vLLM replaces a block_size of {self.block_size} by {LATENT_BLOCK_SIZE} for latent attention, and the "
+                "calculation would be wrong",
+                remedy=f"set block_size: {LATENT_BLOCK_SIZE}",
+            )
+        if shape.is_latent and self.kv_cache_dtype not in _LATENT_DTYPES:
+            raise SpecError(
+                f"vLLM has no kernel for latent attention with a KV cache in {self.kv_cache_dtype}",
+                remedy=f"one of {', '.join(_LATENT_DTYPES)}",
+            )
+        if self.kv_cache_dtype.endswith("per_token_head") and shape.head_dim < _SMALLEST_SCALED_HEAD:
+            raise SpecError(
+                f"vLLM's kernel for {self.kv_cache_dtype} takes heads of {_SMALLEST_SCALED_HEAD} elements or more, not "
+                f"{shape.head_dim}",
+                remedy="set kv_cache_dtype: auto or fp8",
+            )
+        if shape.kv_scales and self.kv_cache_dtype not in ("auto", "fp8", "fp8_e4m3"):
+            raise SpecError(
+                f"the checkpoint brings scales for an fp8 (e4m3) cache, which vLLM refuses in {self.kv_cache_dtype}",
+                remedy="set kv_cache_dtype: auto, or leave out `quantize: kv_scales`",
+            )
+
+    def _cache_dtype(self, shape: ModelShape) -> str:
+        """vLLM's name for the element type: it has none for a 16-bit cache other than 'auto'."""
+        if self.kv_cache_dtype not in ("float16", "bfloat16"):
+            return self.kv_cache_dtype
+        if self.kv_cache_dtype == shape.serving_dtype:
+            return "auto"
+        raise SpecError(
+            f"vLLM keeps the KV cache of this model in {shape.serving_dtype} or fp8, not in {self.kv_cache_dtype}",
+            remedy="set kv_cache_dtype: auto",
+        )
+
+
+def _wrapped(note: str) -> list[str]:
+    """A comment in lines of some hundred characters; what is indented already is left alone."""
+    return [note] if note.startswith(" ") or not note else textwrap.wrap(note, 110)
 
 
 def _kernel_notes(shape: ModelShape) -> list[str]:
@@ -96,32 +204,20 @@ def _kernel_notes(shape: ModelShape) -> list[str]:
     for scheme in shape.quantization:
         grouped = scheme.strategy == "group"
         if scheme.format == "float-quantized":
-            notes += [
-                "Weights and inputs in fp8: devices of compute capability 8.9 or more multiply them as they are; from",
-                "7.5 on vLLM computes with fp8 weights and unquantized inputs.",
-            ]
+            notes.append(
+                "Weights and inputs in fp8: devices of compute capability 8.9 or more multiply them as they are; from "
+                "7.5 on vLLM computes with fp8 weights and unquantized inputs."
+            )
         elif scheme.input_activations is not None:
-            notes += [
-                "Weights and inputs in int8: vLLM multiplies them on devices of compute capability 7.5 (Turing) to 9.x",
-                "and does not run them on later ones (Blackwell). Use fp8 there.",
-            ]
+            notes.append(
+                "Weights and inputs in int8: vLLM multiplies them on devices of compute capability 7.5 (Turing) to 9.x "
+                "and does not run them on later ones (Blackwell). Use fp8 there."
+            )
         elif scheme.num_bits not in WEIGHT_BITS or (grouped and scheme.group_size not in GROUP_SIZES):
             groups = f"groups of {scheme.group_size}" if grouped else "one group per channel"
-            notes += [
-                f"Weights of {scheme.num_bits} bits in {groups}: of the kernels in vLLM 0.33 only Humming takes them",
-                "(CUDA, installed beside vLLM). Every other one takes 4 or 8 bits, per channel or in groups of 32, 64",
-                "or 128.",
-            ]
+            notes.append(
+                f"Weights of {scheme.num_bits} bits in {groups}: of the kernels in vLLM 0.33 only Humming takes them "
+                "(CUDA, installed beside vLLM). Every other one takes 4 or 8 bits, per channel or in groups of 32, 64 "
+                "or 128."
+            )
     return notes
-
-
-def _cache_dtype(dtype: str, plan: KVPlan) -> str:
-    """Return vLLM's name for the plan's element type: it has none for a 16-bit cache other than 'auto'."""
-    if plan.element_dtype == dtype:
-        return "auto"
-    if plan.element_dtype.startswith("fp8"):
-        return plan.element_dtype
-    raise SpecError(
-        f"vLLM keeps the KV cache of this model in {dtype} or fp8, not in {plan.element_dtype}",
-        remedy="set kv_cache_dtype: auto",
-    )
