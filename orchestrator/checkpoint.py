@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.canonical import digest_of, file_sha256
 from orchestrator.errors import PreflightError
 from orchestrator.layers import is_embedding, is_router, stores_transposed
-from orchestrator.quantized import schemes_of
+from orchestrator.quantized import quantizes_weights, schemes_of
 from orchestrator.scheme import QuantScheme
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class Checkpoint:
     @property
     def is_quantized(self) -> bool:
         """Whether the weights are stored as packed integers."""
-        return self.config.get("quantization_config") is not None
+        return quantizes_weights(self.config)
 
     def schemes(self) -> dict[str, QuantScheme]:
         """Return the scheme of every quantized layer; {} for a dense model.

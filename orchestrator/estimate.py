@@ -16,10 +16,16 @@ from dataclasses import dataclass, replace
 
 from orchestrator.capture import BATCH_TOKENS, KEPT_BYTES
 from orchestrator.checkpoint import Checkpoint
-from orchestrator.export import Schemes, config_text, ignored_in, result_specs, schemes_by_layer
+from orchestrator.export import (
+    Schemes,
+    config_text,
+    ignored_in,
+    result_config,
+    result_specs,
+    schemes_by_layer,
+)
 from orchestrator.layer_method import InputMode, LayerMethod, MixedMethod, Needs, ScalingMethod
 from orchestrator.method import Evaluator
-from orchestrator.quantized import quantization_config
 from orchestrator.scheme import QuantScheme
 from orchestrator.sensitivity import LOGITS_AT_ONCE
 from orchestrator.shards import Shards
@@ -226,9 +232,7 @@ def _measuring(size: WalkSize) -> Work:
 def result_bytes(checkpoint: Checkpoint, scheme: Schemes, skip: Sequence[str]) -> int:
     """Bytes of the artifact that a layer method gives: exact but for the numbers that are reported of each layer."""
     schemes = schemes_by_layer(checkpoint, scheme, skip)
-    config = dict(checkpoint.config)
-    if schemes:
-        config["quantization_config"] = quantization_config(schemes, ignored_in(checkpoint, skip))
+    config = result_config(checkpoint, schemes, ignored_in(checkpoint, skip))
     report = sum(len(layer.name) + _LAYER_REPORT_BYTES for layer in checkpoint.block_layers())
     return model_bytes(checkpoint, schemes, config) + report
 

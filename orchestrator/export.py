@@ -18,9 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
+from orchestrator.kv_scales import (
+    DENSE_ENTRY,
+    has_kv_scales,
+    kv_scale_names,
+    read_kv_scales,
+    renumbered_scales,
+    scale_tensors,
+)
 from orchestrator.layers import ignored_layers, is_embedding, renumbered
 from orchestrator.packing import SCALE_SUFFIX, pack, packed_specs, unpack
-from orchestrator.quantized import quantization_config
+from orchestrator.quantized import quantization_entries
 from orchestrator.reader import FLOAT_DTYPES, TORCH_DTYPES, TensorReader, bytes_of
 from orchestrator.scheme import QuantScheme
 from orchestrator.shards import MAX_SHARD_BYTES, Shards, TensorSpec
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from orchestrator.kv_scales import KVScales
     from orchestrator.method import ModelResult
     from orchestrator.scheme import QuantizedWeight
 
@@ -118,16 +127,14 @@ class ModelWriter:
         if missing:
             raise StepError(f"{missing[0]} was not quantized ({len(missing)} layers in all)")
         shards = self._open()
+        scales = kv_scale_names(self.checkpoint)
         with TensorReader(self.checkpoint) as read:
             for name in self.checkpoint.tensors:
                 if name not in self._replaced:
                     for first, piece in read.chunks(name):
-                        shards.write_part(name, first, _cast(piece, self.checkpoint))
+                        shards.write_part(name, first, piece if name in scales else _cast(piece, self.checkpoint))
         shards.close()
-        config = dict(self.checkpoint.config)
-        if self.schemes:
-            config["quantization_config"] = quantization_config(self.schemes, self.ignored)
-        _write_rest(self.checkpoint, self.folder, config)
+        _write_rest(self.checkpoint, self.folder, result_config(self.checkpoint, self.schemes, self.ignored))
 
     def _open(self, scale_dtype: str | None = None) -> Shards:
         """Make the files when the first tensor comes; in a quantized model it tells the dtype of the scales."""
@@ -139,6 +146,16 @@ class ModelWriter:
                 shards.create()
                 self._shards = shards
             return self._shards
+
+
+def result_config(checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], ignored: Sequence[str]) -> dict[str, Any]:
+    """Return the config.json of a result whose layers are quantized by these schemes. Imports no torch."""
+    config = dict(checkpoint.config)
+    if schemes:
+        kv_scales = has_kv_scales(config)
+        config.pop(DENSE_ENTRY, None)
+        config |= quantization_entries(schemes, ignored, kv_scales=kv_scales)
+    return config
 
 
 def ignored_in(checkpoint: Checkpoint, skip: Sequence[str]) -> list[str]:
@@ -163,8 +180,9 @@ def result_specs(
     schemes: of quantized layers, by name. scale_dtype: of their scales; None: the checkpoint's.
     """
     specs = {}
+    scales = kv_scale_names(checkpoint)
     for name, info in checkpoint.tensors.items():
-        floating = info.dtype in FLOAT_DTYPES
+        floating = info.dtype in FLOAT_DTYPES and name not in scales
         specs[name] = TensorSpec(checkpoint.dtype_name if floating else TORCH_DTYPES[info.dtype], info.shape)
     for layer in checkpoint.block_layers():
         if layer.name in schemes:
@@ -189,20 +207,33 @@ def encodings_of(result: ModelResult, checkpoint: Checkpoint | None) -> Mapping[
         return {new: unpack(read, old, schemes[old]) for new, old in names.items()}
 
 
+def kv_scales_of(result: ModelResult, checkpoint: Checkpoint | None) -> KVScales:
+    """Return the scales of an fp8 KV cache that are stored with a result, by name of the attention.
+
+    checkpoint: the input of a method that keeps scales. If the method gives none, they are those of the input, in
+    blocks that may have other numbers now.
+    """
+    if result.kv_scales or checkpoint is None:
+        return result.kv_scales
+    return renumbered_scales(read_kv_scales(checkpoint), result.blocks)
+
+
 def save_model(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     folder: Path,
     *,
     encodings: Mapping[str, QuantizedWeight] | None = None,
+    kv_scales: KVScales | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model in the checkpoint's dtype, with the companions of `checkpoint`.
 
     encodings: by name, the layers that are stored on a grid instead of as the model holds them.
+    kv_scales: by name of the attention, scales of an fp8 KV cache, which are stored beside the weights.
     config.json is that of `checkpoint` with what the method changed in ``model.config``, and the quantization of
     `encodings`. Tied weights are written once. Raises `StepError` if the model holds packed weights, lacks a layer of
-    `encodings`, or holds numbers that are not finite.
+    `encodings` or a module of `kv_scales`, or holds numbers that are not finite.
     """
     from orchestrator.architectures import stored_state
 
@@ -227,7 +258,12 @@ def save_model(
             raise StepError(f"{name.rpartition('.')[0]} is still packed; a dense model was expected")
         if not _is_packed(name, encodings):
             state[name] = _cast(state[name].detach(), checkpoint)
-        specs[name] = TensorSpec(str(state[name].dtype).removeprefix("torch."), tuple(state[name].shape))
+        specs[name] = _spec_of(state[name])
+    for name, scale_1 in scale_tensors(kv_scales or {}).items():
+        attention = name.rpartition(".")[0]
+        if not any(other.startswith(f"{attention}.") for other in specs):
+            raise StepError(f"{attention} is given scales of its KV cache, but the model has no such module")
+        state[name], specs[name] = scale_1, _spec_of(scale_1)
     shards = Shards(folder, specs, max_bytes=max_shard_bytes)
     shards.create()
     for name in specs:
@@ -237,10 +273,13 @@ def save_model(
         shards.write(name, tensor.contiguous())
     shards.close()
     config = _changed_config(model, checkpoint)
-    if encodings:
-        schemes = {layer: weight.scheme for layer, weight in encodings.items()}
-        config["quantization_config"] = quantization_config(schemes, {*(linear - schemes.keys()), "lm_head"})
+    schemes = {layer: weight.scheme for layer, weight in (encodings or {}).items()}
+    config |= quantization_entries(schemes, {*(linear - schemes.keys()), "lm_head"}, kv_scales=bool(kv_scales))
     _write_rest(checkpoint, folder, config)
+
+
+def _spec_of(tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
 def _is_packed(name: str, encodings: Mapping[str, QuantizedWeight] | None) -> bool:
@@ -283,7 +322,8 @@ def _changed_config(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
     from orchestrator.model import load_config
 
     after = _plain(model.config)
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    own = {"quantization_config", DENSE_ENTRY}
+    config = {key: value for key, value in checkpoint.config.items() if key not in own}
     changes = _differing(after, _plain(load_config(checkpoint)))
     for other, name in model.config.attribute_map.items():  # another name of a changed entry would contradict it
         if name in changes:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.canonical import canonical_json
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
+from orchestrator.kv_scales import check_kv_scales, read_kv_scales, renumbered_scales
 from orchestrator.layers import is_skipped, renumbered
 from orchestrator.packing import unpack
 from orchestrator.quantized import MIXED_FORMAT
@@ -44,7 +45,8 @@ def check_artifact(
     kept: the invariants of `before` that must survive, as this function returned them for it; {} if there are none.
     claims: what the step says it made: ``{"zeros": {"pattern": "2:4", "skip": [...]}}`` after pruning (every linear
         layer in a block but the skipped ones must then be pruned, and keep to the pattern if it is N:M), ``{"grid":
-        {...}}`` after quantizing (with the scheme's fields that must be found).
+        {...}}`` after quantizing (with the scheme's fields that must be found), ``{"kv_scales": {}}`` after measuring
+        the scales of a KV cache.
     blocks: of a step that removes decoder blocks, those of `before` that are left: block i of `after` is compared with
         block ``blocks[i]`` of `before`.
 
@@ -53,8 +55,10 @@ def check_artifact(
         pruned layer has as many zeros) or None; `layers`: number of pruned layers.
     grid: the scheme in the words of compressed-tensors, and its `format`; of several the `schemes`, each with the
         number of its `layers`.
+    kv_scales: the scheme of the KV cache in the words of compressed-tensors, and the number of `layers` with scales.
 
-    Raises `StepError` when a zero was lost, a pattern or the grid does not hold, or a number is not finite.
+    Raises `StepError` when a zero was lost, a pattern or the grid does not hold, scales are missing, changed or stale,
+    or a number is not finite.
     """
     claims = claims or {}
     with TensorReader(before) as read_before, TensorReader(after) as read_after:
@@ -70,7 +74,10 @@ def check_artifact(
             zeros = _check_kept_zeros(_Weights(before, read_before), weights, kept["zeros"], blocks)
         if grid is None or "zeros" in claims:  # the zeros of a grid are otherwise no mask that anybody meant
             zeros = _find_zeros(weights, claims.get("zeros")) or zeros
-    return {name: fact for name, fact in (("zeros", zeros), ("grid", grid)) if fact is not None}
+    scales = renumbered_scales(read_kv_scales(before), blocks) if "kv_scales" in kept else None
+    kv_scales = check_kv_scales(after, scales, claimed="kv_scales" in claims)
+    facts = {"zeros": zeros, "grid": grid, "kv_scales": kv_scales}
+    return {name: fact for name, fact in facts.items() if fact is not None}
 
 
 class _Weights:

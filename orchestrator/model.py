@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import PreflightError
 from orchestrator.interrupts import interrupts_later
+from orchestrator.kv_scales import kv_scale_names
 from orchestrator.packing import unpack
 from orchestrator.quantized import schemes_of
 from orchestrator.reader import TensorReader
@@ -39,6 +40,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None) -
     scales, and cast to `dtype`; where its scheme says so, its linear layers quantize their inputs, with scales in
     float32 as in kernels (compressed-tensors: in the model's dtype). In the dtype of the scales the logits are
     otherwise those of ``AutoModelForCausalLM.from_pretrained(folder)``. Other quantizations are left to Transformers.
+    Scales of a KV cache are for engines; they do not change the model.
 
     Raises `PreflightError` for an architecture Transformers does not know, for missing or misshapen tensors (which
     Transformers would fill with random numbers) and for unreadable files.
@@ -48,7 +50,9 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None) -
     weights = checkpoint.weight_files  # refuses pickles and missing files before Transformers looks for them
     options: dict[str, Any] = {} if config is None else {"config": config}
     folder: Path | None = checkpoint.path
-    schemes = schemes_of(checkpoint.config, checkpoint.tensors) if checkpoint.is_quantized else None
+    schemes = None
+    if checkpoint.config.get("quantization_config") is not None:
+        schemes = schemes_of(checkpoint.config, checkpoint.tensors)
     try:
         with quiet():
             kind: Any = AutoModelForCausalLM
@@ -89,12 +93,13 @@ def _dense_config(checkpoint: Checkpoint, config: Any) -> Any:
 
 
 def _decompressed(checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme]) -> dict[str, torch.Tensor]:
-    """Return all stored tensors, with plain weights for packed ones."""
+    """Return all stored tensors, with plain weights for packed ones, but for the scales of an engine's cache."""
     state: dict[str, torch.Tensor] = {}
+    scales = kv_scale_names(checkpoint)
     with TensorReader(checkpoint) as read:
         for name in checkpoint.tensors:
             layer, _, part = name.rpartition(".")
-            if layer not in schemes or part == "bias":
+            if name not in scales and (layer not in schemes or part == "bias"):
                 state[name] = read(name)
         for layer, scheme in schemes.items():
             quantized = unpack(read, layer, scheme)

@@ -9,18 +9,45 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from orchestrator.kv_scales import DENSE_ENTRY, KV_CACHE_SCHEME, has_kv_scales
 from orchestrator.packing import PACKED, SCALE_SUFFIX, check_scheme
 from orchestrator.scheme import InputScheme, QuantScheme
 
 MIXED_FORMAT = "mixed-precision"
+COMPRESSED_TENSORS = "compressed-tensors"
 
 
-def quantization_config(schemes: Mapping[str, QuantScheme], ignored: Collection[str]) -> dict[str, Any]:
+def quantization_entries(
+    schemes: Mapping[str, QuantScheme], ignored: Collection[str], *, kv_scales: bool = False
+) -> dict[str, Any]:
+    """Return what config.json says of quantization: of layers, by scheme, and of the KV cache; {} for neither.
+
+    Scales of a KV cache are for engines; stock Transformers is to load and compute as without them. Beside dense
+    weights they are declared as `compression_config`, which vLLM and SGLang read where there is no
+    `quantization_config`: that one would make Transformers ask for compressed-tensors to load plain weights, and fail
+    on the experts of a mixture (5.24).
+    """
+    if schemes:
+        return {"quantization_config": quantization_config(schemes, ignored, kv_scales=kv_scales)}
+    if not kv_scales:
+        return {}
+    entry = {"quant_method": COMPRESSED_TENSORS, "format": "dense", "config_groups": {}, "ignore": []}
+    return {DENSE_ENTRY: {**entry, "kv_cache_scheme": dict(KV_CACHE_SCHEME)}}
+
+
+def quantization_config(
+    schemes: Mapping[str, QuantScheme], ignored: Collection[str], *, kv_scales: bool = False
+) -> dict[str, Any]:
     """Return the `quantization_config` entry of config.json. schemes: by layer.
 
     ``dequantize`` makes Transformers decompress while it loads; engines that keep weights packed ignore it. It is asked
     for where it gives the right weights (Transformers 5.24 with compressed-tensors 0.20): without it a packed zero
     point does not load at all, with it all layers are decompressed by the first scheme, and no input is quantized.
+
+    kv_scales: whether the checkpoint holds scales of an fp8 KV cache. With ``dequantize`` Transformers ignores them.
+    Without, compressed-tensors has it round its own keys and values wherever attention takes `past_key_values` (before
+    Transformers 5.24). So such an entry holds itself once more without `kv_cache_scheme`: Transformers reads what is
+    nested under the name of the entry, engines what is outside.
     """
     layers: dict[QuantScheme, list[str]] = {}
     for name in sorted(schemes):
@@ -37,15 +64,27 @@ def quantization_config(schemes: Mapping[str, QuantScheme], ignored: Collection[
         }
         for index, scheme in enumerate(order)
     }
-    alone = len(order) == 1 and order[0].format == PACKED
-    return {
-        "quant_method": "compressed-tensors",
+    dequantize = len(order) == 1 and order[0].format == PACKED
+    entry = {
+        "quant_method": COMPRESSED_TENSORS,
         "format": formats.pop() if len(formats) == 1 else MIXED_FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(ignored),
-        **({"dequantize": True} if alone else {}),
+        **({"dequantize": True} if dequantize else {}),
     }
+    if not kv_scales:
+        return entry
+    nested = {} if dequantize else {"quantization_config": dict(entry)}
+    return {**entry, "kv_cache_scheme": dict(KV_CACHE_SCHEME), **nested}
+
+
+def quantizes_weights(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json speaks of quantized weights, and not only of scales of a KV cache beside dense ones."""
+    entry = config.get("quantization_config")
+    if entry is None or not has_kv_scales(config):
+        return entry is not None
+    return bool(entry.get("config_groups")) or entry.get("quant_method") != COMPRESSED_TENSORS
 
 
 def schemes_of(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, QuantScheme] | None:
@@ -54,7 +93,7 @@ def schemes_of(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Q
     None for a quantization other than what `quantization_config` writes: other formats, quantized outputs, groups of
     layers that overlap.
     """
-    if config.get("quantization_config") is None:
+    if not quantizes_weights(config):
         return {}
     groups = read_groups(config)
     if groups is None:
@@ -72,7 +111,7 @@ def read_groups(config: Mapping[str, Any]) -> list[tuple[list[str], QuantScheme]
     """Return targets and scheme of every group of a config.json, or None if they are not ones that we write."""
     entry = config.get("quantization_config") or {}
     groups = entry.get("config_groups")
-    if entry.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict) or not groups:
+    if entry.get("quant_method") != COMPRESSED_TENSORS or not isinstance(groups, dict) or not groups:
         return None
     if entry.get("sparsity_config"):
         return None

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.blocks import decoder_blocks
 from orchestrator.errors import PreflightError
+from orchestrator.kv_scales import kv_scale_names
 from orchestrator.layers import is_router, unsupported
 from orchestrator.model import COPY_AGAIN, load_config, quiet
 from orchestrator.reader import TensorReader
@@ -240,7 +241,8 @@ class Skeleton:
 
     def _check_names(self) -> None:
         """Refuse a checkpoint whose tensors are not, name by name and shape by shape, those of the modules."""
-        stored = {name: info.shape for name, info in self.checkpoint.tensors.items()}
+        scales = kv_scale_names(self.checkpoint)
+        stored = {name: info.shape for name, info in self.checkpoint.tensors.items() if name not in scales}
         wanted = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         for layer in self._transposed:
             wanted[f"{layer}.weight"] = wanted[f"{layer}.weight"][::-1]

@@ -158,18 +158,25 @@ def _part(progress: Callable[[float, str], None], begin: float, end: float) -> C
 
 
 def _change_model(step: Step, method: ModelMethod, inputs: StepInputs, folder: Path) -> StepFacts:
-    from orchestrator.export import encodings_of, save_model
+    from orchestrator.export import encodings_of, kv_scales_of, save_model
     from orchestrator.invariants import check_artifact
 
     context = inputs.context()
     method.prepare(context)
     result = method.apply(inputs.model.load(), context)
-    kept = inputs.model if Invariant.GRID in method.keeps else None
-    save_model(result.model, inputs.model, folder, encodings=encodings_of(result, kept))
+    grid, scales = (inputs.model if kept in method.keeps else None for kept in (Invariant.GRID, Invariant.KV_SCALES))
+    save_model(
+        result.model,
+        inputs.model,
+        folder,
+        encodings=encodings_of(result, grid),
+        kv_scales=kv_scales_of(result, scales),
+    )
     _write_curves(result.curves, folder)
     changed = Checkpoint(folder)
     check_foreseen(step.gives, changed, result.blocks)
-    invariants = check_artifact(inputs.model, changed, kept=inputs.invariants, blocks=result.blocks)
+    claims: dict[str, Any] = {"kv_scales": {}} if Invariant.KV_SCALES in method.provides else {}
+    invariants = check_artifact(inputs.model, changed, kept=inputs.invariants, claims=claims, blocks=result.blocks)
     return StepFacts("model", finite(method.name, result.metrics), invariants)
 
 

@@ -42,6 +42,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "quantize awq": {"group_size": 32},
     "quantize smoothquant": {"activations": "static"},
     "quantize fp8": {},
+    "quantize kv_scales": {},
     "quantize mixed": {"bits_per_weight": 5.5, "num_bits": [2, 4, 8], "group_size": 32},
 }
 

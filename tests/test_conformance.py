@@ -66,6 +66,7 @@ FIRST_PARTY: dict[str, list[dict[str, object]]] = {
         {"budget": "1MB", "num_bits": [3, 8], "group_size": None, "rounding": "rtn"},
     ],
     "quantize fp8": [{}, {"scale_dtype": "float32"}],
+    "quantize kv_scales": [{}],
     "quantize hqq": [{}, {"num_bits": 3, "group_size": 32, "symmetric": True, "scale_dtype": "float16"}],
     "validate perplexity": [_WINDOWS],
     "validate fidelity": [_WINDOWS],

@@ -16,7 +16,7 @@ from orchestrator.conformance.bits import same_bytes
 from orchestrator.conformance.findings import Findings
 from orchestrator.conformance.laboratory import Laboratory
 from orchestrator.conformance.surroundings import left_alone
-from orchestrator.export import encodings_of, save_model
+from orchestrator.export import encodings_of, kv_scales_of, save_model
 from orchestrator.foreseen import ask, check_foreseen, foresee_model
 from orchestrator.invariants import check_artifact
 from orchestrator.method import Invariant, ModelMethod, ModelResult
@@ -102,7 +102,9 @@ def _check_saved(
     shutil.rmtree(folder, ignore_errors=True)
     with findings.attempt("M2 saves", "saving and loading the result of `apply`"):
         kept = student if Invariant.GRID in method.keeps else None
-        save_model(result.model, student, folder, encodings=encodings_of(result, kept))
+        save_model(
+            result.model, student, folder, encodings=encodings_of(result, kept), kv_scales=kv_scales_of(result, None)
+        )
         expected_BTV, actual_BTV = _logits(result.model), _logits(Checkpoint(folder).load())
         finite = bool(expected_BTV.isfinite().all())
         if findings.expect("M2 saves", finite, "the logits of the result are not finite; keep the update small"):
@@ -130,7 +132,8 @@ def _check_invariants(
         kept["grid"] = {}
     elif Invariant.ZEROS in method.keeps:
         kept["zeros"] = {"pattern": "2:4"}
-    claims: dict[str, dict[str, str]] | None = {"zeros": {}} if Invariant.ZEROS in method.provides else None
+    claimed = method.provides & {Invariant.ZEROS, Invariant.KV_SCALES}
+    claims: dict[str, dict[str, str]] = {invariant.value: {} for invariant in claimed}
     remedy = "hold what `keeps` and `provides` claim (a mask after every update), or do not claim it"
     with findings.attempt("M3 keeps what it claims", f"holding the saved model against its claims ({remedy})"):
         check_artifact(student, Checkpoint(folder), kept, claims=claims, blocks=blocks)

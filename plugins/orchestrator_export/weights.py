@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.api import Checkpoint, QuantizedWeight, QuantScheme, TensorReader, unpack
+from orchestrator.api import Checkpoint, QuantizedWeight, QuantScheme, TensorReader, kv_scale_names, unpack
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,13 +21,16 @@ _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", 
 
 
 class Weights:
-    """Reads tensors one at a time. Raises `PreflightError` for a quantization that this project does not read."""
+    """Reads tensors one at a time. Raises `PreflightError` for a quantization that this project does not read.
+
+    Scales of an fp8 KV cache are left out: GGUF has no place for them, and llama.cpp no such cache.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._stack = ExitStack()
         self._read = self._stack.enter_context(TensorReader(checkpoint))
         layers = checkpoint.schemes()
-        parts = {f"{layer}.{part}" for layer in layers for part in _PARTS}
+        parts = {f"{layer}.{part}" for layer in layers for part in _PARTS} | kv_scale_names(checkpoint)
         self.shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name not in parts}
         for layer in layers:
             if f"{layer}.weight_shape" in checkpoint.tensors:
