@@ -4,9 +4,9 @@ It needs no network, no GPU and no test framework: everything it uses is made on
 it in a test for every kind of parameters that makes the method take another path.
 
 Checks have a number and a name: `C` for every kind, `L` for a LayerMethod, `M` ModelMethod, `S` Calibrator (sample),
-`E` Evaluator, `P` Publisher, `V` ServingEngine (serve), `F` ExportFormat. `CHECKS` says what each one
-asks. None is optional: also a plugin that nobody asked for is imported whenever a plan is made, so it must not import
-torch (C6).
+`E` Evaluator, `K` CachePolicy (keep), `P` Publisher, `V` ServingEngine (serve), `F` ExportFormat. `CHECKS` says what
+each one asks. None is optional: also a plugin that nobody asked for is imported whenever a plan is made, so it must not
+import torch (C6).
 
 Where a method wants a text file, give it `SAMPLE_TEXT`; a file of your own is used as it is. A Publisher without a
 `uri` publishes to a temporary folder.
@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TypeVar
 
+from orchestrator.cache_policy import CachePolicy
 from orchestrator.conformance.findings import CHECKS, Findings
 from orchestrator.conformance.laboratory import Laboratory
 from orchestrator.export_format import ExportFormat
@@ -85,6 +86,10 @@ def _check_kind(method: Method, laboratory: Laboratory, findings: Findings) -> N
         from orchestrator.conformance.evaluator import check_evaluator
 
         check_evaluator(method, laboratory, findings)
+    elif isinstance(method, CachePolicy):
+        from orchestrator.conformance.cache_policy import check_cache_policy
+
+        check_cache_policy(method, laboratory, findings)
     elif isinstance(method, Publisher):
         from orchestrator.conformance.publisher import check_publisher
 

@@ -9,7 +9,7 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.conformance.findings import Findings
 from orchestrator.conformance.laboratory import Laboratory
 from orchestrator.conformance.surroundings import left_alone
-from orchestrator.method import Evaluator
+from orchestrator.method import Evaluator, Measured
 
 # A metric with one of these in its name is of the machine, not of the model, and differs from run to run.
 NOISY = ("second", "memory", "time", "latency", "speed", "throughput")
@@ -17,7 +17,7 @@ TWIN = "dense_"
 
 
 def check_evaluator(method: Evaluator, laboratory: Laboratory, findings: Findings) -> None:
-    """The checks E1 to E4, C7 and C8."""
+    """The checks E1 to E5, C7 and C8."""
     first = _measure(method, laboratory.pruned, laboratory, 0, findings)
     if first is None:
         return
@@ -52,6 +52,9 @@ def _measure(
         measured = method.measure(candidate, laboratory.dense, context)
     if findings.failed("E1 runs"):
         return None
+    if isinstance(measured, Measured):
+        _check_curves(measured, findings)
+        measured = measured.metrics
     if not isinstance(measured, Mapping):
         findings.fail("E1 runs", f"`measure` returned {type(measured).__name__}; return a dict of name to number")
         return None
@@ -66,6 +69,18 @@ def _measure(
     for name in bad:
         findings.fail("E3 finite", f"{name} is {measured[name]!r}; return a finite int or float, or raise StepError")
     return None if missing or bad else measured
+
+
+def _check_curves(measured: Measured, findings: Findings) -> None:
+    for name, curve in measured.curves.items():
+        places = [place for place, _ in curve]
+        findings.expect(
+            "E5 curves",
+            all(type(place) is int for place in places) and places == sorted(set(places)),
+            f"the places of the curve {name} are not whole numbers that rise",
+        )
+        bad = [place for place, value in curve if not _finite(value)]
+        findings.expect("E5 curves", not bad, f"the curve {name} is not finite at {bad[:3]}")
 
 
 def _finite(value: object) -> bool:

@@ -28,6 +28,7 @@ def main() -> None:
 
 
 def _plan(request: dict[str, Any]) -> None:
+    from orchestrator.cache_policy import CachePolicy
     from orchestrator.checkpoint import Checkpoint, LayerShape
     from orchestrator.errors import OrchestratorError, SpecError
     from orchestrator.export_format import ExportFacts, ExportFormat
@@ -59,6 +60,11 @@ def _plan(request: dict[str, Any]) -> None:
     elif isinstance(method, ServingEngine):
         shape = ModelShape.from_config(model.config)
         method.render(shape, method.plan(shape, 0))
+    elif isinstance(method, CachePolicy):
+        method.reach_tokens()
+        method.planned_bytes(ModelShape.from_config(model.config), 100)
+        with contextlib.suppress(OrchestratorError):  # it may refuse this model
+            method.check_model(model.config)
     elif isinstance(method, ExportFormat):
         method.check(ExportFacts(model, frozenset(), {}))
 
