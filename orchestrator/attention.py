@@ -104,6 +104,7 @@ STATING_FAMILIES = frozenset(
     }
 )
 MLA_FAMILIES = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite"})
+_PLAIN = frozenset({"gpt2", "gpt_neox", "opt"})  # one KV head for each attention head, whatever the file says
 FAMILIES = DIVIDING_FAMILIES | STATING_FAMILIES | MLA_FAMILIES
 # Other names of the same entries.
 _ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -273,7 +274,7 @@ def _caches(config: Mapping[str, Any], family: str, num_layers: int) -> tuple[La
     heads = _count(config, "num_attention_heads")
     kv_heads = _kv_heads(config, family, heads)
     by_division = _count(config, "hidden_size") // heads if family in DIVIDING_FAMILIES else None
-    if family in ("gpt2", "gpt_bigcode", "gpt_neox", "opt", "falcon"):  # a head_dim there would mean nothing
+    if family in _PLAIN or family in ("gpt_bigcode", "falcon"):  # a head_dim there would mean nothing
         head_dim = by_division or 0
     else:
         head_dim = _count(config, "head_dim", by_division)
@@ -290,6 +291,8 @@ def _caches(config: Mapping[str, Any], family: str, num_layers: int) -> tuple[La
 
 
 def _kv_heads(config: Mapping[str, Any], family: str, heads: int) -> int:
+    if family in _PLAIN:
+        return heads
     if family == "gpt_bigcode":
         return 1 if config.get("multi_query", True) else heads
     if family == "falcon" and not config.get("new_decoder_architecture"):

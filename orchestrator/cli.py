@@ -6,18 +6,19 @@ of this program.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestrator import cli_serving
+from orchestrator.cli_output import print_json, print_text, results_only, say
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+cli_serving.add_to(app)
+
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="The specification, a YAML file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 LocalOption = Annotated[bool, typer.Option("--local", help="Run in this process, without Prefect.")]
@@ -49,45 +52,18 @@ def main() -> None:
         app(standalone_mode=True)
     except OrchestratorError as error:
         for problem in error.problems:
-            _say(f"error: {problem}")
+            say(f"error: {problem}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:  # outside of a run, which says more
-        _say("interrupted")
+        say("interrupted")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who reads us has gone: no complaint when stdout is flushed
         sys.exit(0)
     except Exception:
-        _say(f"This is a fault of compression-orchestrator {version('compression-orchestrator')}, please report it:")
-        _say(traceback.format_exc())
+        say(f"This is a fault of compression-orchestrator {version('compression-orchestrator')}, please report it:")
+        say(traceback.format_exc())
         sys.exit(1)
-
-
-_results: list[int] = []  # descriptor of the real stdout, while a command runs
-Command = TypeVar("Command", bound=Callable[..., None])
-
-
-def _results_only(command: Command) -> Command:
-    """While the command runs, let only `_print` and `_print_json` reach stdout.
-
-    What libraries, plugins and child processes print goes to stderr.
-    """
-
-    @functools.wraps(command)
-    def run_it(*arguments: Any, **options: Any) -> None:
-        sys.stdout.flush()
-        real = os.dup(1)
-        os.dup2(2, 1)
-        _results.append(real)
-        try:
-            command(*arguments, **options)
-        finally:
-            _results.pop()
-            sys.stdout.flush()
-            os.dup2(real, 1)
-            os.close(real)
-
-    return cast("Command", run_it)
 
 
 @app.callback(invoke_without_command=True)
@@ -95,12 +71,12 @@ def _root(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if show_version:
-        _print(version("compression-orchestrator"))
+        print_text(version("compression-orchestrator"))
         raise typer.Exit
 
 
 @app.command()
-@_results_only
+@results_only
 def quickstart(local: LocalOption = False, as_json: JsonOption = False) -> None:
     """Run the whole chain on a small model that comes along, offline."""
     from orchestrator.home import Settings
@@ -112,7 +88,7 @@ def quickstart(local: LocalOption = False, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-@_results_only
+@results_only
 def run(spec: SpecArgument, local: LocalOption = False, as_json: JsonOption = False) -> None:
     """Run a specification; steps whose results are in the store are not computed again."""
     from orchestrator.home import Settings
@@ -122,7 +98,7 @@ def run(spec: SpecArgument, local: LocalOption = False, as_json: JsonOption = Fa
 
 
 @app.command()
-@_results_only
+@results_only
 def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
     """Check a specification; show its steps, and which are cached or why not."""
     from orchestrator.artifact import ArtifactStore
@@ -141,7 +117,7 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
     estimates = foresee(made, settings.home, known)
     remember_fit(settings.home, check_fit(made, known, settings.home, apart=True))
     if as_json:
-        _print_json(
+        print_json(
             {
                 "name": made.name,
                 "model": {"path": str(made.source.path), "digest": made.source_digest},
@@ -160,16 +136,16 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
             }
         )
         return
-    _print(f"{made.name}: {made.source.path} ({made.source_digest[:12]})")
+    print_text(f"{made.name}: {made.source.path} ({made.source_digest[:12]})")
     for step, status, estimate in zip(made.steps, found, estimates, strict=True):
         state = f"cached, artifact {status.artifact.digest[:12]}" if status.artifact else f"to do: {status.why}"
         if not status.artifact:
             state += f"; about {foreseen(estimate.as_dict())}"
-        _print(f"{step.index + 1:>3}  {step.label:<22} {step.fingerprint[:12]}  {state}")
+        print_text(f"{step.index + 1:>3}  {step.label:<22} {step.fingerprint[:12]}  {state}")
 
 
 @app.command()
-@_results_only
+@results_only
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show the parameters of this method.")] = None,
     as_json: JsonOption = False,
@@ -180,15 +156,15 @@ def methods(
 
     found = discover()
     if as_json:
-        _print_json(as_document(found, name))
+        print_json(as_document(found, name))
     elif name:
-        _print(show_method(found, name))
+        print_text(show_method(found, name))
     else:
-        _print(list_methods(found))
+        print_text(list_methods(found))
 
 
 @app.command()
-@_results_only
+@results_only
 def show(
     reference: Annotated[
         str, typer.Argument(metavar="REF", help="A digest, a unique prefix of one, a path, or models:/NAME@ALIAS.")
@@ -197,39 +173,40 @@ def show(
 ) -> None:
     """Show an artifact: how it was made, its metrics, invariants and files."""
     from orchestrator.home import Settings
+    from orchestrator.lookup import find_artifact
     from orchestrator.report import shown
     from orchestrator.zeros import zeros_of
 
     settings = Settings.from_environment()
-    artifact, registered = _find(reference, settings)
+    artifact, registered = find_artifact(reference, settings)
     manifest = artifact.manifest
     if as_json:
-        _print_json({**_reference(artifact), "registered": registered, "manifest": manifest})
+        print_json({**_reference(artifact), "registered": registered, "manifest": manifest})
         return
-    _print(f"{manifest['stage']} {manifest['method']}  {artifact.digest}")
-    _print(f"  path         {artifact.path}")
+    print_text(f"{manifest['stage']} {manifest['method']}  {artifact.digest}")
+    print_text(f"  path         {artifact.path}")
     for key, value in (registered or {}).items():
-        _print(f"  {key:<12} {value}")
-    _print(f"  fingerprint  {manifest['fingerprint']}")
+        print_text(f"  {key:<12} {value}")
+    print_text(f"  fingerprint  {manifest['fingerprint']}")
     for role, digest in manifest["inputs"].items():
-        _print(f"  made from    {role} {digest}")
+        print_text(f"  made from    {role} {digest}")
     note = zeros_of(artifact) if manifest["kind"] == "model" else None
     if note:
-        _print(f"  zeros        {note}")
+        print_text(f"  zeros        {note}")
     for title in ("parameters", "invariants", "metrics"):
         values = manifest["identity"]["parameters"] if title == "parameters" else manifest[title]
         if values:
-            _print(f"  {title}")
+            print_text(f"  {title}")
             for key, value in values.items():
                 text = shown(key, value) if title == "metrics" else json.dumps(value)
-                _print(f"    {key:<28} {text}")
-    _print(f"  files        {len(manifest['files'])}, {shown('bytes', artifact.bytes)}")
+                print_text(f"    {key:<28} {text}")
+    print_text(f"  files        {len(manifest['files'])}, {shown('bytes', artifact.bytes)}")
     for key, entry in manifest["files"].items():
-        _print(f"    {entry['sha256'][:12]}  {entry['bytes']:>12,}  {key}")
+        print_text(f"    {entry['sha256'][:12]}  {entry['bytes']:>12,}  {key}")
 
 
 @app.command()
-@_results_only
+@results_only
 def pull(
     uri: Annotated[str, typer.Argument(metavar="URI", help="The address of a release, or models:/NAME@ALIAS.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it; must not exist or be empty.")],
@@ -248,25 +225,11 @@ def pull(
         raise SpecError(f"{uri!r} is no release address", remedy="it looks like s3://BUCKET/PREFIX/NAME/DIGEST")
     release = open_store(root).fetch(f"{pipeline}/{name}", folder)
     if as_json:
-        _print_json({"uri": release.uri, "digest": release.digest, "path": str(folder.absolute())})
+        print_json({"uri": release.uri, "digest": release.digest, "path": str(folder.absolute())})
     else:
-        _print(f"{release.uri} -> {folder}: {len(release.files)} files, every byte verified ({release.digest[:12]})")
-
-
-def _find(reference: str, settings: Settings) -> tuple[Artifact, dict[str, str] | None]:
-    from orchestrator.artifact import ArtifactStore
-
-    store = ArtifactStore(settings.home)
-    if not reference.startswith("models:/"):
-        return store.find(reference), None
-    from orchestrator.registry import ModelRegistry
-
-    registered = ModelRegistry(settings.tracking_uri).resolve(reference)
-    facts = {"name": registered.name, "version": registered.version, "release": registered.source}
-    digest = registered.tags.get("orchestrator.artifact")
-    if digest is None:
-        raise SpecError(f"{reference} was not registered by this program", remedy="give a digest or a path")
-    return store.find(digest), facts
+        print_text(
+            f"{release.uri} -> {folder}: {len(release.files)} files, every byte verified ({release.digest[:12]})"
+        )
 
 
 def _run(spec: Path, settings: Settings, local: bool, as_json: bool) -> None:
@@ -286,13 +249,13 @@ def _run(spec: Path, settings: Settings, local: bool, as_json: bool) -> None:
         except (OrchestratorError, KeyboardInterrupt) as error:
             if as_json:
                 failed = {"run": observer.run_id, "steps": observer.outcomes, "release": None}
-                _print_json({**failed, "error": _as_document(error)})
+                print_json({**failed, "error": _as_document(error)})
             if isinstance(error, KeyboardInterrupt):
                 observer.note("interrupted; finished steps are kept, run again to go on")
                 raise typer.Exit(INTERRUPTED) from None
             raise
     if as_json:
-        _print_json(document)
+        print_json(document)
     else:
         _print_result(document, settings)
 
@@ -328,20 +291,20 @@ def _print_result(document: Mapping[str, Any], settings: Settings) -> None:
             table.add_row(name, shown(row.name, row.dense), shown(row.name, row.compressed), shown("ratio", row.ratio))
         with console.capture() as drawn:
             console.print(table)
-        _print(drawn.get().rstrip("\n"))
+        print_text(drawn.get().rstrip("\n"))
     models = [step for step in document["steps"] if step["stage"] in ("prune", "distill", "quantize")]
     if models:
-        _print(f"model     {models[-1]['artifact']['path']}")
+        print_text(f"model     {models[-1]['artifact']['path']}")
         if "zeros" in models[-1]:
-            _print(f"zeros     {models[-1]['zeros']}")
+            print_text(f"zeros     {models[-1]['zeros']}")
     release = document["release"]
     if release:
         alias = f" @{release['alias']}" if release.get("alias") else ""
-        _print(f"release   {release['uri']}")
-        _print(f"registry  models:/{release['model_name']}/{release['model_version']}{alias}")
+        print_text(f"release   {release['uri']}")
+        print_text(f"registry  models:/{release['model_name']}/{release['model_version']}{alias}")
     run = f", run {document['mlflow_run']}" if document["mlflow_run"] else ""
-    _print(f"tracking  {settings.public_tracking_uri}{run}")
-    _print(f"journal   {settings.home / 'runs' / document['run']}.jsonl")
+    print_text(f"tracking  {settings.public_tracking_uri}{run}")
+    print_text(f"journal   {settings.home / 'runs' / document['run']}.jsonl")
 
 
 def _console() -> Console:
@@ -352,16 +315,3 @@ def _console() -> Console:
 
 def _reference(artifact: Artifact) -> dict[str, str]:
     return {"digest": artifact.digest, "path": str(artifact.path)}
-
-
-def _print(text: str) -> None:
-    with os.fdopen(os.dup(_results[-1] if _results else 1), "w", encoding="utf-8") as stdout:
-        stdout.write(text + "\n")
-
-
-def _print_json(document: Mapping[str, Any]) -> None:
-    _print(json.dumps(document, indent=2, allow_nan=False))
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)

@@ -44,8 +44,11 @@ SOURCE = -1  # stands for the source model where an input is the index of a step
 _SHOWING = (
     "catalogue.py",
     "cli.py",
+    "cli_output.py",
+    "cli_serving.py",
     "conformance",
     "interrupts.py",
+    "lookup.py",
     "progress.py",
     "quickstart",
     "report.py",

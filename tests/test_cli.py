@@ -76,6 +76,17 @@ def test_the_surface_is_frozen() -> None:
         "methods": ["--json", "name"],
         "show": ["--json", "REF"],
         "pull": ["--json", "DIR", "URI"],
+        "serve-config": [
+            "--engine",
+            "--explain",
+            "--gpu-memory-gib",
+            "--json",
+            "--max-model-len",
+            "--weight-bytes",
+            "DIR",
+            "NAME=VALUE",
+            "REF",
+        ],
     }
 
 

@@ -73,6 +73,10 @@ class VLLM(ServingEngine):
     max_num_batched_tokens: int = Field(
         8192, ge=16, le=2**20, description="Most tokens of one step; sliding windows keep twice as many. Tokens."
     )
+    pin_cache: bool = Field(
+        False,
+        description="Give the cache exactly the planned bytes, whatever vLLM measures (kv-cache-memory-bytes).",
+    )
     prefix_caching: bool = Field(True, description="Keep and share the KV blocks of common prompt beginnings.")
     extra_flags: dict[str, bool | int | float | str] = Field(
         default_factory=dict, description="Further flags of `vllm serve`, checked against its own parser's."
@@ -113,6 +117,8 @@ class VLLM(ServingEngine):
             "max-num-batched-tokens": self.max_num_batched_tokens,
             "enable-prefix-caching": self.prefix_caching,
         }
+        if self.pin_cache:
+            settings["kv-cache-memory-bytes"] = plan.num_blocks * plan.bytes_per_block
         if plan.tensor_parallel_size > 1:
             settings["tensor-parallel-size"] = plan.tensor_parallel_size
         for name, value in self.extra_flags.items():
