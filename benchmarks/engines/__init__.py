@@ -1,0 +1,1 @@
+"""What serving engines themselves say of our files and plans: their parsers and planners, without a GPU."""
