@@ -319,7 +319,7 @@ def _kinds(config: Mapping[str, Any], family: str, num_layers: int) -> list[Atte
         return [_KINDS[str(kind)] for kind in named]
     if family in _UNNAMED:
         return _UNNAMED[family](config, num_layers)
-    if family in ("cohere2", "granitemoehybrid", "llama4_text", "lfm2", "nemotron_h", "olmo3", "exaone4"):
+    if family in ("cohere2", "granitemoehybrid", "lfm2", "nemotron_h", "olmo3", "exaone4"):
         raise SpecError(f"config.json of this {family} must give layer_types", remedy="complete config.json")
     windowed = config.get("sliding_window") is not None and family in _WINDOWED
     return ["sliding" if windowed else "full"] * num_layers
@@ -347,6 +347,14 @@ def _gemma3(config: Mapping[str, Any], num_layers: int) -> list[Any]:
     return _every(period, period - 1, "full", "sliding", num_layers)
 
 
+def _llama4(config: Mapping[str, Any], num_layers: int) -> list[Any]:
+    """Layers without rotary positions (marked 0) attend to everything, the others to their chunk."""
+    marks = config.get("no_rope_layers")
+    if not isinstance(marks, list) or len(marks) != num_layers:
+        raise SpecError("config.json of this llama4_text must give no_rope_layers", remedy="complete config.json")
+    return ["chunked" if mark else "full" for mark in marks]
+
+
 def _gated_delta(config: Mapping[str, Any], num_layers: int) -> list[Any]:
     period = _count(config, "full_attention_interval", 4)
     return _every(period, period - 1, "full", "state", num_layers)
@@ -367,6 +375,7 @@ _UNNAMED: Mapping[str, Callable[[Mapping[str, Any], int], list[Any]]] = {
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), _qwen),
     **dict.fromkeys(("gemma2", "gpt_oss"), lambda config, count: _every(2, 1, "full", "sliding", count)),
     "gemma3_text": _gemma3,
+    "llama4_text": _llama4,
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _gated_delta),
     "bamba": _bamba,
     "jamba": _jamba,

@@ -126,7 +126,7 @@ def test_the_window_of_every_layer_is_read() -> None:
     )
     assert [cache.kind for cache in shape.caches] == ["chunked"] * 3 + ["full"]
     assert shape.windows == (8192,) * 3 + (None,)
-    with pytest.raises(SpecError, match="must give layer_types"):
+    with pytest.raises(SpecError, match="must give no_rope_layers"):
         ModelShape.from_config(llama4)
 
 

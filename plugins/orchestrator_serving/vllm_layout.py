@@ -12,6 +12,7 @@ block is as wide as the widest group of layers; a sequence takes blocks of every
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ from orchestrator.api import CacheDtype, KVGroup, LayerCache, Layout, ModelShape
 BATCHES_IN_FLIGHT = 2  # asynchronous scheduling, vLLM's default on one pipeline stage
 _UNEVEN = 1.5
 _LATENT_ALIGNMENT = 128  # tokens; kernels of latent attention beside recurrent states
+# Tokens; of gated delta nets' prefill kernel on Hopper and later devices, whose states prefix caching keeps.
+_DELTA_ALIGNMENT = 64
+_CHECKPOINTED = ("gated_delta_net", "mamba2")
 _NATIVE_ENDS = 2  # layers at either end that TurboQuant leaves in the model's dtype, where there are no states
 _ELEMENT_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LEAVE_OUT = "leave the vllm engine out of the specification"
@@ -46,6 +50,8 @@ class VLLMLayout:
         if states:
             largest = max(_state_bytes(cache, shape, devices) for cache in states)
             unit = max(block_size, _LATENT_ALIGNMENT) if shape.is_latent else block_size
+            if self.prefix_caching and any(_is_delta(cache) for cache in states):
+                unit = math.lcm(unit, _DELTA_ALIGNMENT)
             block_size = unit * -(-largest // (unit * token[0]))
             steps.append(
                 f"a state takes {largest} bytes: vLLM makes the block {block_size} tokens long, so that it fits into a "
@@ -91,8 +97,8 @@ class VLLMLayout:
         return tuple(groups)
 
     def _blocks_of_state(self, states: list[LayerCache]) -> int:
-        """The state at the end, and with prefix caching the one before and, of Mamba 2, a checkpoint of the prefill."""
-        checkpoint = any(cache.state is not None and cache.state.kind == "mamba2" for cache in states)
+        """The state at the end; with prefix caching also the one before and, but for Mamba 1, a checkpoint."""
+        checkpoint = any(cache.state is not None and cache.state.kind in _CHECKPOINTED for cache in states)
         return 2 + checkpoint if self.prefix_caching else 1
 
 
@@ -112,6 +118,10 @@ def _token_bytes(shape: ModelShape, index: int, dtype: CacheDtype, devices: int)
     if dtype.name.startswith("turboquant") and at_an_end and all(other.state is None for other in shape.caches):
         return heads_bytes(cache, CacheDtype("native", 8 * _ELEMENT_BYTES[shape.serving_dtype]), devices)
     return heads_bytes(cache, dtype, devices)
+
+
+def _is_delta(cache: LayerCache) -> bool:
+    return cache.state is not None and cache.state.kind == "gated_delta_net"
 
 
 def _state_bytes(cache: LayerCache, shape: ModelShape, devices: int) -> int:
