@@ -26,6 +26,7 @@ from orchestrator.api import (
     LayerMethod,
     LayerResult,
     LayerShape,
+    Measured,
     MixedMethod,
     ModelMethod,
     ModelResult,
@@ -549,6 +550,13 @@ class InfiniteMetric(Bytes):
 
     def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Mapping[str, float]:
         return {"weight": float("inf"), "dense_weight": baseline.weight_bytes()}
+
+
+class FallingCurve(Bytes):
+    """Gives a curve whose places go back."""
+
+    def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Measured:
+        return Measured(dict(super().measure(candidate, baseline, context)), {"size": [(2, 1.0), (1, 2.0)]})
 
 
 class Drifts(Bytes):

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.api import Method
 from orchestrator.plugins import Methods, discover
 from orchestrator.testing import CHECKS, SAMPLE_TEXT, check_method
-from tests import seeded_bugs, seeded_torch_import
+from tests import seeded_bugs, seeded_policies, seeded_torch_import
 
 # Every first-party method, by "stage name", with the parameters it is tried with.
 _TRAINING = {"updates": 2, "length_tokens": 32, "batch_sequences": 2}
@@ -71,6 +71,14 @@ FIRST_PARTY: dict[str, list[dict[str, object]]] = {
     "validate perplexity": [_WINDOWS],
     "validate fidelity": [_WINDOWS],
     "validate footprint": [{"new_tokens": 2, "repeats": 1, "threads": 1}],
+    "validate streaming": [{"source": SAMPLE_TEXT, "window_tokens": 32, "stream_tokens": 96, "passages": 2}],
+    "validate paged": [{}],
+    "validate streaming_llm": [{}, {"sinks": 2, "window": 30}],
+    "validate window": [{"window": 32}],
+    "validate h2o": [{}, {"heavy": 32, "recent": 32}],
+    "validate int8": [{}],
+    "validate kivi": [{"group_size": 16}, {"num_bits": 4, "group_size": 8}],
+    "validate fp8": [{}],
     "register release": [{}, {"alias": "candidate"}],
     "register vllm": [{}, {"kv_cache_dtype": "fp8", "block_size": 32}],
     "register gguf": [{"tokens": 32}, {"type": "q4_k_m", "tokens": 32}],
@@ -125,6 +133,15 @@ BUGS = {
     seeded_bugs.Unfair: "E4 fair",
     seeded_bugs.InfiniteMetric: "E3 finite",
     seeded_bugs.Drifts: "C8 deterministic",
+    seeded_bugs.FallingCurve: "E5 curves",
+    seeded_policies.RefusesAll: "K1 runs",
+    seeded_policies.DividesByZero: "K2 finite",
+    seeded_policies.Miscounts: "K3 bytes",
+    seeded_policies.RoundsByCall: "K4 in pieces",
+    seeded_policies.LeavesEager: "K5 undone",
+    seeded_policies.LeavesHook: "K5 undone",
+    seeded_policies.TouchesWeights: "K6 weights",
+    seeded_policies.RemembersStreams: "C8 deterministic",
     seeded_bugs.Forgets: "P2 finds",
     seeded_bugs.AddsFile: "P1 publishes",
     seeded_bugs.Renamed: "P1 publishes",
@@ -151,6 +168,7 @@ RIGHT = [
     seeded_bugs.Nudge,
     seeded_bugs.Firsts,
     seeded_bugs.Bytes,
+    seeded_policies.Contiguous,
     seeded_bugs.WholePublisher,
     seeded_bugs.Engine,
     seeded_bugs.Export,

@@ -47,6 +47,8 @@ def check_cache_policy(method: CachePolicy, laboratory: Laboratory, findings: Fi
         if logits is None:
             return
         read.append(logits)
+    if findings.failed("K2 finite"):
+        return
     again = _read(method, model, laboratory, tokens_T, PIECE, shape, 1, findings)
     if again is not None:
         findings.expect(

@@ -7,6 +7,7 @@ V = vocabulary.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -113,7 +114,13 @@ class Reader:
         right: list[torch.Tensor] = []
         held: list[tuple[int, int]] = []
         seconds, begin = 0.0, 0
-        with self.policy.attached(self.model, self.checkpoint) as cache, torch.inference_mode():
+        with (
+            warnings.catch_warnings(),
+            self.policy.attached(self.model, self.checkpoint) as cache,
+            torch.inference_mode(),
+        ):
+            # From Transformers 5.24 on the argument has a second name, which those before do not know.
+            warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
             for size in pieces:
                 end = begin + size
                 started = time.perf_counter()
