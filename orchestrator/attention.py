@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchestrator.errors import SpecError
+from orchestrator.kv_scales import DENSE_ENTRY, KV_CACHE_SCHEME
 from orchestrator.quantized import read_groups
 from orchestrator.scheme import QuantScheme
 
@@ -196,7 +197,8 @@ class ModelShape:
         text = config.get("text_config")
         whole, family = config, str(config.get("model_type"))
         if family not in FAMILIES and isinstance(text, Mapping):  # of a model that sees images too
-            config, family = {"quantization_config": config.get("quantization_config"), **text}, str(text["model_type"])
+            kept = {key: config[key] for key in ("quantization_config", DENSE_ENTRY) if key in config}
+            config, family = {**text, **kept}, str(text.get("model_type"))
         if family not in FAMILIES:
             raise SpecError(
                 f"the KV cache of model type {family!r} is not understood (understood: {', '.join(sorted(FAMILIES))})",
@@ -250,11 +252,11 @@ class ModelShape:
 
 def _brings_scales(config: Mapping[str, Any]) -> bool:
     """Whether the checkpoint says how its KV cache is quantized. Raises `SpecError` if not by fp8 scales of tensors."""
-    scheme = (config.get("quantization_config") or {}).get("kv_cache_scheme")
+    entry = config.get("quantization_config") or config.get(DENSE_ENTRY) or {}
+    scheme = entry.get("kv_cache_scheme")
     if not scheme:
         return False
-    wanted = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
-    if not isinstance(scheme, Mapping) or any(scheme.get(key) != value for key, value in wanted.items()):
+    if not isinstance(scheme, Mapping) or any(scheme.get(key) != value for key, value in KV_CACHE_SCHEME.items()):
         raise SpecError("the checkpoint's own kv_cache_scheme is not understood", remedy=LEAVE_OUT)
     return True
 

@@ -193,6 +193,7 @@ def test_latent_attention_keeps_one_vector() -> None:
 def test_scales_of_the_checkpoint_are_seen() -> None:
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
     assert ModelShape.from_config({**LLAMA_8B, "quantization_config": {"kv_cache_scheme": scheme}}).kv_scales
+    assert ModelShape.from_config({**LLAMA_8B, "compression_config": {"kv_cache_scheme": scheme}}).kv_scales
     assert not ModelShape.from_config(LLAMA_8B).kv_scales
     for other in ({"num_bits": 4}, {"dynamic": True}, {"strategy": "channel"}, {"type": "int"}):
         with pytest.raises(SpecError, match="kv_cache_scheme"):
