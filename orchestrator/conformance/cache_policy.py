@@ -5,6 +5,7 @@ Shape legend: T = tokens of a stream, V = vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,9 @@ def _read(
         left_alone(findings, doing, seed=global_seed),
         method.attached(model, laboratory.dense) as cache,
         torch.no_grad(),
+        warnings.catch_warnings(),
     ):
+        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
         for begin in range(0, len(tokens_T), piece):
             part_T = tokens_T[begin : begin + piece]
             parts.append(model(part_T[None], past_key_values=cache, use_cache=True).logits[0])

@@ -51,9 +51,10 @@ class FullCache:
         import torch
         from transformers import DynamicCache
 
-        one, whole = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         with torch.inference_mode():
-            cast("Any", model)(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=one)
+            one = cast("Any", model)(token, use_cache=True).past_key_values
+        whole = DynamicCache(config=model.config)
         for index, layer in enumerate(one.layers):
             keys_BKTD, values_BKTD = (
                 tensor.new_empty((*tensor.shape[:-2], tokens, tensor.shape[-1]), device="meta")
