@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from orchestrator.api import Checkpoint, StepError
 from orchestrator_evaluation.forward import check_vocabulary, chunks, logits_of
@@ -74,17 +74,21 @@ def _keys_and_values(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, values
 
 
+class Pass(NamedTuple):
+    """One forward pass: tokens of the stream read so far, bytes that the cache then holds, seconds in the model."""
+
+    tokens: int
+    held: int
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Reading:
-    """One stream, read. losses_L: -ln p of every token but the first, nats, float64. right_L: whether it was likeliest.
-
-    seconds: in the model alone. held: (tokens read, bytes of the cache) after each forward pass.
-    """
+    """One stream, read. losses_L: -ln p of every token but the first, nats, float64. right_L: was it the likeliest?"""
 
     losses_L: torch.Tensor
     right_L: torch.Tensor
-    seconds: float
-    held: list[tuple[int, int]]
+    passes: Sequence[Pass]
 
 
 class Reader:
@@ -113,8 +117,8 @@ class Reader:
         tokens_T = tokens_T.to(model.device)
         losses: list[torch.Tensor] = []
         right: list[torch.Tensor] = []
-        held: list[tuple[int, int]] = []
-        seconds, begin = 0.0, 0
+        passes: list[Pass] = []
+        begin = 0
         with (
             warnings.catch_warnings(),
             self.policy.attached(self.model, self.checkpoint) as cache,
@@ -132,15 +136,15 @@ class Reader:
                         f"the model has no position for token {end} of the stream ({error})",
                         remedy=f"set stream_tokens to at most {begin}: its positions are learned, and end there",
                     ) from None
-                seconds += time.perf_counter() - started
+                seconds = time.perf_counter() - started
                 targets_C = tokens_T[begin + 1 : end + 1]
                 logits_CV = logits_BCV[0, : len(targets_C)]
                 losses.append(_losses(logits_CV, targets_C))
                 right.append((logits_CV.argmax(-1) == targets_C).cpu())
-                held.append((end, self.policy.held_bytes(cache)))
+                passes.append(Pass(end, self.policy.held_bytes(cache), seconds))
                 told(size)
                 begin = end
-        return Reading(torch.cat(losses), torch.cat(right), seconds, held)
+        return Reading(torch.cat(losses), torch.cat(right), passes)
 
 
 def in_pieces(tokens: int, size: int) -> list[int]:

@@ -39,7 +39,7 @@ from orchestrator.api import (
 )
 from orchestrator_evaluation.forward import load_float32
 from orchestrator_evaluation.retrieval import Distances, ask, ask_without_cache, trials_of
-from orchestrator_evaluation.stream import FullCache, Reader, Reading, in_pieces, recomputed_losses
+from orchestrator_evaluation.stream import FullCache, Pass, Reader, Reading, in_pieces, recomputed_losses
 
 if TYPE_CHECKING:
     import torch
@@ -156,7 +156,7 @@ class Streaming(Evaluator):
         near, far = (ask(reader, trials, where, meter.teller("passages")) for trials in (inside, outside))
 
         losses_SL = _losses(readings)
-        held = [size for reading in readings for _, size in reading.held]
+        most = max(step.held for reading in readings for step in reading.passes)
         full_bytes = full_cache.bytes_of(model, length)
         speed, full_speed = _tokens_per_second(readings), _tokens_per_second(full)
         first, last = (_perplexity(losses_SL[:, part]) for part in (slice(0, window - 1), slice(-window, None)))
@@ -177,10 +177,10 @@ class Streaming(Evaluator):
             "recomputed_ratio": whole / recomputed,
             "full_cache_perplexity": full_perplexity,
             "full_cache_ratio": first / full_perplexity,
-            "cache_bytes": readings[-1].held[-1][1],
-            "cache_bytes_max": max(held),
+            "cache_bytes": readings[-1].passes[-1].held,
+            "cache_bytes_max": most,
             "full_cache_bytes": full_bytes,
-            "cache_bytes_ratio": max(held) / full_bytes,
+            "cache_bytes_ratio": most / full_bytes,
             "served_cache_bytes_ratio": served_ratio,
             "stream_tokens_per_second": speed,
             "full_cache_tokens_per_second": full_speed,
@@ -198,7 +198,7 @@ class Streaming(Evaluator):
         curves = {
             "stream_perplexity_by_position": _along(losses_SL, step),
             "recomputed_perplexity_by_position": _along(recomputed_SL, step),
-            "cache_bytes_by_position": _thinned(readings[0].held, step),
+            "cache_bytes_by_position": _thinned(readings[0].passes, step),
         }
         return Measured(metrics, curves)
 
@@ -264,8 +264,8 @@ def _perplexity(losses: torch.Tensor) -> float:
 
 
 def _tokens_per_second(readings: Sequence[Reading]) -> float:
-    tokens = sum(reading.held[-1][0] for reading in readings)
-    return tokens / max(sum(reading.seconds for reading in readings), 1e-9)
+    passes = [step for reading in readings for step in reading.passes]
+    return sum(reading.passes[-1].tokens for reading in readings) / max(sum(step.seconds for step in passes), 1e-9)
 
 
 def _in_dtype(float32_bytes: int, dtype: str) -> float:
@@ -282,10 +282,10 @@ def _along(losses_SL: torch.Tensor, step: int) -> list[tuple[int, float]]:
     return [(1 + end, _perplexity(losses_SL[:, (end - 1) // step * step : end])) for end in ends]
 
 
-def _thinned(held: Sequence[tuple[int, int]], step: int) -> list[tuple[int, float]]:
+def _thinned(passes: Sequence[Pass], step: int) -> list[tuple[int, float]]:
     """(tokens read, bytes held then), about every `step` tokens, and at the end."""
     kept: list[tuple[int, float]] = []
-    for tokens, size in held:
-        if not kept or tokens >= kept[-1][0] + step or tokens == held[-1][0]:
-            kept.append((tokens, size))
+    for tokens, held, _ in passes:
+        if not kept or tokens >= kept[-1][0] + step or tokens == passes[-1].tokens:
+            kept.append((tokens, held))
     return kept
