@@ -42,14 +42,14 @@ class Attention:
                     remedy="use a policy that leaves attention to the model: paged, int8 or fp8",
                 )
         if scaling is None:
-            scaling = float(module.head_dim) ** -0.5  # type: ignore[operator, arg-type]
+            scaling = float(module.head_dim) ** -0.5  # type: ignore[arg-type]
         return cls(module, scaling, given.get("sliding_window"), given.get("softcap"))
 
     def scores(self, query_BHTD: Tensor, keys_BKND: Tensor) -> Tensor:
         """Return scores [K, G, T, N] in float32 (float64 for a float64 model), before any mask."""
         import torch
 
-        query_KGTD = query_BHTD[0].unflatten(0, (keys_BKND.shape[1], -1))
+        query_KGTD = query_BHTD[0].reshape(keys_BKND.shape[1], -1, *query_BHTD.shape[2:])
         scores_KGTN = (query_KGTD @ keys_BKND[0].unsqueeze(1).transpose(-1, -2)) * self.scaling
         if self.softcap is not None:
             scores_KGTN = torch.tanh(scores_KGTN / self.softcap) * self.softcap

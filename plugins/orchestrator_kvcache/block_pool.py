@@ -140,5 +140,3 @@ class BlockPool:
 
         missing = self.num_blocks - len(part)
         return torch.cat((part, part.new_zeros((missing, *part.shape[1:])))) if missing > 0 else part
-
-

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PREFIX = "orchestrator_kvcache_"
 
 
-class StoreLayer(CacheLayerMixin):
+class StoreLayer(CacheLayerMixin):  # type: ignore[misc]
     """One store, as the layer of a cache that Transformers knows."""
 
     is_compileable = False
@@ -71,7 +71,7 @@ class StoreLayer(CacheLayerMixin):
         return -1
 
 
-class StoreCache(Cache):
+class StoreCache(Cache):  # type: ignore[misc]
     """A cache of one store for each layer."""
 
     def __init__(self, stores: Sequence[Store]) -> None:

@@ -94,7 +94,9 @@ def scales_from(checkpoint: Checkpoint) -> dict[int, tuple[float, float]]:
     for layer, scales in found.items():
         if len(scales) != 2:
             raise StepError(
-                f"layer {layer} has a {next(iter(scales))}_scale but not the other", where=str(checkpoint.path), remedy=remedy
+                f"layer {layer} has a {next(iter(scales))}_scale but not the other",
+                where=str(checkpoint.path),
+                remedy=remedy,
             )
     return {layer: (scales["k"], scales["v"]) for layer, scales in sorted(found.items())}
 
@@ -112,5 +114,6 @@ def _joined(kept_BKND: Tensor | None, new_BKTD: Tensor) -> Tensor:
 
     if kept_BKND is None:
         return new_BKTD
-    joined = torch.cat((kept_BKND.view(torch.uint8), new_BKTD.view(torch.uint8)), 2)  # of bytes: not all devices join fp8
+    # As bytes, for not all devices join fp8.
+    joined = torch.cat((kept_BKND.view(torch.uint8), new_BKTD.view(torch.uint8)), 2)
     return joined.view(torch.float8_e4m3fn)

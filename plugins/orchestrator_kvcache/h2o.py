@@ -80,8 +80,8 @@ class HeavyHitterStore(AttendingStore):
         together = new if self.tokens == 0 else max(0, min(new, budget - self.tokens))
         pieces = [together] if together else []
         pieces += [1] * (new - together)
-        parts = zip(query_BHTD.split(pieces, 2), keys_BKTD.split(pieces, 2), values_BKTD.split(pieces, 2), strict=True)
-        return torch.cat([self._step(*part, how) for part in parts], 2)
+        queries, keys, values = (torch.split(tensor, pieces, 2) for tensor in (query_BHTD, keys_BKTD, values_BKTD))
+        return torch.cat([self._step(*part, how) for part in zip(queries, keys, values, strict=True)], 2)
 
     def _step(self, query_BHTD: Tensor, keys_BKTD: Tensor, values_BKTD: Tensor, how: Attention) -> Tensor:
         import torch

@@ -43,11 +43,15 @@ class KIVI(LayerPolicy):
 
     num_bits: Literal[4, 2] = Field(2, description="Bits of a stored key or value.")
     group_size: int = Field(
-        32, ge=4, le=1024, description="Tokens (keys) and channels (values) that share a scale; divides the head's width."
+        32,
+        ge=4,
+        le=1024,
+        description="Tokens (keys) or channels (values) of one scale; divides the head's width.",
     )
-    residual: int = Field(128, ge=4, le=1 << 16, description="Newest tokens in full precision; a multiple of group_size.")
+    residual: int = Field(128, ge=4, le=1 << 16, description="Newest tokens, unrounded; a multiple of group_size.")
     keys: Literal["channel", "token"] = Field(
-        "channel", description="What a scale of the keys belongs to. 'token' rounds them as the values, to compare with."
+        "channel",
+        description="What a scale of the keys is for; 'token' rounds them as the values, to compare.",
     )
 
     @model_validator(mode="after")
@@ -124,9 +128,10 @@ class Rounded:
         zero = grouped.amin((3, 5), keepdim=True).to(tokens_BKND.dtype)
         scale = ((grouped.amax((3, 5), keepdim=True) - zero.float()) / levels).to(tokens_BKND.dtype)
         divisor = scale.float().clamp(min=torch.finfo(torch.float32).tiny)
-        integers = ((grouped - zero.float()) / divisor).round().clamp(0, levels).to(torch.uint8).reshape(tokens_BKND.shape)
+        integers = ((grouped - zero.float()) / divisor).round().clamp(0, levels).to(torch.uint8)
+        integers_BKND = integers.reshape(tokens_BKND.shape)
         shifts = torch.arange(0, 8, bits, device=integers.device, dtype=torch.uint8)
-        packed_BKNP = (integers.unflatten(-1, (-1, 8 // bits)) << shifts).sum(-1, dtype=torch.uint8)
+        packed_BKNP = (integers_BKND.unflatten(-1, (-1, 8 // bits)) << shifts).sum(-1, dtype=torch.uint8)
         return cls(packed_BKNP, scale[:, :, :, 0, :, 0].clone(), zero[:, :, :, 0, :, 0].clone(), bits)
 
     def read(self) -> Tensor:
@@ -138,14 +143,15 @@ class Rounded:
         groups, parts = self.scale_BKSC.shape[2:]
         grouped = integers_BKND.float().unflatten(-1, (parts, -1)).unflatten(2, (groups, -1))
         scale, zero = (part.float()[:, :, :, None, :, None] for part in (self.scale_BKSC, self.zero_BKSC))
-        return (grouped * scale + zero).reshape(integers_BKND.shape).to(self.scale_BKSC.dtype)
+        tokens_BKND: Tensor = (grouped * scale + zero).reshape(integers_BKND.shape)
+        return tokens_BKND.to(self.scale_BKSC.dtype)
 
     def joined(self, more: Rounded) -> Rounded:
         """These tokens and then more."""
         import torch
 
-        pairs = zip(self.tensors(), more.tensors(), strict=True)
-        return Rounded(*(torch.cat(pair, 2) for pair in pairs), self.bits)
+        packed, scale, zero = (torch.cat(pair, 2) for pair in zip(self.tensors(), more.tensors(), strict=True))
+        return Rounded(packed, scale, zero, self.bits)
 
     def tensors(self) -> list[Tensor]:
         return [self.packed_BKNP, self.scale_BKSC, self.zero_BKSC]

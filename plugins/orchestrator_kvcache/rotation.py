@@ -64,7 +64,7 @@ class Rotation:
             import torch
 
             self._tables.clear()  # those of the step before
-            if not (isinstance(output, tuple) and len(output) == 2 and all(part.is_floating_point() for part in output)):
+            if not (isinstance(output, tuple) and len(output) == 2):
                 raise StepError(f"{type(module).__name__} does not give a cosine and a sine", remedy=_REMEDY)
             cos_BTR, sin_BTR = output
             return torch.ones_like(cos_BTR), torch.zeros_like(sin_BTR)
@@ -85,7 +85,9 @@ class Rotation:
         if not positions:
             return heads_BHTD
         cos_BTR, sin_BTR = self._table(heads_BHTD, positions, module)
-        width = cos_BTR.shape[-1]  # a part of the head where rotation is partial; the model's function may know it or not
+        # Partial rotation leaves the rest of the head as it is; some models' functions know that, some do not.
+        width = cos_BTR.shape[-1]
+        turned_BHTR: Tensor
         turned_BHTR, _ = rotate(heads_BHTD[..., :width], heads_BHTD[:, :0, :, :width], cos_BTR, sin_BTR)
         if width == heads_BHTD.shape[-1]:
             return turned_BHTR

@@ -40,7 +40,9 @@ class StreamingLLM(LayerPolicy):
     paper: ClassVar = "Xiao et al. 2023, arXiv:2309.17453, section 3.2."
 
     sinks: int = Field(4, ge=0, le=1024, description="Tokens at the start of the stream that are kept for ever.")
-    window: int = Field(508, ge=1, le=1 << 20, description="Tokens that are kept beside the sinks, the newest among them.")
+    window: int = Field(
+        508, ge=1, le=1 << 20, description="Tokens that are kept beside the sinks, the newest among them."
+    )
 
     def stores(self, model: PreTrainedModel, checkpoint: Checkpoint) -> Sequence[Store]:
         rotation = Rotation(model)
@@ -48,7 +50,7 @@ class StreamingLLM(LayerPolicy):
 
     @contextmanager
     def attached(self, model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Cache]:
-        """Give an empty cache; while it is open the model does not rotate. Raises `StepError` without rotary positions."""
+        """Give an empty cache; while it is open the model does not rotate. `StepError` without rotary positions."""
         with super().attached(model, checkpoint) as cache, cache.stores[0].rotation.held_out():
             yield cache
 
