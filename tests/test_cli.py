@@ -176,6 +176,10 @@ def test_methods_lists_every_family(environment: dict[str, str]) -> None:
         ("validate", "footprint"),
         ("register", "release"),
         ("register", "vllm"),
+        ("register", "kserve"),
+        ("register", "llm_d"),
+        ("register", "production_stack"),
+        ("register", "compose"),
     }
     assert document["broken"] == []
     assert document["clashes"] == []

@@ -81,6 +81,10 @@ FIRST_PARTY: dict[str, list[dict[str, object]]] = {
     "validate fp8": [{}],
     "register release": [{}, {"alias": "candidate"}],
     "register vllm": [{}, {"kv_cache_dtype": "fp8", "block_size": 32}],
+    "register kserve": [{"model_uri": "s3://models/tiny"}],
+    "register llm_d": [{"model_uri": "pvc://models/tiny"}],
+    "register production_stack": [{"model_uri": "hf://owner/tiny", "token_secret": "hub"}],
+    "register compose": [{}],
     "register gguf": [{"tokens": 32}, {"type": "q4_k_m", "tokens": 32}],
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import yaml
 from packaging.specifiers import SpecifierSet
 from pydantic import ValidationError
 
-from orchestrator.api import API_VERSION, ModelShape, PreflightError, PublishError, SpecError, Stage
+import orchestrator_serving
+from orchestrator.api import API_VERSION, Method, ModelShape, PreflightError, PublishError, SpecError, Stage
 from orchestrator.quantized import quantization_config
 from orchestrator.scheme import QuantScheme
 from orchestrator.serving import GIB
@@ -43,12 +46,24 @@ def render(engine: VLLM, config: dict[str, Any], weight_bytes: int = 5 * GIB) ->
     return parsed, text
 
 
-def test_both_methods_enter_by_the_door_of_every_plugin() -> None:
-    assert register_methods() == [Release, VLLM]
+def test_every_method_of_the_family_enters_by_the_door_of_every_plugin() -> None:
+    methods = register_methods()
     assert API_VERSION in SpecifierSet(ORCHESTRATOR_API)
-    assert {(method.stage, method.name) for method in register_methods()} == {
-        (Stage.REGISTER, "release"),
-        (Stage.REGISTER, "vllm"),
+    written = set()
+    for module in pkgutil.iter_modules(orchestrator_serving.__path__, "orchestrator_serving."):
+        for cls in vars(importlib.import_module(module.name)).values():
+            if isinstance(cls, type) and issubclass(cls, Method) and "name" in vars(cls):
+                written.add(cls)
+    assert set(methods) == {cls for cls in written if cls.__module__.startswith("orchestrator_serving.")}
+    assert len({method.name for method in methods}) == len(methods)
+    assert {method.stage for method in methods} == {Stage.REGISTER}
+    assert {method.name for method in methods} >= {
+        "release",
+        "vllm",
+        "kserve",
+        "llm_d",
+        "production_stack",
+        "compose",
     }
 
 
