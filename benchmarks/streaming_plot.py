@@ -1,0 +1,70 @@
+"""The plot of `benchmarks.streaming`: perplexity along the stream, one panel for each model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; with line styles, so that print does too.
+STYLES: dict[str, tuple[str, str]] = {
+    "contiguous": ("#D55E00", "-"),
+    "h2o, a fifth": ("#CC79A7", "-"),
+    "kivi, 2 bits": ("#E69F00", "-."),
+    "window": ("#009E73", "--"),
+    "streaming_llm": ("#0072B2", "-"),
+    "streaming_llm, a fifth": ("#56B4E9", "-"),
+}
+POINTS_PER_WINDOW = 2
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Write an SVG: perplexity by position, log scale, x in trained windows."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "streaming"  # the same figures, the same bytes
+    from matplotlib import pyplot
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    figure, axes = pyplot.subplots(1, len(found), figsize=(4.6 * len(found), 3.9), squeeze=False)
+    for axis, (model, facts) in zip(axes.flat, found.items(), strict=True):
+        rows = {name: row for name, row in facts["policies"].items() if "failed" not in row}
+        window = facts["window_tokens"]
+        first = next(iter(rows.values()))
+        x, y = coarser(first["curves"]["recomputed_perplexity_by_position"], window)
+        axis.plot(x, y, color="#999999", linewidth=4, alpha=0.6, label="no cache, window recomputed")
+        for name, (color, line) in STYLES.items():
+            if name in rows:
+                x, y = coarser(rows[name]["curves"]["stream_perplexity_by_position"], window)
+                axis.plot(x, y, color=color, linestyle=line, linewidth=1.6, label=name)
+        axis.axvline(1, color="black", linestyle=":", linewidth=1)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlim(0, None)
+        axis.set_xlabel(f"position in the stream, trained windows of {window} tokens", fontsize=8)
+        axis.set_title(model, fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.flat[0].set_ylabel("perplexity, log scale", fontsize=8)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.11, 1, 1))
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    print(f"wrote {path}")
+
+
+def coarser(curve: Sequence[Sequence[float]], window: int) -> tuple[list[float], list[float]]:
+    """Join points (tokens, perplexity) to `POINTS_PER_WINDOW`: middles in windows, geometric means."""
+    size = window // POINTS_PER_WINDOW
+    parts: dict[int, list[float]] = {}
+    for tokens, perplexity in curve:
+        parts.setdefault((int(tokens) - 2) // size, []).append(math.log(perplexity))
+    return (
+        [(part + 0.5) / POINTS_PER_WINDOW for part in parts],
+        [math.exp(sum(values) / len(values)) for values in parts.values()],
+    )
