@@ -23,31 +23,34 @@ from orchestrator.trace import Request
 class Sequence:
     """One sample of a request: its length to come, and where its tokens are.
 
-    finish: the step that yields its last token; -1 while it is preempted.
-    shared, own: the block table, in this order; blocks in `shared` are counted by reference, `own` only this one has.
-    phase: steps that equal it modulo the block size find the last block full. partial: the last block of `shared` is
-    not full and will be copied on write. final_step: when it gets its last block, in which `spare` slots stay empty.
-    chunk: address and reserved slots in contiguous memory.
+    final_tokens: what it has in memory at the end. finish: the step that yields its last token; -1 while preempted.
+
+    Paged memory: `shared` and `own` are the block table, in this order; blocks in `shared` are counted by reference,
+    `own` only this one has. partial: the last block of `shared` is not full and will be copied on write.
+    phase: steps that equal it modulo the block size find the last block full. final_step: when it gets its last block.
+
+    Contiguous memory: address of a piece of 2**order slots, of which `slots` are reserved.
     """
 
-    __slots__ = ("answer", "chunk", "final_step", "finish", "group", "own", "partial", "phase", "sample", "shared")
+    __slots__ = (
+        "address", "answer", "final_step", "final_tokens", "finish", "group", "order", "own", "partial", "phase",
+        "sample", "shared", "slots",
+    )  # fmt: skip
+    shared: list[int]
+    own: list[int]
+    partial: bool
+    phase: int
+    final_step: int
+    address: int
+    order: int
+    slots: int
 
-    def __init__(self, group: Group, sample: int, answer: int) -> None:
+    def __init__(self, group: Group, sample: int, answer: int, prompt: int) -> None:
         self.group = group
         self.sample = sample
         self.answer = answer
+        self.final_tokens = prompt + answer - 1
         self.finish = -1
-        self.shared: list[int] = []
-        self.own: list[int] = []
-        self.phase = -1
-        self.partial = False
-        self.final_step = -1
-        self.chunk = (0, 0)
-
-    @property
-    def final_tokens(self) -> int:
-        """Tokens in memory at the end."""
-        return self.group.request.prompt_tokens + self.answer - 1
 
 
 class Group:
@@ -65,7 +68,8 @@ class Group:
         self.request = request
         self.generated = 0
         self.admitted = -1
-        self.sequences = [Sequence(self, sample, answer) for sample, answer in enumerate(request.answer_tokens)]
+        prompt = request.prompt_tokens
+        self.sequences = [Sequence(self, sample, answer, prompt) for sample, answer in enumerate(request.answer_tokens)]
         self.keys: tuple[int, ...] | None = None
         self.found: tuple[list[int], list[list[int]]] = ([], [])
 
@@ -86,7 +90,7 @@ class Memory(Protocol):
     @property
     def external(self) -> int: ...
 
-    def refuses(self, request: Request) -> str | None:
+    def refuses(self, group: Group) -> str | None:
         """Why this request could not even run alone."""
 
     def fit(self, group: Group, alone: bool) -> int | None:
@@ -228,12 +232,13 @@ class Engine:
         serial = 0
         for request in requests:
             self.tally.requests += 1
-            reason = self._memory.refuses(request)
-            if reason is None and len(request.answer_tokens) > self._max_num_seqs:
+            group = Group(serial, request)
+            reason = self._memory.refuses(group)
+            if reason is None and len(group.sequences) > self._max_num_seqs:
                 reason = "more samples than max_num_seqs"
             if reason is None:
-                yield Group(serial, request)
                 serial += 1
+                yield group
             else:
                 self.tally.refused[reason] = self.tally.refused.get(reason, 0) + 1
 

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 
 from orchestrator.batching import Group, Sequence
 from orchestrator.paging import MODEL_TOO_SMALL, POOL_TOO_SMALL
-from orchestrator.trace import Request
 
 RESERVES = ("max", "pow2", "oracle")
 
@@ -49,7 +48,7 @@ class Buddies:
         return True
 
     def take(self, order: int) -> int:
-        """Return the address of a piece of 2**order slots, cut from the lowest of the smallest holes that are large enough."""
+        """Return the address of a piece of 2**order slots, cut from the lowest of the smallest that suffice."""
         larger = self._orders >> order
         size = order + (larger & -larger).bit_length() - 1
         holes = self._holes[size]
@@ -95,20 +94,29 @@ class ContiguousMemory:
         self._reserve = reserve
         self._scattered = 0  # part of `external`: free, and useless to who waits
 
-    def refuses(self, request: Request) -> str | None:
-        """Why this request could not even run alone."""
-        if request.prompt_tokens + max(request.answer_tokens) > self._max_model_len:
-            return MODEL_TOO_SMALL
-        return None if self._empty.fits(self._orders(request.prompt_tokens, request.answer_tokens)) else POOL_TOO_SMALL
+    def refuses(self, group: Group) -> str | None:
+        """Why this request could not even run alone. Also notes what its sequences would reserve."""
+        prompt, longest = group.request.prompt_tokens, self._max_model_len
+        for sequence in group.sequences:
+            if prompt + sequence.answer > longest:
+                return MODEL_TOO_SMALL
+            if self._reserve == "max":
+                sequence.slots = longest
+            elif self._reserve == "pow2":
+                sequence.slots = min(prompt + (1 << (sequence.answer - 1).bit_length()), longest)
+            else:
+                sequence.slots = sequence.final_tokens
+            sequence.order = (sequence.slots - 1).bit_length()
+        return None if self._empty.fits(self._orders(group)) else POOL_TOO_SMALL
 
     def fit(self, group: Group, alone: bool) -> int | None:
         """Tokens to compute if the group joined now, or None if there are no pieces for it."""
-        self.external -= self._scattered
-        self._scattered = 0
-        prompt, answers = group.request.prompt_tokens, group.request.answer_tokens
-        orders = self._orders(prompt, answers)
+        if self._scattered:
+            self.external -= self._scattered
+            self._scattered = 0
+        orders = self._orders(group)
         if self.buddies.fits(orders):
-            return prompt * len(answers)
+            return group.request.prompt_tokens * len(orders)
         if sum(1 << order for order in orders) <= self.buddies.free:
             self._scattered = self.buddies.free
             self.external += self._scattered
@@ -116,11 +124,10 @@ class ContiguousMemory:
 
     def admit(self, group: Group, step: int) -> None:
         """Take the room that `fit` has just seen."""
-        prompt = group.request.prompt_tokens
-        for sequence in sorted(group.sequences, key=lambda one: -one.answer):
-            slots = self._slots(prompt, sequence.answer)
-            order = (slots - 1).bit_length()
-            sequence.chunk = (self.buddies.take(order), order)
+        prompt, sequences = group.request.prompt_tokens, group.sequences
+        for sequence in sequences if len(sequences) == 1 else sorted(sequences, key=lambda one: -one.answer):
+            slots, order = sequence.slots, sequence.order
+            sequence.address = self.buddies.take(order)
             self.held += slots
             self.filled += prompt
             self.spare += slots - sequence.final_tokens
@@ -132,9 +139,8 @@ class ContiguousMemory:
 
     def release(self, sequence: Sequence) -> None:
         """Free what a finished sequence had."""
-        slots = self._slots(sequence.group.request.prompt_tokens, sequence.answer)
-        address, order = sequence.chunk
-        self.buddies.give(address, order)
+        slots, order = sequence.slots, sequence.order
+        self.buddies.give(sequence.address, order)
         self.held -= slots
         self.filled -= sequence.final_tokens
         self.spare -= slots - sequence.final_tokens
@@ -145,14 +151,7 @@ class ContiguousMemory:
         """Nothing ever happens."""
         return None
 
-    def _slots(self, prompt: int, answer: int) -> int:
-        if self._reserve == "max":
-            return self._max_model_len
-        if self._reserve == "pow2":
-            return min(prompt + (1 << (answer - 1).bit_length()), self._max_model_len)
-        return prompt + answer - 1
-
-    def _orders(self, prompt: int, answers: tuple[int, ...]) -> list[int]:
-        if len(answers) == 1:
-            return [(self._slots(prompt, answers[0]) - 1).bit_length()]
-        return sorted(((self._slots(prompt, answer) - 1).bit_length() for answer in answers), reverse=True)
+    def _orders(self, group: Group) -> list[int]:
+        if len(group.sequences) == 1:
+            return [group.sequences[0].order]
+        return sorted((sequence.order for sequence in group.sequences), reverse=True)

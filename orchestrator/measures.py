@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MOST_POINTS = 400
+MOST_POINTS = 200
 FIRST_INTERVAL_NS = 10**6
 
 
@@ -126,5 +126,6 @@ class Tally:
         self.snapshots.append(self.integrals())
         if len(self.snapshots) >= MOST_POINTS:
             del self.snapshots[1::2]
-            self._interval *= 2
+            # Steps may be longer than the interval asked for, so what is left says how far apart points now are.
+            self._interval = (self.snapshots[-1].now_ns - self.start_ns) // (len(self.snapshots) - 1)
         self._next = self.now_ns + self._interval

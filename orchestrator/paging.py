@@ -175,11 +175,14 @@ class PagedMemory:
         """Slots in blocks that are in use."""
         return (self.pool.num_blocks - self.pool.available) * self.block_size
 
-    def refuses(self, request: Request) -> str | None:
+    def refuses(self, group: Group) -> str | None:
         """Why this request could not even run alone."""
+        request = group.request
         size, prompt = self.block_size, request.prompt_tokens
         if prompt + max(request.answer_tokens) > self._max_model_len:
             return MODEL_TOO_SMALL
+        if len(request.answer_tokens) == 1:
+            return None  # `PagedPool` has made sure
         shared = prompt // size
         blocks = shared + sum(-(-(prompt + answer - 1) // size) - shared for answer in request.answer_tokens)
         return POOL_TOO_SMALL if blocks > self.pool.num_blocks else None
@@ -217,7 +220,9 @@ class PagedMemory:
                     need += sum(block not in pool.references for block in blocks)
         if found:
             references = pool.references
-            need += sum(block not in references for block in found)
+            for block in found:
+                if block not in references:
+                    need += 1
         return tokens if need + (0 if alone else self._watermark) <= pool.available else None
 
     def admit(self, group: Group, step: int) -> None:
@@ -242,6 +247,7 @@ class PagedMemory:
             keyed = self._register(group, len(found), blocks)
             for block in blocks[:keyed]:
                 pool.references[block] = 1
+            sequence.partial = False
             sequence.shared = found + blocks[:keyed]
             sequence.own = blocks[keyed:] if keyed else blocks
             self._schedule(sequence, tokens, step)
@@ -262,7 +268,9 @@ class PagedMemory:
         for sequence, again in zip(group.sequences, each, strict=True):
             sequence.shared = found + blocks + again
             sequence.partial = partial
-            if not partial:
+            if partial:
+                sequence.own = []
+            else:
                 sequence.own = pool.take(-(-tokens // size) - len(sequence.shared))
                 self.filled += tokens - len(sequence.shared) * size
             self._schedule(sequence, tokens, step)
@@ -365,15 +373,12 @@ class PagedMemory:
             self.filled -= pool.drop(sequence.shared) * size
             if last not in pool.references:
                 self.filled += size - sequence.group.request.prompt_tokens % size
-            sequence.partial = False
         else:
             self.filled -= tokens - len(sequence.shared) * size
             sequence.own.reverse()
             pool.give(sequence.own)
             if sequence.shared:
                 self.filled -= pool.drop(sequence.shared) * size
-        sequence.shared = []
-        sequence.own = []
 
     def _schedule(self, sequence: Sequence, tokens: int, step: int) -> None:
         """Note when a sequence that has just joined will need blocks, and when it gets the last one."""
@@ -401,8 +406,15 @@ class PagedMemory:
     def _find(self, group: Group, sample: int, first: int, last: int) -> list[int]:
         """Cached blocks of the table's places first to last - 1, up to the first that is not cached."""
         cached = self.pool.cached
-        found = []
-        for place in range(first, last if group.generated else min(last, len(group.keys or ()))):
+        found: list[int] = []
+        if not group.generated:
+            for key in (group.keys or ())[first:last]:
+                block = cached.get(key)
+                if block is None:
+                    break
+                found.append(block)
+            return found
+        for place in range(first, last):
             block = cached.get(self._key(group, sample, place))
             if block is None:
                 break

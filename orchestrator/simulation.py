@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from orchestrator.batching import Engine, Memory
@@ -269,10 +270,7 @@ def _result(policy: str, tally: Tally, pool: PagedPool) -> PolicyResult:
         prefix_hit_rate=_share(saved, tally.prompt_tokens),
         prefix_tokens_saved=saved,
         generated_tokens=tally.generated_tokens,
-        series=tuple(
-            _point(before, after, tally.start_ns, pool.slots)
-            for before, after in zip(tally.snapshots, tally.snapshots[1:], strict=False)
-        ),
+        series=tuple(_point(before, after, tally.start_ns, pool.slots) for before, after in pairwise(tally.snapshots)),
     )
 
 

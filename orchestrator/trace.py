@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -177,12 +176,11 @@ def _tokens(name: str, text: str) -> int:
 
 
 def _ns(name: str, value: object, unit: int) -> int:
-    if type(value) not in (int, float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} is {str(value)[:40]}, not a time")
-    number = float(value)  # type: ignore[arg-type]
-    if not math.isfinite(number) or not 0 <= number * unit <= MOST_SECONDS * NS:
+    if not 0 <= value * unit <= MOST_SECONDS * NS:  # NaN fails it
         raise ValueError(f"{name} is {str(value)[:40]}, not a time from 0 to {MOST_SECONDS} s")
-    return round(number * unit)
+    return round(value * unit)
 
 
 def _ids(name: str, value: object) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ class Lengths:
         if self.kind == "fixed":
             return np.full(count, round(self.mean), dtype=np.int64)
         if self.kind == "uniform":
-            return random.integers(self.low, self.high, size=count, endpoint=True)
+            return random.integers(self.low, self.high, size=count, endpoint=True, dtype=np.int64)
         sigma = math.sqrt(math.log1p(self.cv**2))
         drawn = random.lognormal(math.log(self.mean) - sigma**2 / 2, sigma, size=count)
         lengths: NDArray[np.int64] = np.clip(np.rint(drawn), self.low, self.high).astype(np.int64)
@@ -136,7 +136,8 @@ class Distribution:
         else:
             shape = self.burstiness**-2
             seconds = random.gamma(shape, 1 / (self.rate * shape), size=count)
-        return np.rint(seconds * NS).astype(np.int64)
+        gaps: NDArray[np.int64] = np.rint(seconds * NS).astype(np.int64)
+        return gaps
 
 
 def parse_lengths(text: str) -> Lengths:
