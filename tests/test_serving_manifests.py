@@ -61,7 +61,10 @@ EXTRA: list[dict[str, Any]] = [
     {},
     {"kv_cache_dtype": "fp8", "prefix_caching": False},
     {"extra_flags": {"seed": -1, "enforce_eager": True, "enable-chunked-prefill": False, "disable-log-stats": False}},
-    {"engine_version": "0.33.1", "extra_flags": {"kv-transfer-config.kv_connector": "NixlConnector"}},
+    {
+        "engine_version": "0.33.1",
+        "extra_flags": {"kv-transfer-config.kv_connector": "NixlConnector", "kv-transfer-config.kv_role": "kv_both"},
+    },
 ]
 ONE_OF_EACH = [(KServe, PVC), (LLMD, PVC), (ProductionStack, PVC), (Compose, {})]
 named = pytest.mark.parametrize(("cls", "parameters"), ENGINES, ids=lambda value: getattr(value, "name", ""))
@@ -115,15 +118,21 @@ def flags_in(arguments: Iterable[str]) -> dict[str, str]:
         if waiting:
             flags[waiting], waiting = argument, ""
         elif equals:
-            flags[flag.replace("_", "-")] = value
+            flags[dashed(flag)] = value
         elif flag.startswith("no-"):
             flags[flag.removeprefix("no-")] = "False"
         elif flag in ("enforce-eager", "enable-prefix-caching"):
             flags[flag] = "True"
         else:
-            waiting = flag.replace("_", "-")
+            waiting = dashed(flag)
     assert not waiting
     return flags
+
+
+def dashed(flag: str) -> str:
+    """As vLLM reads a flag: what follows a dot is a key of its value, and stays."""
+    name, dot, key = flag.partition(".")
+    return name.replace("_", "-") + dot + key
 
 
 def started_by_kserve(values: dict[str, Any]) -> tuple[str, dict[str, str]]:

@@ -168,8 +168,7 @@ class Manifest(VLLM):
     def notes(self, shape: ModelShape, plan: KVPlan) -> Sequence[str]:
         """vLLM's notes, and what is not in the file."""
         return [
-            f"The image is {self.image_reference()}. The numbers are by the rule of vLLM {self.version()}: that is what "
-            "it has to hold.",
+            f"The image is {self.image_reference()}. It has to hold vLLM {self.version()}: the numbers are by its rule.",
             *super().notes(shape, plan),
         ]
 
