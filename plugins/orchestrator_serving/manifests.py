@@ -168,7 +168,7 @@ class Manifest(VLLM):
     def notes(self, shape: ModelShape, plan: KVPlan) -> Sequence[str]:
         """vLLM's notes, and what is not in the file."""
         return [
-            f"The image is {self.image_reference()}. It has to hold vLLM {self.version()}: the numbers are by its rule.",
+            f"The image is {self.image_reference()} and has to hold vLLM {self.version()}: the numbers are its own.",
             *super().notes(shape, plan),
         ]
 
