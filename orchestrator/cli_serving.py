@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from orchestrator.errors import PreflightError, Problem, SpecError
 if TYPE_CHECKING:
     from orchestrator.serving import ModelShape
     from orchestrator.serving_engine import ServingEngine
+    from orchestrator.simulation import PolicyResult, SimulationReport
 
 Reference = Annotated[
     str,
@@ -35,6 +37,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("serve-config")(serve_config)
+    app.command("simulate")(simulate)
 
 
 @results_only
@@ -73,6 +76,100 @@ def serve_config(
         print_text(
             "\n".join((f"==> {name} <==\n" if heading else "") + text.rstrip("\n") for name, text in own.items())
         )
+
+
+@results_only
+def simulate(
+    reference: Reference,
+    engine: EngineOption,
+    gpu_memory_gib: MemoryOption = None,
+    max_model_len: LengthOption = None,
+    settings: SetOption = None,
+    weight_bytes: WeightsOption = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Recorded traffic: JSON lines (also Mooncake's) or CSV (Azure's); also .gz."),
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Or drawn traffic: requests a second.")] = None,
+    requests: Annotated[int, typer.Option(help="Drawn traffic: requests in all.")] = 10_000,
+    prompt: Annotated[str, typer.Option(help="Drawn traffic: tokens of a prompt.")] = "lognormal:160",
+    answer: Annotated[str, typer.Option(help="Drawn traffic: tokens of an answer.")] = "lognormal:200",
+    burstiness: Annotated[
+        float, typer.Option(help="Drawn traffic: squared variation of the gaps; 1 is Poisson.")
+    ] = 1.0,
+    prefixes: Annotated[int, typer.Option(help="Drawn traffic: beginnings that prompts share.")] = 0,
+    prefix_tokens: Annotated[int, typer.Option(help="Drawn traffic: tokens of such a beginning.")] = 0,
+    samples: Annotated[int, typer.Option(help="Drawn traffic: answers to one prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Drawn traffic: seed.")] = 0,
+    step_ms: Annotated[float, typer.Option(help="Time of a step of the engine, ms: reading the weights.")] = 25.0,
+    prefill_us: Annotated[float, typer.Option(help="And for each prompt token in it, microseconds.")] = 50.0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw waste and concurrency into an SVG.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put traffic through the planned KV cache: paged, and beside it preallocated as before PagedAttention."""
+    from orchestrator.simulation import PagedPool, Timing
+    from orchestrator.simulation import simulate as run
+    from orchestrator.simulation_plot import draw
+    from orchestrator.traffic import traffic_from_options
+
+    method = _engine(engine, gpu_memory_gib, max_model_len, settings)
+    traffic = traffic_from_options(
+        trace=trace,
+        rate=rate,
+        requests=requests,
+        prompt=prompt,
+        answer=answer,
+        burstiness=burstiness,
+        prefixes=prefixes,
+        prefix_tokens=prefix_tokens,
+        samples=samples,
+        seed=seed,
+    )
+    timing = Timing(step_s=step_ms / 1e3, prefill_token_s=prefill_us / 1e6)
+    plan = method.plan(*_model(reference, weight_bytes))
+    limits = {
+        name: getattr(method, name) for name in ("max_num_seqs", "max_num_batched_tokens") if hasattr(method, name)
+    }
+    report = run(PagedPool.from_plan(plan, **limits), traffic, timing=timing)
+    if plot is not None:
+        draw(report, plot)
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        print_text(_table(report))
+
+
+def _table(report: SimulationReport) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = list(report.results.values())
+    table = Table(title=f"{rows[0].requests:,} requests", title_justify="left")
+    for heading in ("", *report.results):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for label, show in _ROWS.items():
+        table.add_row(label, *(show(row) for row in rows))
+    console = Console(width=120, no_color=True)
+    with console.capture() as drawn:
+        console.print(table)
+    return drawn.get().rstrip("\n")
+
+
+_ROWS: dict[str, Callable[[PolicyResult], str]] = {
+    "waste": lambda row: f"{row.waste.total:.1%}",
+    "  reserved": lambda row: f"{row.waste.reserved:.1%}",
+    "  internal": lambda row: f"{row.waste.internal:.1%}",
+    "  external": lambda row: f"{row.waste.external:.1%}",
+    "memory in use": lambda row: f"{row.memory_in_use:.1%}",
+    "sequences running, mean": lambda row: f"{row.mean_running:,.1f}",
+    "sequences running, most": lambda row: f"{row.peak_running:,}",
+    "tokens a second": lambda row: f"{row.tokens_per_s:,.0f}",
+    "waiting, median": lambda row: f"{row.queueing_p50_s:,.2f} s",
+    "waiting, 99 %": lambda row: f"{row.queueing_p99_s:,.2f} s",
+    "preemptions": lambda row: f"{row.preemptions:,}",
+    "prompt tokens from the cache": lambda row: f"{row.prefix_hit_rate:.1%}",
+    "refused": lambda row: f"{sum(row.refused.values()):,}",
+}
 
 
 def _engine(name: str, memory: float | None, length: int | None, settings: list[str] | None) -> ServingEngine:

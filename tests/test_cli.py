@@ -87,6 +87,28 @@ def test_the_surface_is_frozen() -> None:
             "NAME=VALUE",
             "REF",
         ],
+        "simulate": [
+            "--answer",
+            "--burstiness",
+            "--engine",
+            "--gpu-memory-gib",
+            "--json",
+            "--max-model-len",
+            "--prefill-us",
+            "--prefix-tokens",
+            "--prefixes",
+            "--prompt",
+            "--rate",
+            "--requests",
+            "--samples",
+            "--seed",
+            "--step-ms",
+            "--weight-bytes",
+            "FILE",
+            "FILE",
+            "NAME=VALUE",
+            "REF",
+        ],
     }
 
 

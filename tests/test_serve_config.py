@@ -172,3 +172,25 @@ def test_the_bytes_of_the_cache_can_be_pinned() -> None:
     plan = json.loads(files["kv-plan.json"])
     settings = yaml.safe_load(files["vllm.yaml"])
     assert settings["kv-cache-memory-bytes"] == plan["num_blocks"] * plan["bytes_per_block"]
+
+
+def test_traffic_is_put_through_the_planned_cache(model: Path, tmp_path: Path) -> None:
+    asked = [str(model), "--engine", "vllm", "--gpu-memory-gib", "1.2", "--max-model-len", "128"]
+    drawn = ["--rate", "50", "--requests", "300", "--prompt", "uniform:8-64", "--answer", "fixed:32", "--json"]
+    command = [sys.executable, "-m", "orchestrator", "simulate"]
+    done = subprocess.run([*command, *asked, *drawn], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    engine = VLLM(gpu_memory_gib=1.2, max_model_len=128)
+    plan = engine.plan(ModelShape.from_config(Checkpoint(model).config), Checkpoint(model).weight_bytes())
+    assert report["pool"]["num_blocks"] == plan.num_blocks
+    assert {name: result["finished"] for name, result in report["policies"].items()} == dict.fromkeys(
+        ("paged", "max", "pow2", "oracle"), 300
+    )
+    assert report["policies"]["paged"]["generated_tokens"] == 300 * 32
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 8, "output_length": 0}\n', encoding="utf-8")
+    with pytest.raises(OrchestratorError, match=r"trace\.jsonl:1"):
+        app(["simulate", *asked, "--trace", str(trace)], standalone_mode=False)
+    with pytest.raises(OrchestratorError, match="there is no traffic"):
+        app(["simulate", *asked], standalone_mode=False)
