@@ -13,6 +13,7 @@ from orchestrator.artifact import ArtifactStore
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import SpecError
 from orchestrator.home import Settings
+from orchestrator.kv_scales import read_kv_scales
 from orchestrator.method import Invariant, Stage
 from orchestrator.plan import make_plan
 from orchestrator.plugins import Methods, discover
@@ -102,7 +103,8 @@ def test_a_pair_keeps_its_invariants_or_is_refused(first: str, second: str, plac
         return
     if established - classes[second].keeps:
         owner = "|".join((*before_all, first))
-        with pytest.raises(SpecError, match=rf"{second} would destroy the (zeros|grid) that ({owner}) established"):
+        lost = "(zeros|grid|kv_scales)"
+        with pytest.raises(SpecError, match=rf"{second} would destroy the {lost} that ({owner}) established"):
             make_plan(path, methods(), settings.home)
         return
     document = run_locally(path, methods(), settings, Watcher()).document()
@@ -120,6 +122,8 @@ def test_a_pair_keeps_its_invariants_or_is_refused(first: str, second: str, plac
     if Invariant.GRID in established & classes[second].keeps:  # the layers that are left are stored by the same schemes
         grids = [artifact.manifest["invariants"]["grid"] for artifact in (before, after)]
         assert grids[0] == grids[1] or (second == "prune depth" and "schemes" in grids[0])
+    if Invariant.KV_SCALES in classes[second].provides:
+        assert after.manifest["invariants"]["kv_scales"]["layers"] == len(read_kv_scales(Checkpoint(after.path))) > 0
     if Invariant.GRID in classes[second].provides:
         grid = after.manifest["invariants"]["grid"]
         if second == "quantize mixed":
