@@ -54,7 +54,9 @@ class OpenVINOGenAI(ServingEngine):
         0, ge=0, le=2**30, multiple_of=BLOCK_TOKENS, description="Most attended tokens that h2o keeps, tokens."
     )
     apply_rotation: bool = Field(
-        True, description="Give keys that move up in the cache the position they then have, as StreamingLLM does."
+        False,
+        description="Give keys that move up in the cache the position they then have, as StreamingLLM does. Needs "
+        "inference_precision: float32.",
     )
     inference_precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="What OpenVINO computes in. auto: what the machine is best at. float32 is exact."
@@ -69,6 +71,16 @@ class OpenVINOGenAI(ServingEngine):
         super().preflight()
         if self.policy == "h2o" and not self.heavy_tokens:
             raise SpecError("policy h2o keeps heavy_tokens most attended tokens, and there are none", remedy="set it")
+        if self.apply_rotation and self.inference_precision != "float32":
+            raise SpecError(
+                "OpenVINO 2026.4 writes beyond its memory where it rotates keys and computes in 16 bits, and ends",
+                remedy="set inference_precision: float32, or leave apply_rotation out",
+            )
+        if self.apply_rotation and self.kv_cache_dtype in ("u8", "u4"):
+            raise SpecError(
+                f"OpenVINO 2026.4 does not rotate keys that it keeps in {self.kv_cache_dtype}",
+                remedy="set kv_cache_dtype: auto, or leave apply_rotation out",
+            )
         wanted = {"float32": ("auto", "float32"), "bfloat16": ("auto", "bfloat16")}.get(self.kv_cache_dtype)
         if wanted is not None and self.inference_precision not in wanted:
             raise SpecError(
@@ -153,6 +165,11 @@ class OpenVINOGenAI(ServingEngine):
                 f"A prompt is not evicted while it is read: it holds a block for each {BLOCK_TOKENS} tokens until its "
                 f"first token is generated. The longest prompt that fits is {plan.num_blocks * BLOCK_TOKENS} tokens."
             )
+            if not self.apply_rotation:
+                notes.append(
+                    f"Positions go on without apply_rotation: behind the {shape.max_position_embeddings}th token they "
+                    "are none that the model was made for."
+                )
         if self.policy == "streaming_llm":
             notes.append(
                 f"Beside the first and the last tokens, OpenVINO keeps the {BLOCK_TOKENS} most attended ones between."
