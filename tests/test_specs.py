@@ -29,6 +29,8 @@ def test_an_example_is_valid(path: Path, methods: Methods) -> None:
     for step in spec.steps:
         method = validate_strictly(methods.find(step.stage, step.method).cls, step.with_)
         assert set(step.require) <= set(getattr(method, "metrics", ()))
+        for name, values in (step.policy or {}).items():
+            validate_strictly(methods.find(Stage.VALIDATE, name).cls, values or {})
         for engine in step.engines:
             for name, values in engine.items():
                 validate_strictly(methods.find(Stage.REGISTER, name).cls, values or {})
@@ -57,14 +59,19 @@ def shrunk(path: Path, folder: Path) -> Path:
         "prompt_tokens": 8,
         "answer_tokens": 8,
         "layers": 1,
+        "stream_tokens": 256,
+        "window_tokens": 32,
+        "window": 28,
     }
     for step in spec["steps"]:
         given = step.get("with") or {}
         step["with"] = {key: small.get(key, value) for key, value in given.items()}
         if "register" in step:
             step["with"].pop("uri", None)
-        if "validate" in step and step["validate"] != "footprint":
+        if "validate" in step and step["validate"] not in ("footprint", "streaming"):
             step["with"] |= {"length_tokens": 32, "windows": 4}
+        for name, values in (step.get("policy") or {}).items():
+            step["policy"][name] = {key: small.get(key, value) for key, value in values.items()}
         step.pop("require", None)
         for engine in step.get("engines", ()):
             for values in engine.values():
@@ -74,7 +81,7 @@ def shrunk(path: Path, folder: Path) -> Path:
     return small_path
 
 
-@pytest.mark.parametrize("name", ["awq.yaml", "llm-pruner.yaml", "minillm.yaml", "hybrid.yaml"])
+@pytest.mark.parametrize("name", ["awq.yaml", "llm-pruner.yaml", "minillm.yaml", "hybrid.yaml", "streaming-llm.yaml"])
 def test_an_example_runs_at_small_scale(name: str, tmp_path: Path, methods: Methods, tracking_uri: str) -> None:
     path = Path(__file__).parents[1] / "flows" / "specs" / name
     execution = run_locally(shrunk(path, tmp_path), methods, Settings(tmp_path / "home", tracking_uri), Watcher())
