@@ -117,7 +117,7 @@ def _readme(
     lines = [
         f"# Serving with {engine.name}",
         "",
-        f"Written for {engine.name} {engine.supported_versions} (calculated by the rule of {engine.version()}). Files: "
+        f"Written for {engine.written_for()} (calculated by the rule of {engine.version()}). Files: "
         f"{', '.join(files)}.",
     ]
     if engine.command():

@@ -102,6 +102,10 @@ class ServingEngine(Method):
         """The version of the engine that the files are for."""
         return self.engine_version or self.newest_version or self.supported_versions
 
+    def written_for(self) -> str:
+        """What the files are for, in words."""
+        return f"{self.name} {self.supported_versions}"
+
     def preflight(self) -> None:
         """Check version and policy. Raises `SpecError`, `UnsupportedPolicyError` for a policy it cannot honour."""
         if self.engine_version is not None:

@@ -441,8 +441,8 @@ def test_charts_are_pinned(cls: type[ChartValues], inside: str, outside: str) ->
     [
         ("port", "the manifest of .* sets itself"),
         ("--served_model_name", "the manifest of .* sets itself"),
-        ("data-parallel-size", "too few accelerators"),
-        ("tensor_parallel_size", "too few accelerators"),
+        ("data-parallel-size", "plan would be of other devices"),
+        ("tensor_parallel_size", "plan would be of other devices"),
     ],
 )
 @one_of_each

@@ -19,7 +19,7 @@ from packaging.version import InvalidVersion, Version
 from pydantic import Field
 
 from orchestrator.api import KVPlan, ModelShape, SpecError
-from orchestrator_serving.vllm import VLLM
+from orchestrator_serving.vllm import VLLM, flag_name
 
 PORT = 8000
 IMAGE = "vllm/vllm-openai"
@@ -40,7 +40,6 @@ _ADDRESSES: Mapping[str, tuple[re.Pattern[str], str]] = {
 }
 # The manifest sets these itself, or they would take accelerators that it does not ask for.
 _TAKEN = ("config", "host", "port", "served-model-name")
-_PARALLEL = ("tensor-parallel-size", "tp", "pipeline-parallel-size", "pp", "data-parallel-size", "dp")
 # Flags of vLLM 0.33 without a --no- form. Its reader of --config leaves them out when they are false; so is it here.
 _ONLY_ON = frozenset(
     {"aggregate-engine-logging", "data-parallel-multi-port-external-lb", "disable-log-stats", "grpc", "headless"}
@@ -135,16 +134,11 @@ class Manifest(VLLM):
         """vLLM's, less what belongs to the manifest."""
         settings = super().settings(shape, plan)
         for name in self.extra_flags:
-            flag = name.lstrip("-").replace("_", "-")
+            flag = flag_name(name)
             if flag in _TAKEN:
                 raise SpecError(
                     f"extra_flags sets {flag}, which the manifest of {self.name} sets itself",
                     remedy="remove it from extra_flags; service_name is the name of the model in requests",
-                )
-            if flag in _PARALLEL:
-                raise SpecError(
-                    f"extra_flags sets {flag}, and the manifest would ask for too few accelerators",
-                    remedy="set tensor_parallel_size: it divides the model, and the plan counts with it",
                 )
         return settings
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field
@@ -26,6 +26,10 @@ GROUP_SIZES = (32, 64, 128)
 _SMALLEST_SCALED_HEAD = 32  # elements; of the kernels with a scale for each token and head
 _LATENT_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 
+_MOST = 2**63 - 1
+FlagValue = bool | Annotated[int, Field(ge=-_MOST, le=_MOST)] | Annotated[float, Field(ge=-1e300, le=1e300)] | str
+# Flags by which devices share a model: the plan is of one device, and follows tensor_parallel_size alone.
+_SHARING = ("tensor-parallel-size", "tp", "pipeline-parallel-size", "pp", "data-parallel-size", "dp")
 CacheType = Literal[
     "auto",
     "float16",
@@ -78,7 +82,7 @@ class VLLM(ServingEngine):
         description="Give the cache exactly the planned bytes, whatever vLLM measures (kv-cache-memory-bytes).",
     )
     prefix_caching: bool = Field(True, description="Keep and share the KV blocks of common prompt beginnings.")
-    extra_flags: dict[str, bool | int | float | str] = Field(
+    extra_flags: dict[str, FlagValue] = Field(
         default_factory=dict, description="Further flags of `vllm serve`, checked against its own parser's."
     )
 
@@ -122,7 +126,12 @@ class VLLM(ServingEngine):
         if plan.tensor_parallel_size > 1:
             settings["tensor-parallel-size"] = plan.tensor_parallel_size
         for name, value in self.extra_flags.items():
-            flag = name.lstrip("-").replace("_", "-")
+            flag = flag_name(name)
+            if flag in _SHARING:
+                raise SpecError(
+                    f"extra_flags sets {flag}, and the plan would be of other devices",
+                    remedy="set tensor_parallel_size: it divides the model, and the plan counts with it",
+                )
             if flag in settings:
                 raise SpecError(
                     f"extra_flags sets {flag}, which has a parameter of its own or follows from the plan",
@@ -193,6 +202,12 @@ class VLLM(ServingEngine):
             f"vLLM keeps the KV cache of this model in {shape.serving_dtype} or fp8, not in {self.kv_cache_dtype}",
             remedy="set kv_cache_dtype: auto",
         )
+
+
+def flag_name(name: str) -> str:
+    """A flag as vLLM reads it: dashes for underscores, but not after a dot, where keys of a JSON value begin."""
+    flag, dot, key = name.lstrip("-").partition(".")
+    return flag.replace("_", "-") + dot + key
 
 
 def _wrapped(note: str) -> list[str]:
