@@ -19,22 +19,27 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.update(CUDA_VISIBLE_DEVICES="", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", VLLM_PLUGINS="")
 
 GIB = 2**30
-COMPILED = {
+ABSENT = {
     "vllm._C_stable_libtorch",
     "vllm._moe_C_stable_libtorch",
     "vllm.vllm_flash_attn._vllm_fa2_C",
     "vllm.vllm_flash_attn._vllm_fa3_C",
     "vllm._flashmla_C",
     "vllm._flashmla_extension_C",
+    # which image processors import
+    "torchvision",
+    "torchvision.transforms",
+    "torchvision.transforms.v2",
+    "torchvision.transforms.v2.functional",
 }
 NAMESPACES = {"_C", "_moe_C", "_C_cache_ops", "_flashmla_C", "_vllm_fa2_C", "_vllm_fa3_C"}
 
 
 class _Empty(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds vLLM's compiled modules, without their content."""
+    """Finds modules that are not there, without their content."""
 
     def find_spec(self, name, path, target=None):
-        return importlib.machinery.ModuleSpec(name, self) if name in COMPILED else None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name in ABSENT else None
 
     def create_module(self, spec):
         return None
@@ -62,12 +67,11 @@ class _Kernel:
 
 def pretend(gib: int = 80, capability: tuple[int, int] = (9, 0), name: str = "NVIDIA H100 80GB HBM3") -> None:
     """Make vLLM believe in eight such devices."""
-    sys.meta_path.insert(0, _Empty())
     import torch
+    from transformers.utils import is_torchvision_available
 
-    # torchvision, which its image processors import, registers a fake of an operator that it has only on CUDA.
-    for operator in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    is_torchvision_available()  # remembered: no, though its modules are found from here on
+    sys.meta_path.insert(0, _Empty())
     import vllm.platforms as platforms
     from vllm.platforms.cuda import CudaPlatformBase
     from vllm.platforms.interface import DeviceCapability
