@@ -1,10 +1,8 @@
-"""Paged KV memory: blocks, tables, reference counts, a prefix cache, copy-on-write and preemption.
+"""Paged KV memory: block tables, shared prefixes, copy-on-write and preemption.
 
-PagedAttention, Kwon et al. 2023, arXiv:2309.06180, section 4; the prefix cache is that of vLLM's V1 engine: every full
-block can be found by the chained hash of its tokens, blocks that nobody uses wait in one queue in the order in which
-they were freed (of a sequence the last block first), and whoever needs a block takes the head of the queue, whether
-something could still be found in it or not. When the queue is empty, the request that arrived last is preempted: its
-blocks are freed, and it is computed again when there is room (recomputation, section 4.5).
+PagedAttention, Kwon et al. 2023, arXiv:2309.06180, section 4, on the pool of `orchestrator.block_pool`. When the pool
+is empty, the request that arrived last is preempted: its blocks are freed, and it is computed again when there is room
+(recomputation, section 4.5), except for what is still in the cache then.
 
 Two things make it fast, and change no figure. Sequences wait in buckets by the phase at which their last block is full,
 so a step touches only those that need a block. And a block gets its hash when somebody could first ask for it: prompts
@@ -13,139 +11,11 @@ that others may share when they are admitted, all else when it is preempted, as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
-from functools import lru_cache
-from typing import Any
-
 from orchestrator.batching import Group, Sequence
-from orchestrator.trace import Request
+from orchestrator.block_pool import BlockPool, Key, prompt_keys
 
-# Positions in the queue may be out of date; it is cleared when that is more than half of it, but not below this.
-LOOSE_ENDS = 4096
 POOL_TOO_SMALL = "longer than the pool"
 MODEL_TOO_SMALL = "longer than max_model_len"
-
-Key = Any  # of a block: an int (text that others may share), or a tuple (one's own)
-
-
-class BlockPool:
-    """Numbered blocks. `available` are in the queue; of the others, those that several can reach count references."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self.available = num_blocks
-        self.references: dict[int, int] = {}
-        self.cached: dict[Key, int] = {}
-        self._key_of: dict[int, Key] = {}
-        self._twins: dict[Key, list[int]] = {}  # further blocks with the same content
-        self._queue = list(range(num_blocks))
-        self._head = 0
-        self._outdated: dict[int, int] = {}  # how many entries of a block in the queue do not count
-
-    def take(self, count: int) -> list[int]:
-        """Take blocks from the head of the queue; what could be found in them no longer can. Needs `available`."""
-        if count > self.available:
-            raise RuntimeError(f"{count} blocks wanted, {self.available} available")
-        self.available -= count
-        start = self._head
-        blocks = self._queue[start : start + count]
-        if self._key_of.keys().isdisjoint(blocks):  # then no entry is outdated either
-            self._head = start + count
-        else:
-            blocks = self._take_cached(count)
-        if self._head > LOOSE_ENDS and self._head > len(self._queue) >> 1:
-            del self._queue[: self._head]
-            self._head = 0
-        return blocks
-
-    def give(self, blocks: SequenceOf[int]) -> None:
-        """Return blocks that nobody else can reach; the first of them will be taken first."""
-        self._queue += blocks
-        self.available += len(blocks)
-
-    def share(self, block: int, count: int) -> None:
-        """Add references to a block that was found in the cache; it may be in the queue."""
-        references = self.references
-        if block in references:
-            references[block] += count
-        else:
-            references[block] = count
-            self.available -= 1
-            self._outdated[block] = self._outdated.get(block, 0) + 1
-            if len(self._queue) - self._head > 2 * self.available + LOOSE_ENDS:
-                self._tidy()
-
-    def drop(self, blocks: SequenceOf[int]) -> int:
-        """Take away one reference from each, last block first. Return how many are free by that."""
-        references, queue = self.references, self._queue
-        freed = 0
-        for block in reversed(blocks):
-            left = references[block] - 1
-            if left:
-                references[block] = left
-            else:
-                del references[block]
-                queue.append(block)
-                freed += 1
-        self.available += freed
-        return freed
-
-    def register(self, block: int, key: Key) -> None:
-        """Let the block be found."""
-        if block in self._key_of:
-            return
-        self._key_of[block] = key
-        if key in self.cached:
-            self._twins.setdefault(key, []).append(block)
-        else:
-            self.cached[key] = block
-
-    def queued(self) -> list[int]:
-        """The blocks in the queue, head first."""
-        outdated = dict(self._outdated)
-        kept = []
-        for block in self._queue[self._head :]:
-            if outdated.get(block):
-                outdated[block] -= 1
-            else:
-                kept.append(block)
-        return kept
-
-    def _take_cached(self, count: int) -> list[int]:
-        queue, key_of, outdated, head = self._queue, self._key_of, self._outdated, self._head
-        blocks: list[int] = []
-        while len(blocks) < count:
-            block = queue[head]
-            head += 1
-            if block in key_of:
-                if block in outdated:
-                    if outdated[block] == 1:
-                        del outdated[block]
-                    else:
-                        outdated[block] -= 1
-                    continue
-                self._forget(block)
-            blocks.append(block)
-        self._head = head
-        return blocks
-
-    def _forget(self, block: int) -> None:
-        key = self._key_of.pop(block)
-        twins = self._twins.get(key)
-        if self.cached[key] != block:
-            assert twins is not None
-            twins.remove(block)
-        elif twins:
-            self.cached[key] = twins.pop(0)
-        else:
-            del self.cached[key]
-        if twins is not None and not twins:
-            del self._twins[key]
-
-    def _tidy(self) -> None:
-        self._queue = self.queued()
-        self._head = 0
-        self._outdated.clear()
 
 
 class PagedMemory:
@@ -245,8 +115,8 @@ class PagedMemory:
             blocks = pool.take(-(-tokens // size) - len(found))
             self.filled += tokens - len(found) * size
             keyed = self._register(group, len(found), blocks)
-            for block in blocks[:keyed]:
-                pool.references[block] = 1
+            if keyed:
+                pool.refer(blocks[:keyed], 1)
             sequence.partial = False
             sequence.shared = found + blocks[:keyed]
             sequence.own = blocks[keyed:] if keyed else blocks
@@ -261,8 +131,7 @@ class PagedMemory:
         tokens = prompt + group.generated
         partial = group.generated == 0 and prompt % size != 0
         blocks = pool.take(prompt // size + partial - len(found))
-        for block in blocks:
-            pool.references[block] = len(group.sequences)
+        pool.refer(blocks, len(group.sequences))
         self._register(group, len(found), blocks)
         self.filled += (prompt if partial else prompt // size * size) - len(found) * size
         for sequence, again in zip(group.sequences, each, strict=True):
@@ -353,11 +222,13 @@ class PagedMemory:
         for sequence in group.sequences:
             if self._prefix_caching:
                 full = (sequence.shared + sequence.own)[: written // self.block_size]
-                self._register(group, 0, full, sequence.sample)
+                self.pool.register(full, [self._key(group, sequence.sample, place) for place in range(len(full))])
             spare = -sequence.final_tokens % self.block_size
             if sequence.final_step <= step:
                 self.spare -= spare
-            else:
+            elif self._final.get(sequence.final_step) == spare:
+                del self._final[sequence.final_step]  # `write` may never come to this step
+            elif spare:
                 self._final[sequence.final_step] -= spare
             self._free(sequence, written)
 
@@ -400,7 +271,7 @@ class PagedMemory:
         spare = -final_tokens % size
         if final_step <= step:
             self.spare += spare
-        else:
+        elif spare:
             self._final[final_step] = self._final.get(final_step, 0) + spare
 
     def _find(self, group: Group, sample: int, first: int, last: int) -> list[int]:
@@ -421,13 +292,12 @@ class PagedMemory:
             found.append(block)
         return found
 
-    def _register(self, group: Group, first: int, blocks: list[int], sample: int | None = None) -> int:
-        """Let full blocks from place `first` on be found: those others may ask for, or all. Return how many."""
-        keys = group.keys or ()
-        count = len(blocks) if sample is not None else max(0, min(len(keys) - first, len(blocks)))
-        for offset in range(count):
-            self.pool.register(blocks[offset], self._key(group, sample or 0, first + offset))
-        return count
+    def _register(self, group: Group, first: int, blocks: list[int]) -> int:
+        """Let new blocks of the prompt, from place `first` on, be found by who shares the text. Return how many can."""
+        keys = (group.keys or ())[first : first + len(blocks)]
+        if keys:
+            self.pool.register(blocks[: len(keys)], keys)
+        return len(keys)
 
     def _key(self, group: Group, sample: int, place: int) -> Key:
         keys = group.keys or ()
@@ -435,23 +305,3 @@ class PagedMemory:
             return keys[place]
         in_prompt = place < group.request.prompt_tokens // self.block_size
         return group.serial, -1 if in_prompt else sample, place
-
-
-def prompt_keys(request: Request, block_size: int) -> tuple[int, ...]:
-    """Return a name for each full block of the prompt that lies in named text; equal names, equal text up to there."""
-    named = min(request.prompt_tokens, len(request.prefix) * request.chunk_tokens)
-    return _chain(request.prefix, request.chunk_tokens, named // block_size, block_size)
-
-
-@lru_cache(maxsize=1024)
-def _chain(prefix: tuple[int, ...], chunk_tokens: int, blocks: int, block_size: int) -> tuple[int, ...]:
-    chain = chunk_tokens
-    chunk = 0
-    keys = []
-    for place in range(blocks):
-        end = (place + 1) * block_size
-        while chunk * chunk_tokens < end:
-            chain = hash((chain, prefix[chunk]))
-            chunk += 1
-        keys.append(hash((chain, place)))
-    return tuple(keys)

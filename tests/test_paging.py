@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from orchestrator.block_pool import BlockPool, prompt_keys
 from orchestrator.contiguous import Buddies
-from orchestrator.paging import BlockPool, prompt_keys
 from orchestrator.trace import Request
 
 
@@ -24,7 +24,7 @@ def test_a_cached_block_is_found_until_it_is_taken() -> None:
     pool = BlockPool(3)
     [block] = pool.take(1)
     pool.references[block] = 1
-    pool.register(block, "a")
+    pool.register([block], ["a"])
     assert pool.drop([block]) == 1 and pool.available == 3
     assert pool.cached == {"a": block}
     pool.share(block, 2)  # out of the middle of the queue
@@ -38,8 +38,8 @@ def test_a_cached_block_is_found_until_it_is_taken() -> None:
 def test_of_two_blocks_with_the_same_content_the_other_remains() -> None:
     pool = BlockPool(3)
     first, second = pool.take(2)
-    pool.register(first, "a")
-    pool.register(second, "a")
+    pool.register([first], ["a"])
+    pool.register([second], ["a"])
     assert pool.cached == {"a": first}
     pool.give([first])
     assert pool.take(2) == [2, first] and pool.cached == {"a": second}
@@ -69,7 +69,7 @@ def test_the_queue_is_a_plain_list_with_removals(seed: int) -> None:
                     key = draw.randrange(60)
                     if key not in content.values():
                         content[block] = key
-                        pool.register(block, key)
+                        pool.register([block], [key])
             used += blocks
         elif action < 0.65 and content:
             block = draw.choice(list(content))

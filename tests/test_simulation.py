@@ -138,6 +138,7 @@ def test_tables_references_and_queue_agree_after_every_step() -> None:
             copies += sum(one.partial for one in sequences)
         assert blocks.available == pool.num_blocks and not blocks.references
         assert memory.filled == memory.spare == memory.held == 0
+        assert not memory._buckets and not memory._final and not memory._forks[1:]
         finished = engine.tally.finished + sum(engine.tally.refused.values())
         assert finished == len(requests)
     assert shared > 1000 and copies > 100
