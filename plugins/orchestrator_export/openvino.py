@@ -7,8 +7,8 @@ it is released.
 
 from __future__ import annotations
 
-import gc
 import importlib.util
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +44,7 @@ REMEDY = "leave openvino out of `formats`"
 # tests compare OpenVINO with Transformers.
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gpt_neox", "opt"})
 ROPES = frozenset({"default", "linear", "llama3", "yarn"})  # the same for a text of every length
+_COUNTED = re.compile(r"(Parameter|Result)_\d+")
 PROMPTS = 2
 ALLOWED_KL = 1e-4  # nats; float32 on both sides, 1e-8 is usual
 ALLOWED_SHORTFALL = 0.02  # nats
@@ -119,7 +120,6 @@ class OpenVINO(ExportFormat):
         _rename(converted)
         save_model(converted, target / "openvino_model.xml", compress_to_fp16=False)
         del converted
-        gc.collect()
         _write_tokenizer(model, target)
         for name in _FILES:
             if (model.path / name).is_file():
@@ -212,9 +212,14 @@ def _sdpa(loaded: Any) -> Iterator[None]:
 
 def _rename(converted: Any) -> None:
     """Number the nodes: their own names count what this process has made before, and files would differ."""
+    converted.set_friendly_name("model")
     for number, node in enumerate(converted.get_ordered_ops()):
-        if node.get_type_name() not in ("Parameter", "Result"):
+        if node.get_type_name() not in ("Parameter", "Result") or _COUNTED.fullmatch(node.get_friendly_name()):
             node.set_friendly_name(f"{node.get_type_name()}_{number}")
+        for output in node.outputs():
+            names = {name for name in output.get_tensor().get_names() if not _COUNTED.fullmatch(name)}
+            if len(names) < len(output.get_tensor().get_names()):
+                output.get_tensor().set_names(names or {f"tensor_{number}"})
 
 
 def _write_tokenizer(model: Checkpoint, folder: Path) -> None:

@@ -50,7 +50,9 @@ def stateful_model(model: Any) -> Any:
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing, and of libraries to each other; what counts is the comparison
         try:
-            decoder = TorchScriptPythonDecoder(_with_cache(model), example_input=example)
+            decoder = TorchScriptPythonDecoder(
+                _with_cache(model), example_input=example, trace_kwargs={"check_trace": False}
+            )
             converted = frontend.convert(frontend.load(decoder))
         except (OpConversionFailure, RuntimeError) as error:
             said = str(error).strip().splitlines()
