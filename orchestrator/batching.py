@@ -145,6 +145,7 @@ class Engine:
         blocked = False  # who waits has been refused room, and nothing has been freed since
         count = 0  # running sequences
         while True:
+            # Everyone who runs gets room for a token.
             victims = memory.write(step, running) if running else []
             for group in victims:
                 tally.preemptions += 1
@@ -157,6 +158,7 @@ class Engine:
             decoding = count
             memory.filled += decoding
 
+            # Who waits may join. The queue is the rest of `requests`: only its head is ever held.
             prefill = 0
             while not blocked and not victims:
                 group_or_none = preempted[-1] if preempted else head
@@ -183,6 +185,7 @@ class Engine:
                 prefill += computed
                 count += len(group.sequences)
 
+            # The step itself takes time; with nobody in it, it is the next arrival's turn.
             if not running:
                 if head is None:
                     return
@@ -195,6 +198,7 @@ class Engine:
             tally.add(now, duration, memory.held, memory.filled, memory.spare, memory.external, count)
             tally.steps += 1
 
+            # Who has its last token leaves.
             if step in finishes:
                 heapq.heappop(self._finish_steps)
                 for sequence in finishes.pop(step):
@@ -210,6 +214,7 @@ class Engine:
                             tally.finished += 1
             yield step
 
+            # The steps before anything else can happen are one jump.
             if running and (blocked or not preempted):
                 event = memory.next_event(step)
                 until = self._finish_steps[0]

@@ -248,7 +248,7 @@ def make_memory(pool: PagedPool, policy: str) -> Memory:
 def _result(policy: str, tally: Tally, pool: PagedPool) -> PolicyResult:
     duration_ns = tally.now_ns - tally.start_ns
     seconds = duration_ns / NS
-    saved = tally.prompt_tokens - tally.computed_tokens
+    saved = max(0, tally.prompt_tokens - tally.computed_tokens)  # contiguous: each sample computes the prompt again
     return PolicyResult(
         policy=policy,
         requests=tally.requests,
