@@ -1,6 +1,7 @@
 """Every cache policy on streams eight trained windows long: perplexity, bytes held, speed, what is still known.
 
-    python -m benchmarks.streaming [--model quickstart|reference-7m|stories260k ...] [--streams N] [--quick] [--save]
+    python -m benchmarks.streaming [--model quickstart|quickstart-sink|reference-7m|stories260k ...] [--streams N]
+                                   [--quick] [--save]
 
 Three models with text of the kind that each was trained on (as in `benchmarks.conformance`: stories260k writes its
 own). A trained window is what they were trained on at once, 256 tokens (quickstart; its positions are 512) or 512. Each
@@ -9,12 +10,16 @@ gives. Budgets: StreamingLLM and the window hold a trained window; H2O a fifth o
 fifth as well. The others keep every token. Beside them the contiguous cache of Transformers, and the model without a
 cache, its trained window moved along the stream: what there is to know.
 
+None of the three has an attention sink, so to drop the first tokens costs them nothing, and the plain window is as good
+as StreamingLLM. quickstart-sink is the first with a sink built in (`benchmarks.attention_sink`), as large models have.
+
 Speed is measured by itself, one token a forward pass, after 512 tokens, the policy and the contiguous cache in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -24,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.attention_sink import add_sink
 from benchmarks.conformance_models import stories
 from benchmarks.material import shared_data
 from benchmarks.streaming_plot import draw
@@ -35,7 +41,9 @@ from orchestrator.text import token_windows
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 WINDOWS = 8
-MODELS = {"quickstart": 256, "reference-7m": 512, "stories260k": 512}  # tokens that they were trained on at once
+# Tokens that they were trained on at once.
+MODELS = {"quickstart": 256, "quickstart-sink": 256, "stories260k": 512, "reference-7m": 512}
+SINK, SHARE = "quickstart-sink", 0.8  # of the attention
 CHUNK, DECODED, TURNS = 16, 64, 3
 SHOWN = ("stream_perplexity", "first_window_perplexity", "last_window_perplexity", "recomputed_ratio")
 
@@ -59,9 +67,20 @@ def policies(window: int) -> Mapping[str, tuple[str, dict[str, Any]] | None]:
 
 def material(name: str, folder: Path) -> tuple[Path, Path]:
     """Return a model and its text."""
-    if name == "quickstart":
+    if name in ("quickstart", SINK):
         prepare(folder / "quickstart")
-        return folder / "quickstart" / "model", folder / "quickstart" / "valid.txt"
+        model, text = folder / "quickstart" / "model", folder / "quickstart" / "valid.txt"
+        if name == SINK:
+            tokens = token_windows(
+                str(folder / "quickstart" / "train.txt"),
+                Checkpoint(model).load_tokenizer(),
+                num_sequences=1,
+                length=MODELS[name],
+                random=False,
+            )
+            add_sink(model, folder / SINK, tokens.tokens_NT[0], SHARE)
+            model = folder / SINK
+        return model, text
     model = (shared_data() / "models" / name).resolve()
     if name == "reference-7m":
         return model, shared_data() / "text" / "heldout-code.txt"
@@ -81,13 +100,26 @@ def policy_of(methods: Methods, chosen: tuple[str, dict[str, Any]] | None) -> Ca
 
 
 def measured(
-    model: Checkpoint, text: Path, policy: CachePolicy | None, folder: Path, streams: int, window: int, windows: int
+    model: Checkpoint,
+    text: Path,
+    policy: CachePolicy | None,
+    folder: Path,
+    *,
+    streams: int,
+    window: int,
+    windows: int,
+    start_token: bool,
 ) -> dict[str, Any]:
     """One policy on one model: the evaluator's numbers and curves."""
     from orchestrator_evaluation.streaming import Streaming
 
     evaluator = Streaming(
-        source=str(text), stream_tokens=windows * window, window_tokens=window, chunk_tokens=CHUNK, streams=streams
+        source=str(text),
+        stream_tokens=windows * window,
+        window_tokens=window,
+        chunk_tokens=CHUNK,
+        streams=streams,
+        start_token=start_token,
     )
     context = Context(0, model, None, folder, policy=policy)
     found = evaluator.measure(model, model, context)
@@ -122,11 +154,12 @@ def run(name: str, folder: Path, streams: int, windows: int, methods: Methods) -
     path, text = material(name, folder)
     model, window = Checkpoint(path), MODELS[name]
     rows: dict[str, Any] = {}
+    scale = {"streams": streams, "window": window, "windows": windows, "start_token": name == SINK}
     for label, chosen in policies(window).items():
         began = time.perf_counter()
         try:
             policy = policy_of(methods, chosen)
-            rows[label] = measured(model, text, policy, folder, streams, window, windows) | {
+            rows[label] = measured(model, text, policy, folder, **scale) | {
                 "speed": speeds(model, text, policy, window),
                 "policy": None if chosen is None else {chosen[0]: chosen[1]},
             }
@@ -134,6 +167,12 @@ def run(name: str, folder: Path, streams: int, windows: int, methods: Methods) -
             rows[label] = {"failed": str(error)}
         print(f"{name:<14} {label:<22} {time.perf_counter() - began:5.0f} s  {summary(rows[label])}", flush=True)
         yield {"text": text.name, "window_tokens": window, "streams": streams, "policies": rows}
+
+
+def saved() -> dict[str, Any]:
+    """The models of an earlier run, so that one model can be measured again by itself."""
+    path = results.FOLDER / "streaming.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))["models"]) if path.is_file() else {}
 
 
 def summary(row: Mapping[str, Any]) -> str:
@@ -156,7 +195,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write results/streaming.json and streaming.svg")
     options = parser.parse_args()
     methods = discover()
-    found: dict[str, Any] = {}
+    found = saved() if options.save else {}
     print(f"{'':<42}{'perplexity: stream, first, last, / recomputed; held; served ratio; speed; gain near, far'}")
     for name in options.model:
         with tempfile.TemporaryDirectory(prefix="streaming-") as folder:
@@ -166,7 +205,7 @@ def main() -> None:
                 if options.save:
                     results.save("streaming", {**results.circumstances(), "models": found})
         if options.save:
-            draw(found, results.FOLDER / "streaming.svg")
+            draw({name: found[name] for name in MODELS if name in found}, results.FOLDER / "streaming.svg")
 
 
 if __name__ == "__main__":

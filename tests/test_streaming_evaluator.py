@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from benchmarks.attention_sink import add_sink
 from orchestrator.api import CachePolicy, Checkpoint, Context, Measured, Stage, StepError
 from orchestrator.artifact import ArtifactStore
 from orchestrator.errors import GateError
@@ -222,6 +223,50 @@ def test_streaming_llm_stays_stable_in_bounded_memory_where_the_whole_cache_expl
     assert sinks.metrics["full_cache_retrieval"] > sinks.metrics["retrieval_unread"]
     assert sinks.metrics["retrieval_gain_inside"] == pytest.approx(sinks.metrics["full_cache_retrieval_gain"], abs=0.1)
     assert abs(sinks.metrics["retrieval_gain_outside"]) < 0.1
+
+
+def test_a_plain_window_explodes_where_the_model_has_an_attention_sink(
+    methods: Methods, text: Path, tmp_path: Path
+) -> None:
+    """StreamingLLM's claim: four tokens more are the difference (arXiv:2309.17453, table 1)."""
+    plain = Checkpoint(QUICKSTART)
+    add_sink(QUICKSTART, tmp_path / "model", tokens_of(plain, text, TRAINED), share=0.8)
+    model = Checkpoint(tmp_path / "model")
+    evaluator = Streaming(
+        source=str(text),
+        window_tokens=TRAINED,
+        stream_tokens=4 * TRAINED,
+        chunk_tokens=64,
+        passages=2,
+        start_token=True,
+    )
+    sinks, window = (
+        evaluator.measure(model, model, Context(0, model, None, tmp_path, policy=chosen)).metrics
+        for chosen in (
+            policy(methods, "streaming_llm", sinks=4, window=TRAINED - 4),
+            policy(methods, "window", window=TRAINED),
+        )
+    )
+    assert sinks["cache_bytes_max"] == window["cache_bytes_max"]
+    assert sinks["first_window_perplexity"] == pytest.approx(window["first_window_perplexity"], rel=1e-4)
+    assert sinks["recomputed_ratio"] < 1.2
+    assert sinks["perplexity_growth"] < 1.2
+    assert window["perplexity_growth"] > 5
+    assert window["recomputed_ratio"] > 5
+
+
+def test_a_start_token_stands_before_every_text(tiny: Checkpoint, text: Path, context: Context) -> None:
+    given: dict[str, Any] = {"source": str(text), "window_tokens": 32, "stream_tokens": 64, "passages": 1}
+    metrics = Streaming(**given, start_token=True).measure(tiny, tiny, context).metrics
+    start = torch.tensor([tiny.load_tokenizer().bos_token_id])
+    model: Any = load_float32(tiny)
+    tokens_T = torch.cat([start, tokens_of(tiny, text, 63)])
+    assert metrics["stream_perplexity"] == pytest.approx(perplexity(looped(model, tokens_T)), rel=1e-6)
+    losses = recomputed_losses(model, tokens_T, 32, start_token=True)
+    assert metrics["recomputed_perplexity"] == pytest.approx(perplexity(losses))
+    with torch.no_grad():
+        log_p_V = model(torch.cat([start, tokens_T[33:63]])[None]).logits[0, -1].double().log_softmax(-1)
+    assert float(losses[62]) == pytest.approx(-float(log_p_V[tokens_T[63]]), abs=1e-5)
 
 
 def test_same_seed_same_numbers(tiny: Checkpoint, text: Path, context: Context, methods: Methods) -> None:

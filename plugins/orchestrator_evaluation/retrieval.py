@@ -71,23 +71,27 @@ class Recall:
 
 
 def trials_of(
-    material_T: torch.Tensor, where: Distances, distance: int, count: int, seed: int
+    material_T: torch.Tensor, where: Distances, distance: int, count: int, seed: int, start: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the trials [K, T] with the passage, and the same [K, T] with another in its place."""
+    """Return the trials [K, T] with the passage, and the same [K, T] with another in its place.
+
+    start: a token that every trial begins with.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     passages = material_T[: 2 * where.passage * count].view(count, 2, where.passage)
     rest_T = material_T[passages.numel() :]
     between = distance - where.passage
-    starts = torch.randint(len(rest_T) - where.lead - between + 1, (count,), generator=generator).tolist()
+    places = torch.randint(len(rest_T) - where.lead - between + 1, (count,), generator=generator).tolist()
+    start_T = torch.tensor([] if start is None else [start], dtype=material_T.dtype)
     read: list[torch.Tensor] = []
     unread: list[torch.Tensor] = []
-    for start, (passage_T, other_T) in zip(starts, passages, strict=True):
-        lead_T = rest_T[start : start + where.lead]
-        between_T = rest_T[start + where.lead : start + where.lead + between]
+    for place, (passage_T, other_T) in zip(places, passages, strict=True):
+        lead_T = rest_T[place : place + where.lead]
+        between_T = rest_T[place + where.lead : place + where.lead + between]
         for trials, first_T in ((read, passage_T), (unread, other_T)):
-            trials.append(torch.cat([lead_T, first_T, between_T, passage_T]))
+            trials.append(torch.cat([start_T, lead_T, first_T, between_T, passage_T]))
     return torch.stack(read), torch.stack(unread)
 
 

@@ -152,11 +152,14 @@ def in_pieces(tokens: int, size: int) -> list[int]:
     return [min(size, tokens - begin) for begin in range(0, tokens, size)]
 
 
-def recomputed_losses(model: PreTrainedModel, tokens_T: torch.Tensor, window: int) -> torch.Tensor:
+def recomputed_losses(
+    model: PreTrainedModel, tokens_T: torch.Tensor, window: int, *, start_token: bool = False
+) -> torch.Tensor:
     """Return -ln p [L], nats, float64, of every token but the first, without a cache: the trained window, moved along.
 
     The window moves by half of its length, so each token sees between half a window and a whole one of what is before
     it, at positions that the model was trained on. It is what a model can know of a long text within its window.
+    start_token: the stream begins with one; then every window does.
     """
     import torch
 
@@ -165,6 +168,8 @@ def recomputed_losses(model: PreTrainedModel, tokens_T: torch.Tensor, window: in
     while begin < len(tokens_T) and len(tokens_T) > 1:
         end = min(len(tokens_T), begin + (stride if begin else window))
         seen_T = tokens_T[max(0, end - window) : end]
+        if start_token:
+            seen_T = torch.cat([tokens_T[:1], seen_T[1:]])
         scored = end - max(begin, 1)
         logits_CV = logits_of(model, seen_T[None])[0, -1 - scored : -1]
         losses.append(_losses(logits_CV, seen_T[-scored:].to(logits_CV.device)))

@@ -98,6 +98,9 @@ class Streaming(Evaluator):
     chunk_tokens: int = Field(
         1, ge=1, le=65_536, description="New tokens in each forward pass: 1 as an engine decodes, more is faster."
     )
+    start_token: bool = Field(
+        False, description="Begin each stream with the tokenizer's start token, for models that always see one."
+    )
     streams: int = Field(1, ge=1, le=10_000, description="Streams, one after the other in the text.")
     field: str = Field("text", min_length=1, description="Key or column of JSON lines, Parquet or hub rows with text.")
     passages: int = Field(8, ge=1, le=10_000, description="Passages that the model is asked for, at each distance.")
@@ -131,23 +134,25 @@ class Streaming(Evaluator):
             self.source,
             baseline.load_tokenizer(),
             num_sequences=self.streams,
-            length=max(length, where.material(self.passages)),
+            length=max(length, where.material(self.passages) + self.start_token),
             field=self.field,
             random=False,
+            start_token=self.start_token,
         ).tokens_NT
+        start = int(text_ST[0, 0]) if self.start_token else None
         streams_ST = text_ST[:, :length]
         inside, outside = (
-            trials_of(text_ST[0], where, distance, self.passages, context.seed)
+            trials_of(text_ST[0, self.start_token :], where, distance, self.passages, context.seed, start)
             for distance in (where.inside, where.outside)
         )
         first_ST = streams_ST[:, :window]
         meter = _Meter(context, first_ST.numel() + streams_ST.numel() + 2 * (inside[0].numel() + outside[0].numel()))
 
         meter.say("dense model, without a cache")
-        dense_SL = _recomputed(load_float32(baseline), streams_ST, window)
+        dense_SL = self._recomputed(load_float32(baseline), streams_ST, window)
         model = load_float32(candidate)
         meter.say("without a cache")
-        recomputed_SL = _recomputed(model, streams_ST, window)
+        recomputed_SL = self._recomputed(model, streams_ST, window)
         full_cache = FullCache()
         full = self._read(Reader(model, candidate, full_cache), first_ST, meter, "full cache")
         reader = Reader(model, candidate, policy or full_cache)
@@ -212,6 +217,13 @@ class Streaming(Evaluator):
             )
         return window
 
+    def _recomputed(self, model: PreTrainedModel, streams_ST: torch.Tensor, window: int) -> torch.Tensor:
+        import torch
+
+        return torch.stack(
+            [recomputed_losses(model, tokens_T, window, start_token=self.start_token) for tokens_T in streams_ST]
+        )
+
     def _read(self, reader: Reader, streams_ST: torch.Tensor, meter: _Meter, what: str) -> list[Reading]:
         pieces = in_pieces(streams_ST.shape[1], self.chunk_tokens)
         return [reader.read(tokens_T, pieces, told=meter.teller(what)) for tokens_T in streams_ST]
@@ -239,12 +251,6 @@ class _Meter:
                 self.say(f"{what}: {self._done} of {self._tokens} tokens")
 
         return tell
-
-
-def _recomputed(model: PreTrainedModel, streams_ST: torch.Tensor, window: int) -> torch.Tensor:
-    import torch
-
-    return torch.stack([recomputed_losses(model, tokens_T, window) for tokens_T in streams_ST])
 
 
 def _losses(readings: Sequence[Reading]) -> torch.Tensor:
