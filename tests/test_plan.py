@@ -17,10 +17,11 @@ from orchestrator.artifact import ArtifactStore
 from orchestrator.checkpoint import LayerShape
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 from orchestrator.layer_method import LayerMethod, LayerResult, Needs
-from orchestrator.method import ModelMethod, ModelResult, ServingEngine, Stage
+from orchestrator.method import ModelMethod, ModelResult, Stage
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plugins import InstalledMethod, Methods, Origin, check_class, discover
 from orchestrator.scheme import QuantScheme
+from orchestrator.serving_engine import ServingEngine
 from orchestrator.status import statuses
 from tests.tiny import ARCHITECTURES, edit_config, make_model
 
