@@ -1,7 +1,7 @@
 """fp8: keys and values as float8 e4m3, with one static scale for the keys and one for the values of each layer.
 
 As vLLM and SGLang do (`kv_cache_dtype: fp8`): stored is x / scale, saturated at the largest e4m3 number, and the scales
-come from the checkpoint's tensors `...layers.N.self_attn.k_scale` and `v_scale`; where it has none they are 1.0. A
+come from the checkpoint (`quantize: kv_scales` writes them); where it has none they are 1.0. A
 layer's scale is its largest |x| over calibration text / 448, so that nothing saturates and little falls below the
 smallest number.
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from orchestrator.api import FLOAT8_MAX, ModelShape, Stage, StepError, TensorReader
+from orchestrator.api import FLOAT8_MAX, ModelShape, Stage, read_kv_scales
 from orchestrator_kvcache.policy import ExtendedStore, LayerPolicy, Store
 from orchestrator_kvcache.storage import elements_per_token
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from orchestrator.api import Checkpoint
 
-_SCALE_NAME = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.(?:self_attn|attention)\.(?P<of>[kv])_scale$")
+_LAYER = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.")
 _SCALE_BYTES = 4  # float32
 
 
@@ -77,28 +77,16 @@ class FP8Store(ExtendedStore):
 
 
 def scales_from(checkpoint: Checkpoint) -> dict[int, tuple[float, float]]:
-    """Return (k_scale, v_scale) of each layer that has them stored.
+    """Return (k_scale, v_scale) of each layer that has them stored, {} for a checkpoint without.
 
     Raises `StepError` for a layer that has only one of them, and for a scale that is no positive number.
     """
-    found: dict[int, dict[str, float]] = {}
-    names = {name: match for name in checkpoint.tensors if (match := _SCALE_NAME.search(name))}
-    remedy = "write the scales again with `quantize: kv_scales`"
-    if names:
-        with TensorReader(checkpoint) as read:
-            for name, match in names.items():
-                tensor = read(name).float()
-                if tensor.numel() != 1 or not 0 < tensor.item() < float("inf"):
-                    raise StepError(f"{name} is not one positive number", where=str(checkpoint.path), remedy=remedy)
-                found.setdefault(int(match["layer"]), {})[match["of"]] = tensor.item()
-    for layer, scales in found.items():
-        if len(scales) != 2:
-            raise StepError(
-                f"layer {layer} has a {next(iter(scales))}_scale but not the other",
-                where=str(checkpoint.path),
-                remedy=remedy,
-            )
-    return {layer: (scales["k"], scales["v"]) for layer, scales in sorted(found.items())}
+    found = {}
+    for attention, scales in read_kv_scales(checkpoint).items():
+        layer = _LAYER.search(f"{attention}.")
+        if layer:
+            found[int(layer["layer"])] = scales
+    return found
 
 
 def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
