@@ -128,7 +128,11 @@ def measured(
     metrics = {name: value for name, value in found.metrics.items() if name not in timed}
     return {
         "metrics": metrics,
-        "curves": {name: [list(point) for point in curve] for name, curve in found.curves.items()},
+        "curves": {
+            name: [[place, float(f"{value:.5g}")] for place, value in curve]
+            for name, curve in found.curves.items()
+            if "perplexity" in name
+        },
     }
 
 

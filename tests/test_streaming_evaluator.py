@@ -322,6 +322,13 @@ def test_a_model_that_does_not_say_its_window_is_asked_for_it(tmp_path: Path, te
     assert caught.value.problems[0].remedy == "set window_tokens"
 
 
+def test_a_window_beyond_the_positions_is_refused(tiny: Checkpoint, text: Path, context: Context) -> None:
+    positions = tiny.positions
+    assert positions is not None
+    with pytest.raises(StepError, match=f"window_tokens is {positions + 1}, but the model has {positions} positions"):
+        Streaming(source=str(text), window_tokens=positions + 1).measure(tiny, tiny, context)
+
+
 def test_the_estimate_grows_with_the_stream_and_knows_the_trained_window(tiny: Checkpoint, text: Path) -> None:
     facts = facts_of(tiny)
     assert facts.positions == tiny.config["max_position_embeddings"]

@@ -128,6 +128,7 @@ class Streaming(Evaluator):
         """Read the streams. Raises `StepError` for too little text, a broken model, or one the policy cannot serve."""
         policy, window = context.policy, self._window(baseline)
         length = self.stream_tokens or WINDOWS * window
+        served = _served_shape(candidate) if policy else None  # refuses before anything is read
         reach = min((policy.reach_tokens() if policy else None) or window, window)
         where = Distances.of(self.passage_tokens, reach)
         text_ST = token_windows(
@@ -168,9 +169,7 @@ class Streaming(Evaluator):
         whole, recomputed = _perplexity(losses_SL), _perplexity(recomputed_SL)
         full_perplexity = _perplexity(_losses(full))
         served_ratio = 1.0
-        if policy:
-            shape = ModelShape.from_config(candidate.config)
-            served = replace(shape, dtype=shape.serving_dtype)
+        if policy and served:
             served_ratio = policy.planned_bytes(served, length) / _in_dtype(full_bytes, served.dtype)
         metrics = {
             "stream_perplexity": whole,
@@ -215,6 +214,11 @@ class Streaming(Evaluator):
                 "config.json does not say how many tokens the model was trained on at once",
                 remedy="set window_tokens",
             )
+        if model.positions is not None and window > model.positions:
+            raise StepError(
+                f"window_tokens is {window}, but the model has {model.positions} positions",
+                remedy=f"set window_tokens to at most {model.positions}",
+            )
         return window
 
     def _recomputed(self, model: PreTrainedModel, streams_ST: torch.Tensor, window: int) -> torch.Tensor:
@@ -251,6 +255,11 @@ class _Meter:
                 self.say(f"{what}: {self._done} of {self._tokens} tokens")
 
         return tell
+
+
+def _served_shape(model: Checkpoint) -> ModelShape:
+    shape = ModelShape.from_config(model.config)
+    return replace(shape, dtype=shape.serving_dtype)
 
 
 def _losses(readings: Sequence[Reading]) -> torch.Tensor:
