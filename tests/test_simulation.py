@@ -37,7 +37,7 @@ def small_case(seed: int) -> tuple[PagedPool, tuple[int, int, int], list[Request
         max_model_len=longest,
         max_num_seqs=draw.choice([2, 3, 8, 64]),
         max_num_batched_tokens=draw.choice([1, 8, 30, 1000]),
-        watermark=draw.choice([0, 0, 0.05, 0.2]),
+        watermark=draw.choice([0, 0, 0.05, 0.6]),
         prefix_caching=draw.random() < 0.8,
     )
     chunk, names, most, pause = (
