@@ -32,10 +32,11 @@ class CachePolicy(Method):
         """A fresh, empty cache for one stream (batch 1), to be given as `past_key_values`.
 
         Tokens may come one by one or several at once, with the same result: each sees what it would have seen had it
-        come alone. Only the first call, the prompt, may be read whole before anything of it is forgotten. Positions are the cache's business: give no `position_ids`. Whatever the model itself needs for the
-        cache (another attention function) is there while the context is open, and undone when it closes; one cache at
-        a time for a model. checkpoint: what the model was loaded from; calibrated scales are read from it. Raises
-        `StepError` for a model whose attention the policy cannot serve.
+        come alone. Only the first call, the prompt, may be read whole before anything of it is forgotten. Positions are
+        the cache's business: give no `position_ids`. Whatever the model itself needs for the cache (another attention
+        function) is there while the context is open, and undone when it closes; one cache at a time for a model.
+        checkpoint: what the model was loaded from; calibrated scales are read from it. Raises `StepError` for a model
+        whose attention the policy cannot serve.
         """
 
     @abstractmethod

@@ -31,6 +31,9 @@ from orchestrator_kvcache.window import Window
 from tests.sinks import SINK, with_sinks
 from tests.tiny import edit_config
 
+# The name of Transformers before 5.24, which all supported versions take.
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+
 MODEL = Path(orchestrator.quickstart.__file__).with_name("model")
 TRAINED = 256  # tokens of a training window
 

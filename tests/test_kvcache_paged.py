@@ -13,6 +13,9 @@ from orchestrator_kvcache.block_pool import BlockPool
 from orchestrator_kvcache.paged import Paged, PagedSequence
 from tests.tiny import make_model, make_tokens
 
+# The name of Transformers before 5.24, which all supported versions take.
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+
 LAYERS = 3
 SIZE = 8
 
@@ -108,7 +111,8 @@ def test_blocks_given_back_are_found_again_until_they_are_needed(model: PreTrain
     pool = BlockPool(LAYERS, SIZE)
     prompt = make_tokens(1, 2 * SIZE + 1, seed=6)[0].tolist()
     first = PagedSequence.starting_with(pool, prompt)
-    step(model, first.cache(), prompt)
+    with torch.inference_mode():
+        step(model, first.cache(), prompt)
     first.close()
     assert (pool.num_held, pool.num_blocks) == (0, 3)
     again = PagedSequence.starting_with(pool, prompt)

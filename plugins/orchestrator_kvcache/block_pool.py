@@ -71,18 +71,18 @@ class BlockPool:
         else:
             block = self.num_blocks
             self.holders_P = torch.cat((self.holders_P, torch.zeros(1, dtype=torch.int32)))
-        self.holders_P[block] = 1
+        self._count(block, 1)
         return block
 
     def share(self, block: int) -> int:
         """Hold a block once more, also one that is free but not yet used again; return it."""
         self._free.pop(block, None)
-        self.holders_P[block] += 1
+        self._count(block, 1)
         return block
 
     def release(self, block: int) -> None:
         """Hold a block once less. What it keeps can be found by its hash until the block is taken."""
-        self.holders_P[block] -= 1
+        self._count(block, -1)
         if self.holders_P[block] == 0:
             self._free[block] = None
 
@@ -92,23 +92,30 @@ class BlockPool:
 
     def copy(self, block: int) -> int:
         """Return a new block with the same content in all layers, and hold the old one once less."""
+        import torch
+
         new = self.take()
-        for parts in (self.keys_PSKD, self.values_PSKD):
-            for layer, part in enumerate(parts):
-                if part is not None:
-                    part = parts[layer] = self._grown(part)
-                    part[new] = part[block]
+        with torch.inference_mode():
+            for parts in (self.keys_PSKD, self.values_PSKD):
+                for layer, part in enumerate(parts):
+                    if part is not None:
+                        part = parts[layer] = self._grown(part)
+                        part[new] = part[block]
         self.release(block)
         return new
 
     def write(self, layer: int, blocks: Tensor, offsets: Tensor, keys_TKD: Tensor, values_TKD: Tensor) -> None:
         """Put tokens into their places: token t at offsets[t] of blocks[t]."""
-        for parts, new_TKD in ((self.keys_PSKD, keys_TKD), (self.values_PSKD, values_TKD)):
-            part = parts[layer]
-            if part is None:
-                part = new_TKD.new_zeros((self.num_blocks, self.block_size, *new_TKD.shape[1:]))
-            part = parts[layer] = self._grown(part)
-            part[blocks, offsets] = new_TKD
+        import torch
+
+        # What was made in inference mode can be changed in no other, so the pool always is in it.
+        with torch.inference_mode():
+            for parts, new_TKD in ((self.keys_PSKD, keys_TKD), (self.values_PSKD, values_TKD)):
+                part = parts[layer]
+                if part is None:
+                    part = new_TKD.new_zeros((self.num_blocks, self.block_size, *new_TKD.shape[1:]))
+                part = parts[layer] = self._grown(part)
+                part[blocks, offsets] = new_TKD
 
     def read(self, layer: int, blocks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [1, K, tokens, D] of the first tokens that the blocks hold."""
@@ -129,6 +136,12 @@ class BlockPool:
         if key not in self._by_hash and block not in self._hash_of:
             self._by_hash[key] = block
             self._hash_of[block] = key
+
+    def _count(self, block: int, by: int) -> None:
+        import torch
+
+        with torch.inference_mode():
+            self.holders_P[block] += by
 
     def _forget(self, block: int) -> None:
         key = self._hash_of.pop(block, None)
