@@ -50,6 +50,8 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.recovery --save
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.hybrid --save
+	$(BIN)/python -m benchmarks.paging --save
+	$(BIN)/python -m benchmarks.streaming --save
 
 # Kills runs at 200 moments and more.
 soak: $(VENV)/.installed-test

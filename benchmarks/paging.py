@@ -23,10 +23,10 @@ from typing import Any
 
 from benchmarks import results, targets
 from benchmarks.targets import Target
-from orchestrator import simulation_plot
 from orchestrator.serving import GIB, ModelShape, plan_kv
-from orchestrator.simulation import POLICIES, PagedPool, SimulationReport, Timing, simulate
-from orchestrator.traffic import Distribution, Lengths
+from orchestrator.simulation import plot
+from orchestrator.simulation.simulate import POLICIES, PagedPool, SimulationReport, Timing, simulate
+from orchestrator.simulation.traffic import Distribution, Lengths
 
 # Llama-3.1-8B: config.json, and its weights at W4 g128 (two-byte scales) with embedding and head at two bytes.
 LLAMA: dict[str, Any] = {
@@ -203,7 +203,7 @@ def main() -> None:
     ]
     targets.show(aimed)
     if arguments.save:
-        simulation_plot.draw_sweep(reports, results.FOLDER / "paging.svg")
+        plot.draw_sweep(reports, results.FOLDER / "paging.svg")
         results.save(
             "paging",
             {

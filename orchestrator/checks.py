@@ -205,11 +205,18 @@ def check_against_model(draft: Draft, model: Checkpoint, engines: Sequence[type[
             _check_layers(draft, method, model, note)
         if draft.policy:
             _check_policy(draft, *draft.policy, model, note)
+        written = {export.name for _, export in draft.formats}
         for index, (installed, engine) in enumerate(draft.engines):
             location = (*draft.location, "engines", index, engine.name)
             try:
                 with plugin_fault(installed, "preflight"):
                     check_engine(engine, engines)
+                if engine.needs_format and engine.needs_format not in written:
+                    raise SpecError(
+                        f"{engine.name} loads the model from formats/{engine.needs_format}, which this step does not "
+                        "write",
+                        remedy=f"add `formats: [{{{engine.needs_format}: {{}}}}]` to the step",
+                    )
                 shape = ModelShape.from_config(model.config)
                 # Weights that take no room at all: what is refused here no compression can make fit.
                 with plugin_fault(installed, "render"):

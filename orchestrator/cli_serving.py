@@ -14,7 +14,7 @@ from orchestrator.errors import PreflightError, Problem, SpecError
 if TYPE_CHECKING:
     from orchestrator.serving import ModelShape
     from orchestrator.serving_engine import ServingEngine
-    from orchestrator.simulation import PolicyResult, SimulationReport
+    from orchestrator.simulation.simulate import PolicyResult, SimulationReport
 
 Reference = Annotated[
     str,
@@ -107,10 +107,10 @@ def simulate(
     as_json: JsonOption = False,
 ) -> None:
     """Put traffic through the planned KV cache: paged, and beside it preallocated as before PagedAttention."""
-    from orchestrator.simulation import PagedPool, Timing
-    from orchestrator.simulation import simulate as run
-    from orchestrator.simulation_plot import draw
-    from orchestrator.traffic import traffic_from_options
+    from orchestrator.simulation.plot import draw
+    from orchestrator.simulation.simulate import PagedPool, Timing
+    from orchestrator.simulation.simulate import simulate as run
+    from orchestrator.simulation.traffic import traffic_from_options
 
     method = _engine(engine, gpu_memory_gib, max_model_len, settings)
     traffic = traffic_from_options(

@@ -52,6 +52,7 @@ _SHOWING = (
     "progress.py",
     "quickstart",
     "report.py",
+    "simulation",
     "testing.py",
     "usage.py",
     "zeros.py",

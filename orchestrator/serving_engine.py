@@ -48,13 +48,15 @@ class ServingEngine(Method):
     The fields below are common to all engines; an engine adds its own, and narrows those that it has fewer choices for.
     supported_versions: a specifier, e.g. ">=0.30,<0.34". newest_version: the one the files are written for unless
     `engine_version` says otherwise. policies: what the engine can do with a cache that is full. cache_dtypes: values of
-    `kv_cache_dtype`, to say what would fit with another.
+    `kv_cache_dtype`, to say what would fit with another. needs_format: the file format of the release that it loads, if
+    that is not the checkpoint itself.
     """
 
     supported_versions: ClassVar[str]
     newest_version: ClassVar[str | None] = None
     policies: ClassVar[frozenset[str]] = frozenset({"paged"})
     cache_dtypes: ClassVar[tuple[str, ...]] = ()
+    needs_format: ClassVar[str | None] = None
 
     engine_version: str | None = Field(
         None,

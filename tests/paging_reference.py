@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from orchestrator.trace import Request
+from orchestrator.simulation.trace import Request
 
 Content = tuple[Any, ...]
 

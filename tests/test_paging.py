@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from orchestrator.block_pool import BlockPool, prompt_keys
-from orchestrator.contiguous import Buddies
-from orchestrator.trace import Request
+from orchestrator.simulation.block_pool import BlockPool, prompt_keys
+from orchestrator.simulation.contiguous import Buddies
+from orchestrator.simulation.trace import Request
 
 
 def test_blocks_are_taken_in_the_order_in_which_they_were_given_back() -> None:

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from orchestrator import simulation_plot
-from orchestrator.batching import Engine
-from orchestrator.contiguous import ContiguousMemory
 from orchestrator.errors import PreflightError, SpecError
-from orchestrator.measures import MOST_POINTS, LogHistogram, Tally
-from orchestrator.paging import PagedMemory
 from orchestrator.serving import GIB, KVPlan, ModelShape, plan_kv
-from orchestrator.simulation import POLICIES, PagedPool, Timing, make_memory, simulate
-from orchestrator.traffic import Distribution, Lengths, Request, Trace
+from orchestrator.simulation import plot
+from orchestrator.simulation.batching import Engine
+from orchestrator.simulation.contiguous import ContiguousMemory
+from orchestrator.simulation.measures import MOST_POINTS, LogHistogram, Tally
+from orchestrator.simulation.paging import PagedMemory
+from orchestrator.simulation.simulate import POLICIES, PagedPool, Timing, make_memory, simulate
+from orchestrator.simulation.traffic import Distribution, Lengths, Request, Trace
 from tests import paging_reference as reference
 
 CASES = 160
@@ -332,7 +332,7 @@ def test_a_plot_has_the_same_bytes_each_time(tmp_path: Path) -> None:
     traffic = Distribution(400, 30.0, Lengths("lognormal", 60), Lengths("lognormal", 60))
     report = simulate(PagedPool(900, 16, 4096), traffic, timing=TIMING)
     for name in ("one.svg", "two.svg"):
-        simulation_plot.draw(report, tmp_path / name)
+        plot.draw(report, tmp_path / name)
     first = (tmp_path / "one.svg").read_bytes()
     assert first == (tmp_path / "two.svg").read_bytes()
     assert b"<svg" in first and len(first) > 10_000
@@ -342,10 +342,10 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     report = simulate(PagedPool(100, 16, 1024), [Request(0, 1, (1,))], timing=TIMING)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(PreflightError, match=r"compression-orchestrator\[bench\]"):
-        simulation_plot.draw(report, tmp_path / "plot.svg")
+        plot.draw(report, tmp_path / "plot.svg")
 
 
 def test_it_imports_neither_torch_nor_matplotlib() -> None:
-    code = "import sys, orchestrator.simulation_plot; print({'torch', 'matplotlib'} & {*sys.modules})"
+    code = "import sys, orchestrator.simulation.plot; print({'torch', 'matplotlib'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

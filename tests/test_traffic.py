@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from orchestrator.errors import SpecError
-from orchestrator.trace import NS
-from orchestrator.traffic import Distribution, Lengths, Request, Trace, parse_lengths, traffic_from_options
+from orchestrator.simulation.trace import NS
+from orchestrator.simulation.traffic import Distribution, Lengths, Request, Trace, parse_lengths, traffic_from_options
 
 SHORT = Lengths("uniform", 8, low=4, high=12)
 

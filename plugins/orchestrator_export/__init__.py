@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.api import ExportFormat, hookimpl
 from orchestrator_export.gguf import GGUF
+from orchestrator_export.openvino import OpenVINO
 
 ORCHESTRATOR_API = ">=1.0,<2"
 
@@ -11,4 +12,4 @@ ORCHESTRATOR_API = ">=1.0,<2"
 @hookimpl
 def register_methods() -> list[type[ExportFormat]]:
     """The formats of this package."""
-    return [GGUF]
+    return [GGUF, OpenVINO]

@@ -35,6 +35,7 @@ class OpenVINOGenAI(ServingEngine):
     newest_version: ClassVar = "2026.4.1.0"
     policies: ClassVar = frozenset({"paged", "streaming_llm", "h2o"})
     cache_dtypes: ClassVar = ("auto", "float32", "u8", "u4")
+    needs_format: ClassVar = "openvino"
 
     kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16", "u8", "u4"] = Field(
         "auto", description="Element type of the KV cache. auto: float16, which goes with every inference_precision."

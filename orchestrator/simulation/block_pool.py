@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from orchestrator.trace import Request
+from orchestrator.simulation.trace import Request
 
 # Entries of the queue may be out of date; it is tidied when that is more than half of it, but not below this.
 LOOSE_ENDS = 4096

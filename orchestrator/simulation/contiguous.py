@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from orchestrator.batching import Group, Sequence
-from orchestrator.paging import MODEL_TOO_SMALL, POOL_TOO_SMALL
+from orchestrator.simulation.batching import Group, Sequence
+from orchestrator.simulation.paging import MODEL_TOO_SMALL, POOL_TOO_SMALL
 
 RESERVES = ("max", "pow2", "oracle")
 
@@ -81,7 +81,7 @@ class Buddies:
 
 
 class ContiguousMemory:
-    """The memory of `orchestrator.batching.Memory`, one piece for each sequence. `reserve`: one of RESERVES."""
+    """The memory of `batching.Memory`, one piece for each sequence. `reserve`: one of RESERVES."""
 
     def __init__(self, slots: int, max_model_len: int, reserve: str) -> None:
         self.buddies = Buddies(slots)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import PreflightError
-from orchestrator.simulation import SimulationReport
+from orchestrator.simulation.simulate import SimulationReport
 
 COLOURS = {"paged": "#0072B2", "oracle": "#009E73", "pow2": "#E69F00", "max": "#D55E00"}
 DASHES = {"paged": "-", "oracle": "-.", "pow2": "--", "max": ":"}

@@ -61,7 +61,7 @@ class Integrals(NamedTuple):
 
 
 class Tally:
-    """The figures of one policy while it runs. See `orchestrator.simulation.PolicyResult` for what they mean."""
+    """The figures of one policy while it runs. See `simulate.PolicyResult` for what they mean."""
 
     def __init__(self) -> None:
         self.requests = self.finished = self.preemptions = self.steps = self.peak_running = 0

@@ -1,4 +1,4 @@
-"""Traffic for the simulator: a distribution with a seed, or a recorded trace (`orchestrator.trace`).
+"""Traffic for the simulator: a distribution with a seed, or a recorded trace (`trace`).
 
 Traffic is any collection of `Request`s in order of arrival that can be iterated again and again, once for each
 policy. A distribution draws them in chunks, so memory does not depend on their number; the same seed, the same
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.errors import SpecError
-from orchestrator.trace import MOST_SAMPLES, MOST_TOKENS, NS, Request, Trace
+from orchestrator.simulation.trace import MOST_SAMPLES, MOST_TOKENS, NS, Request, Trace
 
 __all__ = ["Distribution", "Lengths", "Request", "Trace", "Traffic", "parse_lengths", "traffic_from_options"]
 

@@ -16,8 +16,8 @@ import heapq
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from orchestrator.measures import Tally
-from orchestrator.trace import Request
+from orchestrator.simulation.measures import Tally
+from orchestrator.simulation.trace import Request
 
 
 class Sequence:

@@ -1,6 +1,6 @@
 """Paged KV memory: block tables, shared prefixes, copy-on-write and preemption.
 
-PagedAttention, Kwon et al. 2023, arXiv:2309.06180, section 4, on the pool of `orchestrator.block_pool`. When the pool
+PagedAttention, Kwon et al. 2023, arXiv:2309.06180, section 4, on the pool of `block_pool`. When the pool
 is empty, the request that arrived last is preempted: its blocks are freed, and it is computed again when there is room
 (recomputation, section 4.5), except for what is still in the cache then.
 
@@ -11,15 +11,15 @@ that others may share when they are admitted, all else when it is preempted, as 
 
 from __future__ import annotations
 
-from orchestrator.batching import Group, Sequence
-from orchestrator.block_pool import BlockPool, Key, prompt_keys
+from orchestrator.simulation.batching import Group, Sequence
+from orchestrator.simulation.block_pool import BlockPool, Key, prompt_keys
 
 POOL_TOO_SMALL = "longer than the pool"
 MODEL_TOO_SMALL = "longer than max_model_len"
 
 
 class PagedMemory:
-    """The memory of `orchestrator.batching.Memory`, in blocks.
+    """The memory of `batching.Memory`, in blocks.
 
     watermark_blocks: a request joins only if so many blocks stay free, unless nothing else runs.
     """

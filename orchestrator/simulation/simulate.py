@@ -1,8 +1,8 @@
 """Simulating a serving engine's KV memory under traffic: paged, and beside it preallocated as before PagedAttention.
 
-The same requests go through the same memory under each policy: "paged" (`orchestrator.paging`), and contiguous pieces
+The same requests go through the same memory under each policy: "paged" (`paging`), and contiguous pieces
 reserved for the longest sequence ("max"), the next power of two of the answer ("pow2") or the exact length ("oracle";
-`orchestrator.contiguous`). The engine around them is the same too (`orchestrator.batching`, which says what is
+`contiguous`). The engine around them is the same too (`batching`, which says what is
 assumed). No torch, no GPU, no threads; the figures are exact and depend on nothing but the input.
 
 Waste is counted as in Kwon et al. 2023 (arXiv:2309.06180, section 3.1 and figure 2), as shares of the slots that are
@@ -22,14 +22,14 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from orchestrator.batching import Engine, Memory
-from orchestrator.contiguous import RESERVES, ContiguousMemory
 from orchestrator.errors import PreflightError, SpecError
-from orchestrator.measures import Integrals, Tally
-from orchestrator.paging import PagedMemory
 from orchestrator.serving import MOST_BLOCK_TOKENS, KVPlan
-from orchestrator.trace import NS
-from orchestrator.traffic import Traffic
+from orchestrator.simulation.batching import Engine, Memory
+from orchestrator.simulation.contiguous import RESERVES, ContiguousMemory
+from orchestrator.simulation.measures import Integrals, Tally
+from orchestrator.simulation.paging import PagedMemory
+from orchestrator.simulation.trace import NS
+from orchestrator.simulation.traffic import Traffic
 
 PAGED = "paged"
 POLICIES = (PAGED, *RESERVES)

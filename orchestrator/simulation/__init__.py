@@ -1,0 +1,1 @@
+"""KV memory under traffic: paged allocation, and beside it preallocation as before PagedAttention. No torch, no GPU."""
