@@ -234,7 +234,7 @@ def record(name: str, changes: dict[str, Any], folder: Path) -> dict[str, Any]:
         "enable_prefix_caching": settings["prefix"],
         "async_scheduling": settings["async"],
         "disable_hybrid_kv_cache_manager": settings["hybrid_off"],
-        "chunked_local_with_hybrid": settings["chunked"],
+        "chunked_local_with_hybrid": settings["chunked"] and "attention_chunk_size" in config,
     }
     try:
         return {**case, **plan(engine_config(folder, settings), settings["available"])}
