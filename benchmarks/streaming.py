@@ -33,7 +33,7 @@ from benchmarks.attention_sink import add_sink
 from benchmarks.conformance_models import stories
 from benchmarks.material import shared_data
 from benchmarks.streaming_plot import draw
-from orchestrator.api import CachePolicy, Checkpoint, Context, Measured, Stage
+from orchestrator.api import CachePolicy, Checkpoint, Context, Measured, ModelShape, Stage
 from orchestrator.errors import OrchestratorError
 from orchestrator.plugins import Methods, discover
 from orchestrator.quickstart import prepare
@@ -48,9 +48,9 @@ CHUNK, DECODED, TURNS = 16, 64, 3
 SHOWN = ("stream_perplexity", "first_window_perplexity", "last_window_perplexity", "recomputed_ratio")
 
 
-def policies(window: int) -> Mapping[str, tuple[str, dict[str, Any]] | None]:
+def policies(window: int, head_dim: int) -> Mapping[str, tuple[str, dict[str, Any]] | None]:
     """By the name in tables: policy and parameters; None is the contiguous cache. window: the trained one, tokens."""
-    fifth = round(0.2 * window)
+    fifth, group = round(0.2 * window), min(32, head_dim)
     return {
         "contiguous": None,
         "paged": ("paged", {}),
@@ -59,8 +59,8 @@ def policies(window: int) -> Mapping[str, tuple[str, dict[str, Any]] | None]:
         "streaming_llm, a fifth": ("streaming_llm", {"sinks": 4, "window": fifth - 4}),
         "h2o, a fifth": ("h2o", {"heavy": fifth // 2, "recent": fifth - fifth // 2}),
         "int8": ("int8", {}),
-        "kivi, 4 bits": ("kivi", {"num_bits": 4}),
-        "kivi, 2 bits": ("kivi", {"num_bits": 2}),
+        "kivi, 4 bits": ("kivi", {"num_bits": 4, "group_size": group}),
+        "kivi, 2 bits": ("kivi", {"num_bits": 2, "group_size": group}),
         "fp8, scale 1": ("fp8", {"scales": "one"}),
     }
 
@@ -159,7 +159,7 @@ def run(name: str, folder: Path, streams: int, windows: int, methods: Methods) -
     model, window = Checkpoint(path), MODELS[name]
     rows: dict[str, Any] = {}
     scale = {"streams": streams, "window": window, "windows": windows, "start_token": name == SINK}
-    for label, chosen in policies(window).items():
+    for label, chosen in policies(window, ModelShape.from_config(model.config).head_dim).items():
         began = time.perf_counter()
         try:
             policy = policy_of(methods, chosen)
