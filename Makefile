@@ -51,6 +51,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.hybrid --save
 	$(BIN)/python -m benchmarks.paging --save
+	$(BIN)/python -m benchmarks.engines.parsers --save
 	$(BIN)/python -m benchmarks.streaming --save
 
 # Kills runs at 200 moments and more.

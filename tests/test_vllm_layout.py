@@ -16,7 +16,13 @@ from orchestrator_serving.vllm_layout import VLLMLayout
 from tests.test_serving import GPT_OSS_120B
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "vllm_0_33_kv.json").read_text(encoding="utf-8"))
-KINDS = {"full_attention": "full", "sliding_window": "sliding", "mla_attention": "latent", "mamba": "state"}
+KINDS = {
+    "full_attention": "full",
+    "sliding_window": "sliding",
+    "mla_attention": "latent",
+    "mamba": "state",
+    "chunked_local_attention": "chunked",
+}
 
 
 def planned_here(case: dict[str, Any]) -> bool:
@@ -25,7 +31,7 @@ def planned_here(case: dict[str, Any]) -> bool:
         case["kv_cache_dtype"] not in ("fp8_ds_mla", "nvfp4_ds_mla")
         and case["async_scheduling"]
         and not case["disable_hybrid_kv_cache_manager"]
-        and not case["chunked_local_with_hybrid"]
+        and (case["chunked_local_with_hybrid"] or not case["name"].startswith("Llama-4"))  # its default
         and case["name"] != "DeepSeek-V3.2"  # whose indexer has a cache of its own
     )
 

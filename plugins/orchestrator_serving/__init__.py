@@ -10,6 +10,7 @@ from orchestrator_serving.llm_d import LLMD
 from orchestrator_serving.openvino_genai import OpenVINOGenAI
 from orchestrator_serving.production_stack import ProductionStack
 from orchestrator_serving.release import Release
+from orchestrator_serving.sglang import SGLang
 from orchestrator_serving.tensorrt_llm import TensorRTLLM
 from orchestrator_serving.vllm import VLLM
 
@@ -18,4 +19,4 @@ ORCHESTRATOR_API = ">=1.0,<2"
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    return [Release, VLLM, OpenVINOGenAI, LlamaCpp, TensorRTLLM, KServe, LLMD, ProductionStack, Compose]
+    return [Release, VLLM, SGLang, OpenVINOGenAI, LlamaCpp, TensorRTLLM, KServe, LLMD, ProductionStack, Compose]

@@ -1,19 +1,21 @@
 """vLLM: a file for ``vllm serve --config serving/vllm/vllm.yaml``, whose KV cache has been calculated.
 
 Keys are checked against the flags that vLLM's own parser has (schemas/), the arithmetic follows its own
-(`vllm_layout`). `calculate_kv_scales` is gone since 0.33: fp8 scales come from the checkpoint, else they are 1.0.
+(`vllm_layout`). fp8 scales come from the checkpoint, else they are 1.0: `calculate_kv_scales` is no flag any more.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field
 
 from orchestrator.api import KVPlan, LayoutRule, ModelShape, ServingEngine, SpecError, Stage
+from orchestrator_serving.flags import check_flags
 from orchestrator_serving.vllm_layout import VLLMLayout
 
 FILE_NAME = "vllm.yaml"
@@ -90,6 +92,11 @@ class VLLM(ServingEngine):
         """That of vLLM 0.33."""
         return VLLMLayout(self.max_num_batched_tokens, self.prefix_caching)
 
+    def plan(self, shape: ModelShape, weight_bytes: int) -> KVPlan:
+        """Divide the memory; `kv_tokens` is what vLLM logs as the size of its cache."""
+        plan = super().plan(shape, weight_bytes)
+        return replace(plan, kv_tokens=int(plan.max_concurrency * plan.max_model_len))
+
     def render(self, shape: ModelShape, plan: KVPlan) -> Mapping[str, str]:
         """Return ``{"vllm.yaml": text}``. Raises `SpecError` for what vLLM would refuse or silently change."""
         fitting = int(plan.max_concurrency)
@@ -138,6 +145,7 @@ class VLLM(ServingEngine):
                     remedy="remove it from extra_flags",
                 )
             settings[flag] = value
+        check_flags("vllm", self.version(), settings)
         return settings
 
     def command(self) -> str:
@@ -171,8 +179,8 @@ class VLLM(ServingEngine):
             )
         if shape.is_latent and self.block_size != LATENT_BLOCK_SIZE:
             raise SpecError(
-                f"vLLM replaces a block_size of {self.block_size} by {LATENT_BLOCK_SIZE} for latent attention, and the "
-                "calculation would be wrong",
+                f"not every kernel of vLLM for latent attention takes blocks of {self.block_size} tokens; of "
+                f"{LATENT_BLOCK_SIZE} all do, but CUTLASS",
                 remedy=f"set block_size: {LATENT_BLOCK_SIZE}",
             )
         if shape.is_latent and self.kv_cache_dtype not in _LATENT_DTYPES:

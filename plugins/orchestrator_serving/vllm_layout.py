@@ -7,6 +7,7 @@ block is as wide as the widest group of layers; a sequence takes blocks of every
 * Layers of one kind make groups of equal length: of the rarest kind's number of layers, or of the most frequent one's
   if that is less than 1.5 times as many. The last group of a kind may lack some, whose room is lost.
 * A sliding window keeps window - 1 tokens and those in flight, and one block more: it need not begin with a block.
+  Attention in chunks keeps a chunk and those in flight.
 * Beside recurrent states the block is made long enough for a state to fit into one layer's page.
 """
 
@@ -57,7 +58,7 @@ class VLLMLayout:
                 f"a state takes {largest} bytes: vLLM makes the block {block_size} tokens long, so that it fits into a "
                 "layer's page"
             )
-        kinds = [_kind(cache, shape) for cache in attending]
+        kinds: list[tuple[str, int | None]] = [(cache.kind, cache.window) for cache in attending]
         pages = [size * block_size for size in token]
         if not states and set(kinds) == {("full", None)} and len(set(pages)) > 1:
             whole = sum(pages)  # layers of one kind are one group, whatever each takes
@@ -87,9 +88,11 @@ class VLLMLayout:
             parts = -(-count // size)
             for part in range(parts):
                 members = -(-(count - part) // parts)  # every parts-th layer, beginning with this one
+                in_flight = BATCHES_IN_FLIGHT * self.max_num_batched_tokens
                 if kind == "sliding" and window is not None:
-                    cap = window - 1 + BATCHES_IN_FLIGHT * self.max_num_batched_tokens
-                    groups.append(KVGroup(kind, members, block_size, page, cap, extra_blocks=1))
+                    groups.append(KVGroup(kind, members, block_size, page, window - 1 + in_flight, extra_blocks=1))
+                elif kind == "chunked" and window is not None:
+                    groups.append(KVGroup(kind, members, block_size, page, window + in_flight))
                 elif kind == "state":
                     groups.append(KVGroup(kind, members, block_size, page, fixed_blocks=self._blocks_of_state(states)))
                 else:
@@ -103,12 +106,6 @@ class VLLMLayout:
 
 
 RULE = "vLLM 0.33, v1/core/kv_cache_planning.py"
-
-
-def _kind(cache: LayerCache, shape: ModelShape) -> tuple[str, int | None]:
-    """What decides the group of a layer: with a chunk anywhere vLLM keeps windows and chunks in full by default."""
-    chunked = any(other.kind == "chunked" for other in shape.attending)
-    return ("full", None) if chunked else (cache.kind, cache.window)
 
 
 def _token_bytes(shape: ModelShape, index: int, dtype: CacheDtype, devices: int) -> int:
@@ -144,7 +141,8 @@ def _group_steps(groups: tuple[KVGroup, ...], width: int) -> list[str]:
             if group.fixed_blocks is not None:
                 what = f"{group.fixed_blocks} blocks for its states"
             elif group.cap_tokens is not None:
-                what = f"blocks for {group.cap_tokens} tokens at most, and {group.extra_blocks} more"
+                more = f", and {group.extra_blocks} more" if group.extra_blocks else ""
+                what = f"blocks for {group.cap_tokens} tokens at most{more}"
             else:
                 what = "blocks for every token"
             steps.append(f"a sequence takes, of the group of {group.layers} {group.kind} layers, {what}")
