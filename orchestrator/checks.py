@@ -11,7 +11,6 @@ from typing import Any
 from orchestrator.allocation import planned_schemes
 from orchestrator.cache_policy import CachePolicy
 from orchestrator.checkpoint import Checkpoint, TensorInfo
-from orchestrator.deployment import check_engine
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 from orchestrator.export_format import ExportFormat
 from orchestrator.layer_method import LayerMethod, MixedMethod, Needs
@@ -29,7 +28,6 @@ from orchestrator.method import (
 from orchestrator.packing import check_scheme
 from orchestrator.plugins import InstalledMethod
 from orchestrator.scheme import QuantScheme
-from orchestrator.serving import ModelShape
 from orchestrator.serving_engine import ServingEngine
 from orchestrator.spec import Location, StepSpec
 
@@ -194,35 +192,14 @@ def _contradictions(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
         yield f"num_attention_heads as {heads}, but self_attn.q_proj.weight has {rows} rows"
 
 
-def check_against_model(draft: Draft, model: Checkpoint, engines: Sequence[type[ServingEngine]], note: Note) -> None:
-    """Check what depends on the shapes of the model that the step reads: layers, skip patterns, context length.
-
-    engines: those that are installed, to name one that can do what another cannot.
-    """
+def check_against_model(draft: Draft, model: Checkpoint, note: Note) -> None:
+    """Check what depends on the shapes of the model that the step reads: layers, skip patterns."""
     method = draft.method
     try:
         if isinstance(method, LayerMethod):
             _check_layers(draft, method, model, note)
         if draft.policy:
             _check_policy(draft, *draft.policy, model, note)
-        written = {export.name for _, export in draft.formats}
-        for index, (installed, engine) in enumerate(draft.engines):
-            location = (*draft.location, "engines", index, engine.name)
-            try:
-                with plugin_fault(installed, "preflight"):
-                    check_engine(engine, engines)
-                if engine.needs_format and engine.needs_format not in written:
-                    raise SpecError(
-                        f"{engine.name} loads the model from formats/{engine.needs_format}, which this step does not "
-                        "write",
-                        remedy=f"add `formats: [{{{engine.needs_format}: {{}}}}]` to the step",
-                    )
-                shape = ModelShape.from_config(model.config)
-                # Weights that take no room at all: what is refused here no compression can make fit.
-                with plugin_fault(installed, "render"):
-                    engine.render(shape, engine.plan(shape, 0))
-            except OrchestratorError as error:
-                note(error, location)
     except PluginFaultError as error:
         note(error, draft.place)
     except PreflightError as error:

@@ -1,4 +1,4 @@
-"""What a step lists beside its method: finding it, and for file formats, asking and calling them.
+"""What a step lists beside its method: finding it, and for file formats, calling them.
 
 A format's files lie in ``formats/<format>/`` of the release, as an engine's in ``serving/<engine>/``: no format can
 meet a file of the model or of another. They are written into the bundle before anything is published, so that a format
@@ -15,14 +15,11 @@ from typing import Any
 
 from orchestrator.cache_policy import CachePolicy
 from orchestrator.checkpoint import Checkpoint
-from orchestrator.checks import Draft, Note, PluginFaultError, plugin_fault, possible_schemes
-from orchestrator.errors import OrchestratorError, SpecError, StepError
-from orchestrator.export_format import ExportFacts, ExportFormat
-from orchestrator.layer_method import LayerMethod
-from orchestrator.layers import is_skipped
-from orchestrator.method import Context, Invariant, Method, ModelMethod, Stage
+from orchestrator.checks import Note
+from orchestrator.errors import SpecError, StepError
+from orchestrator.export_format import ExportFormat
+from orchestrator.method import Context, Method, Stage
 from orchestrator.plugins import InstalledMethod, Methods
-from orchestrator.scheme import QuantScheme
 from orchestrator.serving_engine import ServingEngine
 from orchestrator.spec import Location
 
@@ -80,37 +77,6 @@ def chosen_policy(
         policy = build(found, values or {}, place)
         return (found, policy) if isinstance(policy, CachePolicy) else None
     return None
-
-
-def check_formats(drafts: Sequence[Draft], reads: Sequence[Checkpoint], note: Note) -> None:
-    """Ask every format whether it can be written here, and carry what the steps before it will have made.
-
-    reads: by step, the model that it reads, as foreseen.
-    """
-    held: set[Invariant] = set()
-    schemes: dict[str, tuple[QuantScheme, ...]] = {}
-    for draft, model in zip(drafts, reads, strict=False):
-        method = draft.method
-        if isinstance(method, LayerMethod | ModelMethod):
-            held |= method.provides
-        if isinstance(method, LayerMethod):
-            try:
-                found = tuple(possible_schemes(draft, method))
-            except OrchestratorError:
-                return  # noted where the step's layers are checked
-            layers = [layer.name for layer in model.block_layers()]
-            schemes |= {name: found for name in layers if found and not is_skipped(name, draft.spec.skip)}
-        facts = ExportFacts(model, frozenset(held), dict(schemes))
-        for index, (installed, export) in enumerate(draft.formats):
-            try:
-                with plugin_fault(installed, "preflight"):
-                    export.preflight()
-                with plugin_fault(installed, "check"):
-                    export.check(facts)
-            except PluginFaultError as error:
-                note(error, draft.place)
-            except OrchestratorError as error:
-                note(error, (*draft.location, FOLDER, index, export.name))
 
 
 def format_identity(export: ExportFormat) -> dict[str, Any]:

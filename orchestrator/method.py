@@ -5,7 +5,6 @@
 | `Calibrator`    | calibrate                | `sample(tokenizer, seed) -> CalibrationSet`              |
 | `ModelMethod`   | prune, distill, quantize | `apply(model, context) -> ModelResult`                   |
 | `Evaluator`     | validate                 | `measure(candidate, baseline, context) -> {name: number}`|
-| `CachePolicy`   | validate                 | in `orchestrator.cache_policy`                           |
 | `Publisher`     | register                 | `publish(bundle, manifest, name) -> Release`             |
 | `ServingEngine` | register                 | in `orchestrator.serving_engine`                         |
 | `CachePolicy`   | validate                 | in `orchestrator.cache_policy`                           |

@@ -31,12 +31,13 @@ from orchestrator.digests import FileDigests
 from orchestrator.errors import OrchestratorError, PreflightError, Problem, SpecError
 from orchestrator.export_format import ExportFormat
 from orchestrator.foreseen import Foresight
-from orchestrator.formats import check_formats, chosen_policy, format_identity, listed_methods
+from orchestrator.formats import chosen_policy, format_identity, listed_methods
 from orchestrator.kv_scales import has_kv_scales
 from orchestrator.layer_method import InputMode, LayerMethod, Needs
 from orchestrator.method import Calibrator, Evaluator, Method, ModelMethod, Publisher, Stage
 from orchestrator.parameters import parameterize, parameters_of
 from orchestrator.plugins import InstalledMethod, Methods, library_versions, package_digest
+from orchestrator.release_checks import check_listed
 from orchestrator.serving_engine import ServingEngine
 from orchestrator.spec import Location, ModelSpec, SpecFile, SpecText, StepSpec, read_spec
 
@@ -155,16 +156,16 @@ def make_plan(
     reads: list[Checkpoint] = []
     if source:
         foresight = Foresight(home)
-        engines = [found.cls for found in methods.installed.values() if issubclass(found.cls, ServingEngine)]
         model = source[0]
         for draft in drafts:
             _settle_dtype(draft, source[0], digests, note)
-            check_against_model(draft, model, engines, note)
+            check_against_model(draft, model, note)
             reads.append(model)
             model = foresight.after(draft, model, note)
         reads.append(model)
         foresight.save()
-        check_formats(drafts, reads, note)
+        engines = [found.cls for found in methods.installed.values() if issubclass(found.cls, ServingEngine)]
+        check_listed(drafts, reads, engines, note)
     digests.save()
     if problems:
         kind = SpecError if any(kind is SpecError for kind, _ in problems) else PreflightError

@@ -33,6 +33,7 @@ def test_the_wheel_installs_only_our_packages(wheel: zipfile.ZipFile) -> None:
         "orchestrator_distillation",
         "orchestrator_quantization",
         "orchestrator_evaluation",
+        "orchestrator_kvcache",
         "orchestrator_serving",
         "orchestrator_export",
         "orchestrator_flows",
@@ -46,6 +47,8 @@ def test_the_wheel_holds_what_the_quickstart_needs(wheel: zipfile.ZipFile) -> No
         "orchestrator/quickstart/model/model.safetensors",
         "orchestrator/quickstart/model/tokenizer.json",
         "orchestrator/quickstart/model/config.json",
+        "orchestrator_serving/schemas/compose.json",
+        "orchestrator_serving/schemas/vllm-0.33.0.json",
     } <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".pyc"))]
     assert sum(info.file_size for info in wheel.infolist()) < 6_000_000
@@ -54,6 +57,7 @@ def test_the_wheel_holds_what_the_quickstart_needs(wheel: zipfile.ZipFile) -> No
 def test_entry_points_name_every_family(wheel: zipfile.ZipFile) -> None:
     name = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     text = wheel.read(name).decode()
-    for family in ("calibration", "pruning", "distillation", "quantization", "evaluation", "serving", "export"):
+    families = ("calibration", "pruning", "distillation", "quantization", "evaluation", "kvcache", "serving", "export")
+    for family in families:
         assert f"{family} = orchestrator_{family}" in text
     assert "orchestrator = orchestrator.cli:main" in text
