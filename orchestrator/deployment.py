@@ -150,7 +150,7 @@ def _readme(
             f"running, {traffic['prefix_room_blocks']} blocks are left for cached prefixes.",
         ]
     for key, title in (("other_dtypes", "With another element type"), ("tensor_parallel", "On more devices")):
-        if document[key]:
+        if sum("refused" not in facts for facts in document[key].values()) > (key == "tensor_parallel"):
             lines += ["", f"## {title}", "", "| | tokens | sequences |", "|---|---|---|"]
             lines += [f"| {name} | {_cells(facts)} |" for name, facts in document[key].items()]
     return "\n".join(lines) + "\n"
