@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
+SHARE = 0.7  # of the attention: large models give more than half; the more, the less is said inside the window
 LENGTH = 200.0  # of the start token's embedding: no layer turns it away from u
 KEY = 1.0  # what the start token's key has in the slow channel, times the root of D
 
 
-def add_sink(source: Path, target: Path, tokens_T: torch.Tensor, share: float) -> None:
+def add_sink(source: Path, target: Path, tokens_T: torch.Tensor, share: float = SHARE) -> None:
     """Write a Llama like `source` whose start token takes `share` of the attention of every head.
 
     tokens_T: text, a trained window long, on which shares are measured.

@@ -43,7 +43,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 WINDOWS = 8
 # Tokens that they were trained on at once.
 MODELS = {"quickstart": 256, "quickstart-sink": 256, "stories260k": 512, "reference-7m": 512}
-SINK, SHARE = "quickstart-sink", 0.8  # of the attention
+SINK = "quickstart-sink"
 CHUNK, DECODED, TURNS = 16, 64, 3
 SHOWN = ("stream_perplexity", "first_window_perplexity", "last_window_perplexity", "recomputed_ratio")
 
@@ -78,7 +78,7 @@ def material(name: str, folder: Path) -> tuple[Path, Path]:
                 length=MODELS[name],
                 random=False,
             )
-            add_sink(model, folder / SINK, tokens.tokens_NT[0], SHARE)
+            add_sink(model, folder / SINK, tokens.tokens_NT[0])
             model = folder / SINK
         return model, text
     model = (shared_data() / "models" / name).resolve()

@@ -1,9 +1,9 @@
 """What the papers claim, measured on the trained model of the quickstart and text that it has not seen.
 
 It is a tiny model, and lacks what some claims are about. Its first token draws below 1 % of the attention, so a plain
-window costs nothing, and recent tokens are worth more than H2O's; those claims are tested on the same model after
-attention sinks have been planted in it (tests/sinks.py). Its keys have no channels that stand out; two are made to,
-which changes no logit. What it does as it is, is tested beside.
+window costs nothing, and recent tokens are worth more than H2O's; those claims are tested on the same model after an
+attention sink has been built into it (benchmarks/attention_sink.py). Its keys have no channels that stand out; two are
+made to, which changes no logit. What it does as it is, is tested beside.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, PreTrainedModel
 
 import orchestrator.quickstart
+from benchmarks.attention_sink import add_sink
 from orchestrator.api import CachePolicy, Checkpoint, ModelShape
-from orchestrator.quickstart.corpus import DOCUMENT_END, write_corpus
+from orchestrator.quickstart.corpus import DOCUMENT_END, CorpusFiles, write_corpus
 from orchestrator_kvcache.fp8 import FP8
 from orchestrator_kvcache.h2o import H2O
 from orchestrator_kvcache.int8 import Int8
@@ -28,7 +29,6 @@ from orchestrator_kvcache.kivi import KIVI
 from orchestrator_kvcache.paged import Paged
 from orchestrator_kvcache.streaming_llm import StreamingLLM
 from orchestrator_kvcache.window import Window
-from tests.sinks import SINK, with_sinks
 from tests.tiny import edit_config
 
 # The name of Transformers before 5.24, which all supported versions take.
@@ -39,9 +39,14 @@ TRAINED = 256  # tokens of a training window
 
 
 @pytest.fixture(scope="module")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusFiles:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def documents(corpus: CorpusFiles) -> list[torch.Tensor]:
     """Token ids [1, T] of the three longest held-out modules."""
-    texts = write_corpus(tmp_path_factory.mktemp("corpus")).valid.read_text(encoding="utf-8").split(DOCUMENT_END)
+    texts = corpus.valid.read_text(encoding="utf-8").split(DOCUMENT_END)
     tokenizer = Checkpoint(MODEL).load_tokenizer()
     longest = sorted(texts, key=len, reverse=True)[:3]
     return [torch.tensor([tokenizer(text).input_ids]) for text in longest]
@@ -99,15 +104,16 @@ def test_streaming_llm_is_stable_in_bounded_memory_where_the_whole_cache_explode
 
 
 @pytest.fixture(scope="module")
-def sinking(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
-    text = write_corpus(tmp_path_factory.mktemp("text")).train.read_text(encoding="utf-8")[1_000_000:1_600_000]
+def sinking(corpus: CorpusFiles, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    folder = tmp_path_factory.mktemp("sinking") / "model"
+    text = corpus.train.read_text(encoding="utf-8")[: 16 * TRAINED]
     tokens = torch.tensor(Checkpoint(MODEL).load_tokenizer()(text).input_ids)
-    length = 191
-    return with_sinks(MODEL, tokens[: len(tokens) // length * length].view(-1, length), strength=2.5, updates=60)
+    add_sink(MODEL, folder, tokens[:TRAINED])
+    return Checkpoint(folder).load(torch.float32)
 
 
-def after_sink(tokens: torch.Tensor, start: int, length: int) -> torch.Tensor:
-    return torch.cat((torch.tensor([[SINK]]), tokens[:, start : start + length]), 1)
+def after_sink(model: PreTrainedModel, tokens: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    return torch.cat((torch.tensor([[model.config.bos_token_id]]), tokens[:, start : start + length]), 1)
 
 
 def test_a_window_explodes_when_the_sinks_leave_and_is_stable_while_they_stay(
@@ -116,7 +122,7 @@ def test_a_window_explodes_when_the_sinks_leave_and_is_stable_while_they_stay(
     checkpoint, sinks, window = Checkpoint(MODEL), StreamingLLM(sinks=4, window=124), Window(window=128)
     shape = ModelShape.from_config({**checkpoint.config, "dtype": "float32"})
     for tokens in documents[:2]:
-        stream = after_sink(tokens, 2000, 8 * TRAINED)
+        stream = after_sink(sinking, tokens, 2000, 8 * TRAINED)
         streamed, held = losses(sinking, sinks, stream, checkpoint)
         lost, window_held = losses(sinking, window, stream, checkpoint)
         assert held == window_held == sinks.planned_bytes(shape, 8 * TRAINED) == sinks.planned_bytes(shape, 128)
@@ -126,7 +132,7 @@ def test_a_window_explodes_when_the_sinks_leave_and_is_stable_while_they_stay(
             print(f"{start}: {math.exp(streamed[part].mean()):.1f}, {math.exp(lost[part].mean()):.1f}")  # noqa: T201
             assert lost[part].mean() - streamed[part].mean() > math.log(4)
         # Stable: against the same model with all that its trained length holds, at the end of the stream.
-        end = after_sink(tokens, 2000 + 7 * TRAINED, TRAINED)
+        end = after_sink(sinking, tokens, 2000 + 7 * TRAINED, TRAINED)
         fresh, _ = losses(sinking, Paged(), end, checkpoint)
         ratio = math.exp(streamed[-TRAINED // 2 :].mean() - fresh[-TRAINED // 2 :].mean())
         print(f"streamed over fresh {ratio:.3f}")  # noqa: T201
@@ -137,7 +143,7 @@ def test_h2o_at_a_fifth_of_the_cache_keeps_what_recent_tokens_alone_lose(
     documents: list[torch.Tensor], sinking: PreTrainedModel
 ) -> None:
     checkpoint, prompt, fifth = Checkpoint(MODEL), 3 * TRAINED // 4, TRAINED // 5
-    streams = [after_sink(tokens, start, TRAINED - 1) for tokens in documents for start in (2000, 5000, 8000)]
+    streams = [after_sink(sinking, tokens, start, TRAINED - 1) for tokens in documents for start in (2000, 5000, 8000)]
 
     def decoded(policy: CachePolicy) -> float:
         """Perplexity of the last quarter after a prompt that is read whole, as in the paper."""
@@ -153,7 +159,8 @@ def test_h2o_at_a_fifth_of_the_cache_keeps_what_recent_tokens_alone_lose(
     heavy = decoded(H2O(heavy=fifth // 2, recent=fifth - fifth // 2))
     recent = decoded(H2O(heavy=0, recent=fifth))
     print(f"whole {whole:.2f}, h2o {heavy:.2f}, recent {recent:.2f}")  # noqa: T201
-    assert recent > 3 * heavy
+    assert recent > 5 * heavy
+    assert heavy < 1.1 * whole
     assert math.log(heavy / whole) < 0.15 * math.log(recent / whole)
 
 

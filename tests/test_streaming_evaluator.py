@@ -230,7 +230,7 @@ def test_a_plain_window_explodes_where_the_model_has_an_attention_sink(
 ) -> None:
     """StreamingLLM's claim: four tokens more are the difference (arXiv:2309.17453, table 1)."""
     plain = Checkpoint(QUICKSTART)
-    add_sink(QUICKSTART, tmp_path / "model", tokens_of(plain, text, TRAINED), share=0.8)
+    add_sink(QUICKSTART, tmp_path / "model", tokens_of(plain, text, TRAINED))
     model = Checkpoint(tmp_path / "model")
     evaluator = Streaming(
         source=str(text),
