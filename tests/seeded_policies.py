@@ -113,16 +113,61 @@ class RemembersStreams(Contiguous):
 
 
 class RoundsByCall(Contiguous):
-    """Rounds the values to a grid of all tokens that came at once."""
+    """Rounds the values of tokens that come at once to a grid of all of them, until the next call."""
 
     @contextmanager
     def attached(self, model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Cache]:
+        read: dict[Any, int] = {}
+
         def rounded(layer: Any, keys: Any, values: Any) -> Any:
-            step = values.abs().amax() / 4
-            return keys, (values / step).round() * step
+            new = values[:, :, read.get(layer, 0) :]
+            read[layer] = values.shape[2]
+            step = new.abs().amax() / 4
+            values = values.clone()
+            values[:, :, -new.shape[2] :] = (new / step).round() * step
+            return keys, values
 
         with super().attached(model, checkpoint) as cache:
             yield _changed(cache, rounded)
+
+
+class ForgetsByCall(Contiguous):
+    """Once the prompt is read, forgets for all tokens that come at once what is too far from the last of them."""
+
+    @contextmanager
+    def attached(self, model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Cache]:
+        prompted: set[Any] = set()
+
+        def without_old(layer: Any, keys: Any, values: Any) -> Any:
+            if layer not in prompted:
+                prompted.add(layer)
+                return keys, values
+            values = values.clone()
+            values[:, :, :-FAR] = 0
+            return keys, values
+
+        with super().attached(model, checkpoint) as cache:
+            yield _changed(cache, without_old)
+
+
+FAR = 40
+
+
+class LooksAhead(Contiguous):
+    """Lets the tokens of a prompt see a little of all of it."""
+
+    @contextmanager
+    def attached(self, model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Cache]:
+        prompted: set[Any] = set()
+
+        def blurred(layer: Any, keys: Any, values: Any) -> Any:
+            if layer in prompted:
+                return keys, values
+            prompted.add(layer)
+            return keys, values + values.mean(2, keepdim=True) / 4
+
+        with super().attached(model, checkpoint) as cache:
+            yield _changed(cache, blurred)
 
 
 class RefusesAll(Contiguous):

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 PIECE = 50  # tokens of a forward pass: no power of two, so that it ends inside blocks and groups
 LENGTHS = (1, 2, 33, 600)  # of streams; the last is longer than a block, a group and most windows
-ONE_BY_ONE = 90  # tokens that are also read alone, each
+SHORTER = 2  # of the lengths: a prompt shorter than a piece
+ONE_BY_ONE = 100  # tokens after the first piece that are also read alone, each
 TOLERANCE = 1e-3  # of the largest logit: sums are taken in another order, and rounded values may round the other way
 
 
@@ -44,13 +45,13 @@ def check_cache_policy(method: CachePolicy, laboratory: Laboratory, findings: Fi
     before = _state(model, tokens_T)
     read: list[torch.Tensor] = []
     for length in LENGTHS:
-        logits = _read(method, model, laboratory, tokens_T[:length], PIECE, shape, 0, findings)
+        logits = _read(method, model, laboratory, tokens_T[:length], shape, findings)
         if logits is None:
             return
         read.append(logits)
     if findings.failed("K2 finite"):
         return
-    again = _read(method, model, laboratory, tokens_T, PIECE, shape, 1, findings)
+    again = _read(method, model, laboratory, tokens_T, shape, findings, global_seed=1)
     if again is not None:
         findings.expect(
             "C8 deterministic",
@@ -58,15 +59,23 @@ def check_cache_policy(method: CachePolicy, laboratory: Laboratory, findings: Fi
             "a second stream of the same tokens gives other logits; draw only from generators of your own, and keep "
             "nothing from one stream to the next",
         )
-    alone = _read(method, model, laboratory, tokens_T[:ONE_BY_ONE], 1, shape, 0, findings)
+    # The first piece is the prompt, which may be read whole before anything is forgotten: it is the same in both.
+    alone = _read(method, model, laboratory, tokens_T[: PIECE + ONE_BY_ONE], shape, findings, piece=1)
     if alone is not None:
-        off = float((alone - read[-1][:ONE_BY_ONE]).abs().max() / alone.abs().max())
+        off = _apart(alone, read[-1])
         findings.expect(
             "K4 in pieces",
             off <= TOLERANCE,
-            f"tokens read {PIECE} at once give logits that are {off:.2g} of the largest away from those of tokens read "
-            "one by one; let each token see what it would see alone",
+            f"after the first {PIECE}, tokens read {PIECE} at once give logits that are {off:.2g} of the largest away "
+            "from those of tokens read one by one; let each token see what it would see alone",
         )
+    off = _apart(read[SHORTER], read[-1])
+    findings.expect(
+        "K4 in pieces",
+        off <= TOLERANCE,
+        f"the tokens of a prompt of {LENGTHS[SHORTER]} give logits that are {off:.2g} of the largest away from those "
+        f"that they give as the beginning of one of {PIECE}; let no token see what comes after it",
+    )
     _compare(before, _state(model, tokens_T), findings)
 
 
@@ -75,12 +84,16 @@ def _read(
     model: Any,
     laboratory: Laboratory,
     tokens_T: torch.Tensor,
-    piece: int,
     shape: ModelShape,
-    global_seed: int,
     findings: Findings,
+    *,
+    piece: int = PIECE,
+    global_seed: int = 0,
 ) -> torch.Tensor | None:
-    """Read a stream through a fresh cache; return the logits [T, V], or None if that failed."""
+    """Read a stream through a fresh cache, `PIECE` tokens and then `piece` at a time.
+
+    Returns the logits [T, V], or None if that failed.
+    """
     import torch
 
     parts: list[torch.Tensor] = []
@@ -94,8 +107,9 @@ def _read(
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
-        for begin in range(0, len(tokens_T), piece):
-            part_T = tokens_T[begin : begin + piece]
+        for part_T in (tokens_T[:PIECE], *torch.split(tokens_T[PIECE:], piece)):
+            if not len(part_T):  # nothing follows the first piece
+                break
             parts.append(model(part_T[None], past_key_values=cache, use_cache=True).logits[0])
         held = method.held_bytes(cache)
     if held is None:
@@ -113,6 +127,11 @@ def _read(
             "tensor that is kept between calls, and no more",
         )
     return logits_TV
+
+
+def _apart(logits_TV: torch.Tensor, longer_TV: torch.Tensor) -> float:
+    """The largest difference to the beginning of the logits of a longer stream, over the largest logit."""
+    return float((logits_TV - longer_TV[: len(logits_TV)]).abs().max() / logits_TV.abs().max())
 
 
 def _state(model: Any, tokens_T: torch.Tensor) -> Mapping[str, Any]:
