@@ -7,63 +7,30 @@ goes on from there. What differs between kinds of storage is in store.py: a hand
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from orchestrator.canonical import canonical_json, sync_folder
 from orchestrator.errors import OrchestratorError, PublishError, SpecError
-from orchestrator.release import COMPLETE, RELEASE, Item, Release, StoredFile, check_name, parse, scan
-
-FILES_AT_ONCE = 4
-ATTEMPTS = 5
-
-Progress = Callable[[str, int], None]
-T = TypeVar("T")
-
-
-class TakenError(Exception):
-    """The key exists, or somebody is creating it right now."""
-
-
-class MissingError(Exception):
-    """There is no such key."""
-
-
-class StoppedError(Exception):
-    """Another part of the same work failed, or the user interrupted it."""
-
-
-class Meter:
-    """Follows the bytes of one publish or fetch.
-
-    Calls the caller's progress function: one call at a time, and per file never more than its size in total. Once
-    `stop` is set, ends the workers at the next bytes they report, so that an interrupt need not wait for whole files.
-    """
-
-    def __init__(self, progress: Progress | None = None) -> None:
-        self._progress, self._lock = progress, threading.Lock()
-        self.stop = threading.Event()
-        self._seen: Counter[str] = Counter()
-
-    def advance(self, file: StoredFile, amount: int) -> None:
-        if self.stop.is_set():
-            raise StoppedError
-        with self._lock:
-            amount = min(amount, file.bytes - self._seen[file.key])
-            self._seen[file.key] += amount
-            if self._progress and amount:
-                self._progress(file.key, amount)
+from orchestrator.release import COMPLETE, RELEASE, Item, Release, StoredFile, check_key, check_name, parse, scan
+from orchestrator.transfer import (
+    ATTEMPTS,
+    RECORD_BYTES,
+    Meter,
+    MissingError,
+    Progress,
+    TakenError,
+    in_parallel,
+    write_synced,
+)
 
 
 class Store(ABC):
@@ -151,6 +118,81 @@ class Store(ABC):
                 shutil.rmtree(part, ignore_errors=True)  # gone already, unless something failed
             return release
 
+    def verify(self, name: str, progress: Progress | None = None) -> Release:
+        """Read every byte of the release `name` and compare it with what was published; nothing is kept.
+
+        Raises PublishError if there is no such release, a file is missing, or any byte differs.
+        """
+        check_name(name)
+        meter = Meter(progress)
+        with self._errors(PublishError, f"cannot verify {self.uri}/{name}"):
+            body = self._read_listing(name)
+            if body is None:
+                raise PublishError(f"there is no complete release {self.uri}/{name}", remedy="publish it again")
+            release = parse(f"{self.uri}/{name}", body)
+
+            def compare(file: StoredFile) -> None:
+                digest, size = hashlib.sha256(), 0
+                place = f"{release.uri}/{file.key}"
+                try:
+                    for chunk in self._read(f"{name}/{file.key}"):
+                        digest.update(chunk)
+                        size += len(chunk)
+                        meter.advance(file, len(chunk))
+                except MissingError:
+                    raise PublishError(f"{place} is missing", remedy="publish the release again") from None
+                if (digest.hexdigest(), size) != (file.sha256, file.bytes):
+                    raise PublishError(
+                        f"{place} is not what was published: its sha256 or size differs from {RELEASE}",
+                        remedy=_mend(place),
+                    )
+
+            in_parallel(compare, release.files, meter.stop)
+            return release
+
+    def read_record(self, key: str) -> bytes | None:
+        """Return the record at `key`, or None. Records are small objects beside releases, such as who promoted what.
+
+        Raises PublishError if it cannot be read, or is larger than any record of ours.
+        """
+        check_key(key)
+        with self._errors(PublishError, f"cannot read {self.uri}/{key}"):
+            data = bytearray()
+            try:
+                for chunk in self._read(key):
+                    data += chunk
+                    if len(data) > RECORD_BYTES:
+                        raise PublishError(f"{self.uri}/{key} is no record: it is too large", remedy="see who wrote it")
+            except MissingError:
+                return None
+            return bytes(data)
+
+    def create_record(self, key: str, data: bytes) -> bool:
+        """Create the record at `key` and read it back; say whether `data` is what is there now.
+
+        False: somebody else's record was there first, and it stays. Of several callers with different data exactly
+        one gets True: this is the compare-and-swap that promotion rests on. Raises PublishError.
+        """
+        check_key(key)
+        item = Item.of_bytes(key, data)
+        with self._errors(PublishError, f"cannot write {self.uri}/{key}"):
+            self._prepare()
+            for attempt in range(ATTEMPTS):
+                with suppress(TakenError):
+                    self._create(key, item, Meter())
+                # Also where it was created: an answer that got lost is asked for again, and then the key is taken.
+                found = self._get(key)
+                if found is not None:
+                    return found == data
+                time.sleep(0.1 * 2**attempt)
+        raise PublishError(f"{self.uri}/{key} is being written by others all the time", remedy="try again later")
+
+    def list_records(self, folder: str) -> list[str]:
+        """Return the names of the records right below `folder`, sorted; [] if there is none. Raises PublishError."""
+        check_key(folder)
+        with self._errors(PublishError, f"cannot list {self.uri}/{folder}"):
+            return sorted(self._list(folder))
+
     def _is_whole(self, name: str, release: Release) -> bool:
         """Whether every file is there; PublishError if one has another size than was published."""
         sizes: dict[str, int | None] = {}
@@ -191,6 +233,10 @@ class Store(ABC):
     @abstractmethod
     def _size(self, key: str) -> int | None:
         """Return the size in bytes of what is at `key`, or None."""
+
+    @abstractmethod
+    def _list(self, folder: str) -> Iterator[str]:
+        """Yield the names of the files right below `folder`."""
 
     def _identify(self, key: str) -> tuple[str, int] | None:
         """Return (sha256, size in bytes) of what is at `key`, or None."""
@@ -301,26 +347,3 @@ class Store(ABC):
 def _mend(place: str) -> str:
     """Say how a release is mended of a file with the wrong content."""
     return f"delete {COMPLETE} of this release and {place}, then run again what published it"
-
-
-def in_parallel(work: Callable[[T], None], items: Iterable[T], stop: threading.Event) -> None:
-    """Call work(item) for every item; the first failure sets `stop`, cancels what has not begun, and is raised."""
-    pool = ThreadPoolExecutor(FILES_AT_ONCE)
-    try:
-        futures = [pool.submit(work, item) for item in items]
-        for future in as_completed(futures):
-            future.result()
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def write_synced(path: Path, chunks: Iterable[bytes]) -> None:
-    """Create the file `path` and flush it to disk; FileExistsError if it is there."""
-    with path.open("xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())

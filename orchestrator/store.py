@@ -1,41 +1,30 @@
 """Where releases live: ``file://`` folders and ``s3://`` buckets, create-only.
 
-`open_store` is the way in. What a release is, is in release.py; how it gets here and back, in publishing.py. This is
-the only module that imports boto3, and it does so when the first S3 request is made.
+`open_store` is the way in. What a release is, is in release.py; how it gets here and back, in publishing.py; what is
+special about buckets, in store_s3.py.
 """
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import hashlib
-import logging
 import os
 import re
 import stat
-import threading
 import uuid
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from orchestrator.canonical import sync_folder
-from orchestrator.errors import OrchestratorError, PreflightError, SpecError
-from orchestrator.publishing import ATTEMPTS, FILES_AT_ONCE, Meter, MissingError, Progress, Store, TakenError
+from orchestrator.errors import PreflightError, SpecError
+from orchestrator.publishing import Store
 from orchestrator.release import Item, Release, StoredFile, is_plain
-from orchestrator.s3_errors import REDIRECT, explain_answer, explain_failure
+from orchestrator.store_s3 import S3Store
+from orchestrator.transfer import CHUNK_BYTES, Meter, MissingError, Progress, TakenError
 
 __all__ = ["Progress", "Release", "Store", "StoredFile", "open_store"]
-
-CHUNK_BYTES = 1 << 20
-PART_BYTES = 8 << 20  # larger files go to S3 in parts of this size; S3 allows no part below 5 MiB but the last
-MAX_PARTS = 10_000  # of one S3 upload; beyond 80 GB the parts grow instead
-PARTS_AT_ONCE = 4
-_log = logging.getLogger(__name__)
 
 
 def open_store(uri: str, *, create_bucket: bool = False) -> Store:
@@ -111,6 +100,13 @@ class FileStore(Store):
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def _list(self, folder: str) -> Iterator[str]:
+        try:
+            paths = list((self._root / folder).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        yield from (path.name for path in paths if path.is_file())
+
     def _create(self, key: str, item: Item, meter: Meter) -> None:
         path, part = self._root / key, self._staging / uuid.uuid4().hex
         _make_folder(path.parent)
@@ -135,221 +131,6 @@ class FileStore(Store):
             finally:
                 part.unlink(missing_ok=True)
         raise TakenError
-
-
-class S3Store(Store):
-    """A bucket, or a part of one. The endpoint and the credentials are boto3's business: the usual AWS variables."""
-
-    def __init__(self, bucket: str, prefix: str, *, create_bucket: bool) -> None:
-        self._bucket, self._prefix, self._create_bucket = bucket, prefix, create_bucket
-        self.uri = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
-        self._lock = threading.Lock()
-        self._shared: Any = None
-
-    def check(self) -> None:
-        """Also tries the permission to write, by starting an upload and aborting it: no object comes of it."""
-        with self._errors(PreflightError, f"cannot use {self.uri}"):
-            # Few attempts: a dead endpoint is to be known in seconds.
-            client = self._connect(attempts=2, connect_seconds=3, read_seconds=5)
-            self._find_bucket(client)
-            place = {"Bucket": self._bucket, "Key": self._path(".orchestrator-check")}
-            upload = client.create_multipart_upload(**place)["UploadId"]
-            client.abort_multipart_upload(**place, UploadId=upload)
-
-    @property
-    def _client(self) -> Any:
-        with self._lock:
-            if self._shared is None:
-                self._shared = self._connect(attempts=ATTEMPTS, connect_seconds=5, read_seconds=60)
-            return self._shared
-
-    def _connect(self, *, attempts: int, connect_seconds: int, read_seconds: int) -> Any:
-        from boto3.session import Session
-        from botocore.config import Config
-
-        config = Config(
-            retries={"mode": "standard", "total_max_attempts": attempts},
-            connect_timeout=connect_seconds,
-            read_timeout=read_seconds,
-            max_pool_connections=FILES_AT_ONCE * (PARTS_AT_ONCE + 1),
-            # Each upload carries its SHA-256, and every byte read is compared with the manifest. boto3's own default
-            # (CRC32 in a trailer) adds nothing to that, and older servers do not understand it.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            # The signature covers the content: servers that know no x-amz-checksum-sha256 still verify this one.
-            s3={"payload_signing_enabled": True},
-        )
-        try:
-            return Session().client("s3", config=config)
-        except ValueError:  # the address is not repeated: it may hold a secret
-            raise PreflightError(
-                "AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL, or endpoint_url in the AWS configuration) is not an address",
-                remedy="set it to something like https://s3.example.org:9000",
-            ) from None
-
-    def _find_bucket(self, client: Any) -> None:
-        from botocore.exceptions import ClientError
-
-        try:
-            client.head_bucket(Bucket=self._bucket)
-        except ClientError as error:
-            if not (self._create_bucket and _code(error) in ("404", "NoSuchBucket")):
-                raise
-            region = client.meta.region_name
-            place = {"LocationConstraint": region} if region not in (None, "us-east-1", "aws-global") else None
-            with suppress(client.exceptions.BucketAlreadyOwnedByYou):
-                client.create_bucket(Bucket=self._bucket, **({"CreateBucketConfiguration": place} if place else {}))
-
-    def _prepare(self) -> None:
-        if self._create_bucket:
-            self._find_bucket(self._client)
-
-    def _path(self, key: str) -> str:
-        return f"{self._prefix}/{key}" if self._prefix else key
-
-    def _head(self, key: str) -> Any:
-        """Return what the server says about the object at `key`, or None if there is none."""
-        from botocore.exceptions import ClientError
-
-        try:
-            return self._client.head_object(Bucket=self._bucket, Key=self._path(key))
-        except ClientError as error:
-            if _code(error) in ("404", "NoSuchKey"):
-                return None
-            raise
-
-    def _size(self, key: str) -> int | None:
-        head = self._head(key)
-        return None if head is None else int(head["ContentLength"])
-
-    def _identify(self, key: str) -> tuple[str, int] | None:
-        head = self._head(key)
-        if head is None:
-            return None
-        if digest := head["Metadata"].get("sha256"):
-            return digest, head["ContentLength"]
-        return super()._identify(key)  # somebody else put it there: read it
-
-    def _read(self, key: str) -> Iterator[bytes]:
-        from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
-
-        offset = 0
-        for attempt in range(1, ATTEMPTS + 1):
-            begin = {"Range": f"bytes={offset}-"} if offset else {}
-            try:
-                answer = self._client.get_object(Bucket=self._bucket, Key=self._path(key), **begin)
-            except ClientError as error:
-                if _code(error) == "NoSuchKey":
-                    raise MissingError from None
-                raise
-            try:
-                with closing(answer["Body"]) as body:
-                    for chunk in body.iter_chunks(CHUNK_BYTES):
-                        yield chunk
-                        offset += len(chunk)
-                return
-            except (HTTPClientError, IncompleteReadError):  # boto3 repeats requests, but not answers cut short
-                if attempt == ATTEMPTS:
-                    raise
-
-    def _create(self, key: str, item: Item, meter: Meter) -> None:
-        from botocore.exceptions import ClientError
-
-        try:
-            if item.file.bytes > PART_BYTES:
-                return self._create_in_parts(key, item, meter)
-            body = b"".join(item.chunks(CHUNK_BYTES))
-            item.check_unchanged(hashlib.sha256(body).hexdigest())
-            self._client.put_object(
-                Bucket=self._bucket,
-                Key=self._path(key),
-                Body=body,
-                IfNoneMatch="*",
-                ChecksumSHA256=_checksum(body),
-                Metadata={"sha256": item.file.sha256},
-            )
-            meter.advance(item.file, len(body))
-        except ClientError as error:
-            # NoSuchUpload: the upload was completed by an attempt whose answer got lost.
-            if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchUpload"):
-                raise TakenError from None
-            raise
-
-    def _create_in_parts(self, key: str, item: Item, meter: Meter) -> None:
-        """Upload in parts; the object exists only once all are there and the whole has the sha256 that was promised."""
-        place = {"Bucket": self._bucket, "Key": self._path(key)}
-        begun = self._client.create_multipart_upload(
-            **place, Metadata={"sha256": item.file.sha256}, ChecksumAlgorithm="SHA256"
-        )
-        place["UploadId"] = begun["UploadId"]
-
-        def send(number: int, data: bytes) -> dict[str, Any]:
-            checksum = _checksum(data)
-            sent = self._client.upload_part(**place, PartNumber=number, Body=data, ChecksumSHA256=checksum)
-            meter.advance(item.file, len(data))
-            return {"PartNumber": number, "ETag": sent["ETag"], "ChecksumSHA256": checksum}
-
-        size = max(PART_BYTES, -(-item.file.bytes // MAX_PARTS))
-        digest, parts, pool = hashlib.sha256(), [], ThreadPoolExecutor(PARTS_AT_ONCE)
-        sending: deque[Future[dict[str, Any]]] = deque()
-        try:
-            for number, data in enumerate(item.chunks(size), start=1):
-                digest.update(data)
-                sending.append(pool.submit(send, number, data))
-                if len(sending) == PARTS_AT_ONCE:  # bounds the memory: so many parts per file, no more
-                    parts.append(sending.popleft().result())
-            parts += [future.result() for future in sending]
-            item.check_unchanged(digest.hexdigest())
-            self._client.complete_multipart_upload(**place, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            self._abort(place)
-            raise
-        finally:
-            pool.shutdown()
-        # Older servers ignore IfNoneMatch here: make sure that nobody else's content won.
-        if self._identify(key) != (item.file.sha256, item.file.bytes):
-            raise TakenError
-
-    def _abort(self, place: dict[str, str]) -> None:
-        """Free the parts that were sent. The failure that led here is the one to report, so one of this is logged."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            self._client.abort_multipart_upload(**place)
-        except (BotoCoreError, ClientError) as error:
-            if not (isinstance(error, ClientError) and _code(error) == "NoSuchUpload"):
-                _log.warning("an unfinished upload of %s stays in the bucket until it is aborted", place["Key"])
-
-    @contextmanager
-    def _errors(self, failure: type[OrchestratorError], doing: str) -> Iterator[None]:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        with super()._errors(failure, doing):
-            try:
-                yield
-            except ClientError as error:
-                what, remedy = explain_answer(_code(error), error.operation_name, self._bucket, self._endpoint())
-                raise failure(f"{doing}: {what}", remedy=remedy) from None
-            except RecursionError:  # botocore follows a redirect that names no region for ever
-                what = f"{self._endpoint()} redirects to somewhere else"
-                raise failure(f"{doing}: {what}", remedy=REDIRECT) from None
-            except BotoCoreError as error:
-                what, remedy = explain_failure(error, self._endpoint)
-                raise failure(f"{doing}: {what}", remedy=remedy) from None
-
-    def _endpoint(self) -> str:
-        """The server's address, without credentials."""
-        address = urlsplit(self._client.meta.endpoint_url)
-        return f"{address.scheme}://{address.netloc.rpartition('@')[2]}"
-
-
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", "no code"))
-
-
-def _checksum(data: bytes) -> str:
-    return base64.b64encode(hashlib.sha256(data).digest()).decode()
 
 
 def _make_folder(folder: Path) -> None:
