@@ -1,0 +1,216 @@
+"""Charts as SVG, drawn by hand: bars, lines, and a map of layers. No script, no font, nothing from elsewhere.
+
+Every chart says in its label what it shows, and its numbers stand in a table or in titles beside it. Lengths are in
+pixels of the drawing; it is scaled down where the screen is narrower.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from orchestrator.html_report.findings import TROUBLES, LayerCell, LayerMap
+from orchestrator.html_report.markup import Html, element, join
+from orchestrator.html_report.palette import DASHES, LEVELS
+from orchestrator.report import shown
+
+MOST_POINTS = 400  # drawn of a curve: more than a chart has pixels to tell apart
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 520, 220, 64, 34, 10
+_CELL, _LABEL = 18, 170
+# Marks in the cells of the map: what happened beats what is large, so it has a shape.
+_MARKS: Mapping[str, str] = {
+    "unseen_experts": "square",
+    "starved_experts": "square",
+    "fallback_rtn": "cross",
+    "fallback_diagonal": "cross",
+    "damping_raised": "triangle",
+    "dead_inputs": "dot",
+}
+
+
+def pair_bars(name: str, dense: float, compressed: float) -> Html:
+    """Two bars from zero, the compressed one hatched; the numbers stand in the row that they are in."""
+    most = max(dense, compressed, 0.0)
+    label = f"{name}: dense {shown(name, dense)}, compressed {shown(name, compressed)}"
+    bars = [
+        element("rect", class_=kind, x=0, y=y, width=_round(150 * max(value, 0.0) / most if most else 0), height=8)
+        for kind, y, value in (("bar-dense", 2, dense), ("bar-compressed", 13, compressed))
+    ]
+    return element(
+        "svg",
+        bars,
+        element("line", class_="axis", x1=0, y1=0, x2=0, y2=23),
+        class_="bars",
+        viewBox="0 0 152 23",
+        width=152,
+        height=23,
+        role="img",
+        aria_label=label,
+    )
+
+
+def line_chart(title: str, axis: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Html:
+    """Lines over one axis, told apart by dashes and shapes of a legend as well as by colour."""
+    drawn = {name: thinned(points) for name, points in curves.items()}
+    xs = [x for points in drawn.values() for x, _ in points]
+    ys = [y for points in drawn.values() for _, y in points]
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)))
+
+    def at(x: float, y: float) -> tuple[str, str]:
+        across = (x - x0) / (x1 - x0) if x1 > x0 else 0.5
+        up = (y - y0) / (y1 - y0) if y1 > y0 else 0.5
+        return _round(_LEFT + across * (_WIDTH - _LEFT - 12)), _round(
+            _HEIGHT - _BOTTOM - up * (_HEIGHT - _BOTTOM - _TOP)
+        )
+
+    grid: list[Html] = []
+    for tick in y_ticks:
+        _, y = at(x0, tick)
+        grid.append(element("line", class_="grid", x1=_LEFT, y1=y, x2=_WIDTH - 12, y2=y))
+        grid.append(element("text", shown(title, tick), x=_LEFT - 6, y=y, dy="0.32em", text_anchor="end"))
+    for tick in x_ticks:
+        if x0 <= tick <= x1:
+            x, _ = at(tick, y0)
+            grid.append(element("line", class_="axis", x1=x, y1=_HEIGHT - _BOTTOM, x2=x, y2=_HEIGHT - _BOTTOM + 4))
+            grid.append(element("text", shown(axis, tick), x=x, y=_HEIGHT - _BOTTOM + 16, text_anchor="middle"))
+    bottom = _HEIGHT - _BOTTOM
+    grid.append(element("line", class_="axis", x1=_LEFT, y1=bottom, x2=_WIDTH - 12, y2=bottom))
+    grid.append(element("text", axis, x=(_LEFT + _WIDTH) // 2, y=_HEIGHT - 2, text_anchor="middle", class_="quiet"))
+    lines = []
+    for number, points in enumerate(drawn.values()):
+        places = [at(x, y) for x, y in points]
+        path = " ".join(f"{x},{y}" for x, y in places)
+        lines.append(
+            element("polyline", points=path, class_=f"curve s{number}", stroke_dasharray=DASHES[number] or None)
+            if len(places) > 1
+            else element("circle", cx=places[0][0], cy=places[0][1], r=3, class_=f"dot s{number}")
+        )
+    ends = "; ".join(f"{name} from {p[0][1]:.4g} to {p[-1][1]:.4g}" for name, p in curves.items())
+    figure = element(
+        "svg",
+        grid,
+        lines,
+        class_="chart",
+        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
+        role="img",
+        aria_label=f"{title} by {axis}: {ends}",
+    )
+    legend = [
+        element("li", line_sample(number), element("span", name.replace("_", " "))) for number, name in enumerate(drawn)
+    ]
+    return element("figure", element("figcaption", title), figure, element("ul", legend, class_="legend"))
+
+
+def line_sample(number: int) -> Html:
+    """A short piece of a line as it is drawn in a chart."""
+    line = element("line", x1=0, y1=5, x2=28, y2=5, class_=f"curve s{number}", stroke_dasharray=DASHES[number] or None)
+    return element("svg", line, width=28, height=10, aria_hidden="true")
+
+
+def heat_map(layers: LayerMap, low: float, high: float) -> Html:
+    """Blocks across, roles down; the colour is the error on a logarithmic scale, a mark is what went wrong."""
+    width = _LABEL + _CELL * len(layers.blocks) + 4
+    height = _CELL * len(layers.roles) + 24
+    parts: list[Html] = []
+    for row, role in enumerate(layers.roles):
+        y = row * _CELL
+        short = role if len(role) <= 26 else f"…{role[-25:]}"
+        parts.append(element("text", short, x=_LABEL - 6, y=y + 13, text_anchor="end"))
+        for column, block in enumerate(layers.blocks):
+            cell = layers.cells.get((block, role))
+            if cell:
+                parts.append(_cell(cell, level_of(cell.error, low, high), _LABEL + column * _CELL, y))
+    every = max(1, -(-len(layers.blocks) // 20))
+    for column, block in enumerate(layers.blocks):
+        if column % every == 0:
+            x = _LABEL + column * _CELL + _CELL // 2
+            parts.append(element("text", block, x=x, y=height - 8, text_anchor="middle", class_="quiet"))
+    parts.append(element("text", "block", x=_LABEL - 6, y=height - 8, text_anchor="end", class_="quiet"))
+    label = (
+        f"{layers.step.label}: {layers.metric or 'no error reported'} of {len(layers.layers)} layers"
+        f" in {len(layers.blocks)} blocks; the worst are listed below"
+    )
+    return element(
+        "svg",
+        parts,
+        class_="heat",
+        viewBox=f"0 0 {width} {height}",
+        width=width,
+        height=height,
+        role="img",
+        aria_label=label,
+    )
+
+
+def _cell(cell: LayerCell, level: int | None, x: int, y: int) -> Html:
+    error = "no error reported" if cell.error is None else f"{cell.error:.4g}"
+    worst = f" (worst of {cell.count}: {cell.worst})" if cell.count > 1 else ""
+    troubles = "".join(f"; {TROUBLES[name]}: {total:g}" for name, total in cell.troubles.items())
+    title = element("title", f"block {cell.block}, {cell.role}: {error}{worst}{troubles}")
+    size = _CELL - 1
+    square = element("rect", title, x=x, y=y, width=size, height=size, class_=f"h{'x' if level is None else level}")
+    mark = next((_MARKS[name] for name in cell.troubles if name in _MARKS), None)
+    return join([square, mark_shape(mark, x, y, f"m{'x' if level is None else level}") if mark else None])
+
+
+def mark_shape(shape: str, x: int, y: int, class_: str) -> Html:
+    """A mark in the cell at x, y; it lets the pointer through to the title of the cell."""
+    kind = f"mark {class_}"
+    if shape == "dot":
+        return element("circle", cx=x + 8.5, cy=y + 8.5, r=3, class_=kind)
+    path = {
+        "cross": f"M{x + 4} {y + 4}l9 9m0 -9l-9 9",
+        "triangle": f"M{x + 8.5} {y + 4}l5 9h-10z",
+        "square": f"M{x + 5} {y + 5}h7v7h-7z",
+    }[shape]
+    return element("path", d=path, class_=kind)
+
+
+def scale_bar(low: float, high: float) -> Html:
+    """The colours of the map with the errors where each begins."""
+    parts = []
+    for level in range(LEVELS):
+        start = low * (high / low) ** (level / LEVELS) if high > low else low
+        parts.append(element("rect", x=level * 56, y=0, width=55, height=12, class_=f"h{level}"))
+        if high > low or level == 0:
+            parts.append(element("text", f"{start:.2g}", x=level * 56, y=25, class_="quiet"))
+    label = f"colour scale, logarithmic, from {low:.2g} to {high:.2g}"
+    return element("svg", parts, viewBox=f"0 0 {LEVELS * 56} 30", class_="scale", role="img", aria_label=label)
+
+
+def level_of(error: float | None, low: float, high: float) -> int | None:
+    """The colour of an error, 0 to `LEVELS` - 1, on a logarithmic scale from low to high; None without an error."""
+    if error is None:
+        return None
+    if error <= low or high <= low:
+        return 0
+    return min(LEVELS - 1, int(LEVELS * math.log(error / low) / math.log(high / low)))
+
+
+def error_range(maps: Sequence[LayerMap]) -> tuple[float, float] | None:
+    """The smallest and largest error above zero, of maps that share a scale; None if there is none."""
+    found = [cell.error for one in maps for cell in one.cells.values() if cell.error is not None and cell.error > 0]
+    return (min(found), max(found)) if found else None
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most `MOST_POINTS` + 1 points, evenly taken, the last one among them."""
+    every = max(1, -(-len(points) // MOST_POINTS))
+    kept = list(points[::every])
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers from about low to about high: multiples of 1, 2 or 5 times a power of ten."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
+
+
+def _round(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")

@@ -1,0 +1,202 @@
+"""The page of one run: one file with everything in it, made by a function of the facts alone.
+
+A Content-Security-Policy forbids it scripts, fonts and requests; its pictures are SVG in the page.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from orchestrator.html_report import release_sections, sections
+from orchestrator.html_report.facts import RunView
+from orchestrator.html_report.findings import Gate, Measured, Verdict, gates_of, measured_of, verdict_of
+from orchestrator.html_report.markup import Child, Html, element, trusted
+from orchestrator.html_report.palette import LEVELS, variables
+from orchestrator.html_report.tables import facts, number, seconds_text, verdict
+from orchestrator.report import shown
+from orchestrator.tracking import without_password
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+MOST_TILES = 4
+# What a reader wants to know first, the first three that were measured.
+_HEADLINES = ("perplexity", "bytes_on_disk", "tokens_per_second", "kl_mean", "stream_perplexity", "peak_memory_bytes")
+
+
+def run_page(run: RunView) -> str:
+    """Return the page of a run."""
+    gates = gates_of(run)
+    outcome = verdict_of(run, gates)
+    parts = [
+        sections.gate_section(run, gates),
+        sections.measured_section(run),
+        sections.curve_section(run),
+        sections.layer_section(run),
+        sections.trouble_section(run),
+        sections.lineage_section(run),
+        release_sections.serving_section(run),
+        release_sections.release_section(run),
+        release_sections.environment_section(run),
+    ]
+    names = ("gates", "measured", "curves", "layers", "troubles", "lineage", "serving", "release", "environment")
+    titles = (
+        "Gates",
+        "Size, quality, speed",
+        "Curves",
+        "Layers",
+        "Damped, dead",
+        "Lineage",
+        "Serving",
+        "Release",
+        "Versions",
+    )
+    head = [
+        element("h1", run.title),
+        element("p", _whence(run), class_="quiet"),
+        banner(outcome),
+        element("p", without_password(run.error), class_="error") if run.error else None,
+        _tiles(measured_of(run), gates),
+        _header_facts(run),
+        contents(zip(names, titles, strict=True)),
+    ]
+    return document(f"{run.title}: {outcome.word}", head, parts)
+
+
+def _whence(run: RunView) -> str:
+    if run.run is None:
+        return "Read from the artifacts in the store: no run that made them is known."
+    return f"run {run.run}"
+
+
+def banner(outcome: Verdict) -> Html:
+    """The verdict in a box."""
+    good = outcome.good if outcome.word in ("passed", "refused", "failed") else None
+    kind = "pass" if good else "fail" if good is False else "none"
+    words = {
+        "passed": "Gates passed",
+        "refused": "Refused by a gate",
+        "failed": "Failed",
+        "unfinished": "Unfinished",
+        "no gates": "No gates",
+    }
+    return element(
+        "div", verdict(words[outcome.word], good), element("span", outcome.sentence), class_=f"banner {kind}"
+    )
+
+
+def _tiles(measured: Sequence[Measured], gates: Sequence[Gate]) -> Html | None:
+    """The few numbers that one would ask for first."""
+    rows = {one.row.name: one.row for one in measured}
+    items = []
+    for name in [name for name in _HEADLINES if name in rows][: MOST_TILES - 1]:
+        row = rows[name]
+        before = "" if row.dense is None else f"dense {shown(name, row.dense)}"
+        ratio = "" if row.ratio is None else f", ratio {shown('ratio', row.ratio)}"
+        items.append(
+            element(
+                "li",
+                element("span", name.replace("_", " ")),
+                element("strong", number(name, row.compressed)),
+                element("span", before + ratio or "compressed model"),
+            )
+        )
+    if gates:
+        met = sum(gate.passed is True for gate in gates)
+        items.append(
+            element(
+                "li",
+                element("span", "gates met"),
+                element("strong", f"{met} of {len(gates)}"),
+                element("span", _closest(gates)),
+            )
+        )
+    return element("ul", items, class_="tiles") if items else None
+
+
+def _closest(gates: Sequence[Gate]) -> str:
+    """The gate with the least room, as a share of its bound."""
+    shares = [(gate.margin / abs(gate.limit), gate.metric) for gate in gates if gate.margin is not None and gate.limit]
+    return f"closest: {min(shares)[1]}, {min(shares)[0]:+.1%}" if shares else "none has a margin"
+
+
+def _header_facts(run: RunView) -> Html:
+    pairs: list[tuple[str, Child]] = []
+    if run.started is not None:
+        pairs.append(("started", utc(run.started)))
+    if run.started is not None and run.ended is not None:
+        pairs.append(("took", seconds_text(max(0.0, run.ended - run.started))))
+    for name, key in (("engine", "engine"), ("specification", "spec"), ("source model", "model"), ("seed", "seed")):
+        if key in run.facts:
+            pairs.append((name, str(run.facts[key])))
+    if "model_digest" in run.facts:
+        pairs.append(("digest of the source model", element("code", str(run.facts["model_digest"])[:16])))
+    states = [step.state for step in run.steps]
+    counts = [
+        f"{states.count(state)} {state}" for state in ("computed", "cached", "failed", "not run") if state in states
+    ]
+    pairs.append(("steps", ", ".join(counts) or "none"))
+    return facts(pairs)
+
+
+def utc(seconds: float) -> Html:
+    """A point in time, in UTC."""
+    moment = time.gmtime(seconds)
+    return element(
+        "time", time.strftime("%Y-%m-%d %H:%M:%S UTC", moment), datetime=time.strftime("%Y-%m-%dT%H:%M:%SZ", moment)
+    )
+
+
+def contents(entries: zip[tuple[str, str]]) -> Html:
+    """Links to the sections."""
+    items = [element("li", element("a", title, href=f"#{anchor}")) for anchor, title in entries]
+    return element("nav", element("ul", items), aria_label="Sections")
+
+
+def document(title: str, head: Sequence[Child], parts: Sequence[Child]) -> str:
+    """The whole file around a page's parts."""
+    page = element(
+        "html",
+        element(
+            "head",
+            element("meta", charset="utf-8"),
+            element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+            element("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+            element("meta", name_="referrer", content="no-referrer"),
+            element("title", title),
+            element("style", trusted(style())),
+        ),
+        element(
+            "body",
+            _definitions(),
+            element("header", head),
+            element("main", parts),
+            element("footer", "Written by the compression orchestrator from the journal and the artifacts of the run."),
+        ),
+        lang="en",
+    )
+    return f"<!doctype html>\n{page}\n"
+
+
+@cache
+def style() -> str:
+    """The style sheet with its colours."""
+    fixed = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    heat = "".join(
+        f".h{level}{{fill:var(--heat-{level})}}.m{level}{{stroke:var(--mark-{level})}}" for level in range(LEVELS)
+    )
+    return f"{variables()}{fixed}{heat}"
+
+
+def _definitions() -> Html:
+    """The hatching of bars, which all drawings of the page share."""
+    pattern = element(
+        "pattern",
+        element("path", d="M-1 1l2-2M0 6l6-6M5 7l2-2", class_="hatch"),
+        id="hatch",
+        width=6,
+        height=6,
+        patternUnits="userSpaceOnUse",
+    )
+    return element("svg", element("defs", pattern), class_="definitions", aria_hidden="true")

@@ -1,0 +1,346 @@
+"""The sections of the page of one run, each from its facts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from orchestrator.html_report.charts import error_range, heat_map, line_chart, mark_shape, pair_bars, scale_bar
+from orchestrator.html_report.facts import CURVES_FILE, Missing, RunView, StepView, read_json
+from orchestrator.html_report.findings import TROUBLES, Gate, LayerMap, Measured, layer_map, measured_of, troubles_of
+from orchestrator.html_report.markup import Child, Html, element, join
+from orchestrator.html_report.palette import SERIES
+from orchestrator.html_report.tables import (
+    absent,
+    digest,
+    folded,
+    interval,
+    missing,
+    more,
+    number,
+    seconds_text,
+    section,
+    table,
+    verdict,
+)
+
+MOST_NAMED = 12  # layers in a sentence
+MOST_WORST = 8
+_UNITS = ("perplexity", "loss", "bytes", "kl", "divergence", "accuracy", "learning_rate", "seconds")
+
+
+def gate_section(run: RunView, gates: Sequence[Gate]) -> Html:
+    """Every bound with its value, and the margin that was left."""
+    if gates:
+        rows = [gate_row(gate) for gate in gates]
+        headings = ("gate", "verdict", "bound", "value #", "interval #", "margin #", "of the bound #")
+        return section(
+            "Gates", "gates", table("What the specification demands, beside what was measured", headings, rows)
+        )
+    if run.run is None or any(step.demands is None for step in run.steps):
+        return section("Gates", "gates", missing("Which bounds were demanded is not recorded with these artifacts."))
+    return section("Gates", "gates", missing("The specification demands nothing: no step has a `require`."))
+
+
+_BOUNDS = {"max": "at most ", "min": "at least ", "retain": "retains at least "}
+
+
+def gate_row(gate: Gate) -> list[Child]:
+    """A gate as cells of a row."""
+    margin = gate.margin
+    share = None if margin is None or not gate.limit else margin / abs(gate.limit)
+    name = "share" if gate.bound == "retain" else gate.metric
+    sure = "" if gate.confidence is None else f" at {gate.confidence:.4g}"
+    words = _BOUNDS.get(gate.bound)
+    bound = join([words, number(name, gate.limit), sure]) if words else f"not worse than dense{sure}"
+    return [
+        element("span", gate.metric, element("span", f", {gate.step}", class_="quiet"), title=gate.what or None),
+        verdict(gate.word, gate.passed),
+        bound,
+        join([number(name, gate.value), " from dense" if gate.bound == "must_not_fall" else None]),
+        interval(gate.interval, name),
+        number(name, margin),
+        number("share", share, None if share is None else f"{share:+.1%}"),
+    ]
+
+
+def measured_section(run: RunView) -> Html:
+    """Quality, size and speed, dense beside compressed."""
+    measured = measured_of(run)
+    if not measured:
+        reason = "No step measured anything: there is no `validate` step with a result."
+        return section("Dense and compressed", "measured", missing(reason))
+    parts: list[Html] = [
+        element("p", "Bars begin at zero: ", swatch("bar-dense"), " dense, ", swatch("bar-compressed"), " compressed.")
+    ]
+    for group in ("Quality", "Size", "Speed"):
+        rows = [_measured_row(one) for one in measured if one.group == group]
+        if rows:
+            parts.append(
+                table(group, (group.lower(), "dense #", "compressed #", "ratio #", "interval #", "bars"), rows)
+            )
+        else:
+            parts.append(missing(f"{group}: not measured."))
+    zeros = [note for step in run.steps if (note := zeros_sentence(step))]
+    return section("Dense and compressed", "measured", parts, [element("p", note) for note in zeros[-1:]])
+
+
+def swatch(kind: str) -> Html:
+    """A sample of a bar in a text."""
+    return element(
+        "svg",
+        element("rect", class_=kind, x=1, y=1, width=26, height=9),
+        width=28,
+        height=11,
+        class_="swatch",
+        aria_hidden="true",
+        style="display:inline-block;vertical-align:-1px",
+    )
+
+
+def _measured_row(one: Measured) -> list[Child]:
+    row = one.row
+    bars = absent() if row.dense is None else pair_bars(row.name, row.dense, row.compressed)
+    return [
+        row.name.replace("_", " "),
+        number(row.name, row.dense),
+        number(row.name, row.compressed),
+        number("ratio", row.ratio),
+        interval(one.interval, row.name),
+        bars,
+    ]
+
+
+def zeros_sentence(step: StepView) -> str | None:
+    """What the zeros of a step's model are worth."""
+    if step.artifact is None or step.artifact.manifest.get("kind") != "model":
+        return None
+    from orchestrator.zeros import zeros_of
+
+    try:
+        return zeros_of(step.artifact)
+    except Exception:  # the folder is damaged: what is said of zeros is a courtesy
+        return None
+
+
+def curve_section(run: RunView) -> Html:
+    """What was recorded along a training or a stream."""
+    figures: list[Html] = []
+    faults: list[Html] = []
+    for step in run.steps:
+        found = read_json(step.artifact, CURVES_FILE) if step.artifact else None
+        if isinstance(found, Missing):
+            faults.append(missing(f"{step.label}: {found.why}."))
+        elif found is not None:
+            figures += _figures(step, found)
+    if not figures and not faults:
+        return section(
+            "Curves", "curves", missing("No step recorded a curve: nothing was trained, no stream was read.")
+        )
+    return section("Curves", "curves", element("div", figures, class_="charts") if figures else None, faults)
+
+
+def _figures(step: StepView, found: Any) -> list[Html]:
+    """Charts of a step's curves; curves of the same unit share one."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for name, points in found.items() if isinstance(found, dict) else ():
+        pairs = [(point[0], point[1]) for point in points if isinstance(point, list) and len(point) == 2]
+        if pairs and all(isinstance(value, int | float) for pair in pairs for value in pair):
+            curves[str(name)] = pairs
+    axis = "position" if step.stage == "validate" else "update"
+
+    def unit(name: str) -> str:
+        return next((word for word in _UNITS if word in name), name)
+
+    figures = []
+    for key, group in groupby(sorted(curves, key=lambda name: (unit(name), name)), unit):
+        names = list(group)
+        for first in range(0, len(names), SERIES):
+            some = {name.removesuffix(f"_by_{axis}"): curves[name] for name in names[first : first + SERIES]}
+            figures.append(line_chart(f"{step.label}: {key.replace('_', ' ')}", axis, some))
+    return figures
+
+
+def layer_section(run: RunView) -> Html:
+    """The error of every layer as a map, and the worst by name."""
+    maps, faults = maps_of(run)
+    parts: list[Html] = []
+    with_error = [one for one in maps if one.metric]
+    if with_error:
+        parts += [legend_of_marks(with_error)]
+    for one in maps:
+        parts.append(element("h3", one.step.label))
+        parts += map_parts(one) if one.metric else [missing("The method reports no error of its layers.")]
+    parts += faults
+    if not parts:
+        parts.append(missing("No step compressed layer by layer with a result, so there is no error of each layer."))
+    return section("Error of each layer", "layers", parts)
+
+
+def maps_of(run: RunView) -> tuple[list[LayerMap], list[Html]]:
+    """The maps of a run's steps, and sentences for those that cannot be read."""
+    maps, faults = [], []
+    for step in run.steps:
+        found = layer_map(step)
+        if isinstance(found, Missing):
+            faults.append(missing(f"{step.label}: {found.why}."))
+        elif found is not None and found.layers:
+            maps.append(found)
+    return maps, faults
+
+
+def map_parts(one: LayerMap, limits: tuple[float, float] | None = None) -> list[Html]:
+    """A map with its scale, the worst layers and the mean of each block."""
+    limits = limits or error_range([one])
+    if limits is None:
+        return [element("p", f"{one.metric} of all {len(one.layers)} layers is zero.")]
+    kind = "the share of the output's energy that was lost" if "proxy" in str(one.metric) else "relative to the weights"
+    picture = element(
+        "div",
+        heat_map(one, *limits),
+        class_="scroll",
+        tabindex=0,
+        role="region",
+        aria_label=f"map of the layers of {one.step.label}",
+    )
+    worst = [(element("code", name), number("error", value)) for name, value in one.worst(MOST_WORST)]
+    means = [(f"block {block}", number("error", one.block_mean(block))) for block in one.blocks]
+    return [
+        element("p", f"{one.metric}, {kind}; logarithmic. Hover a cell for its number."),
+        picture,
+        scale_bar(*limits),
+        table(f"The {len(worst)} layers with the largest {one.metric}", ("layer", f"{one.metric} #"), worst),
+        folded("Mean of each block", table("Mean over the layers of a block", ("block", "mean #"), means)),
+    ]
+
+
+def legend_of_marks(maps: Sequence[LayerMap]) -> Html:
+    """What the shapes in the cells mean, of those that occur; a sentence if none does."""
+    present = {name for one in maps for cell in one.cells.values() for name in cell.troubles}
+    shapes = (
+        ("square", ("unseen_experts", "starved_experts"), "starved expert"),
+        ("cross", ("fallback_rtn", "fallback_diagonal"), "fell back"),
+        ("triangle", ("damping_raised",), "damping raised"),
+        ("dot", ("dead_inputs",), "dead inputs"),
+    )
+    items = [
+        element("li", element("svg", mark_shape(shape, 0, 0, "mx"), width=17, height=17, aria_hidden="true"), meaning)
+        for shape, names, meaning in shapes
+        if present.intersection(names)
+    ]
+    if not items:
+        return element("p", "No layer is marked: none was damped more, dead, starved, or fell back.")
+    return element("ul", items, class_="legend")
+
+
+def trouble_section(run: RunView) -> Html:
+    """What was damped, dead or fell back, by step."""
+    maps, _ = maps_of(run)
+    title, anchor = "Damped, dead, fell back", "troubles"
+    if not maps:
+        return section(title, anchor, missing("No step reported on its layers."))
+    troubles = troubles_of(maps)
+    if not troubles:
+        total = sum(len(one.layers) for one in maps)
+        sentence = (
+            f"None of {total} layers, counted once a step: no damping was raised, no input was dead, none fell back."
+        )
+        return section(title, anchor, element("p", sentence))
+    rows = [
+        (
+            TROUBLES[one.metric],
+            one.step,
+            number(one.metric, one.total, f"{one.total:,g}"),
+            f"{len(one.layers)} of {one.of}",
+            element("span", ", ".join(one.layers[:MOST_NAMED]) + more(len(one.layers) - MOST_NAMED), class_="prose"),
+        )
+        for one in troubles
+    ]
+    return section(title, anchor, table("By step", ("what", "step", "in all #", "layers #", "which"), rows))
+
+
+def lineage_section(run: RunView) -> Html:
+    """The steps with what they took, and their parameters."""
+    if not run.steps:
+        return section("Lineage", "lineage", missing("The journal names no step."))
+    rows = [_step_row(step) for step in run.steps]
+    headings = (
+        "step",
+        "state",
+        "fingerprint",
+        "artifact",
+        "seconds #",
+        "predicted #",
+        "memory #",
+        "predicted #",
+        "disk #",
+        "predicted #",
+    )
+    parts: list[Html] = [
+        table("Steps, with what they took and what was predicted; of a cached step, its making", headings, rows)
+    ]
+    for step in run.steps:
+        if step.gone:
+            parts.append(missing(f"{step.label}: {step.gone}"))
+        if step.error:
+            parts.append(element("p", step.error, class_="error"))
+    parts += [step_details(step) for step in run.steps if step.artifact]
+    return section("Lineage", "lineage", parts)
+
+
+def _step_row(step: StepView) -> list[Child]:
+    def pair(name: str) -> list[Child]:
+        def one(values: Mapping[str, float]) -> Html | str:
+            value = values.get(name)
+            text = None if value is None or name != "seconds" else seconds_text(value)
+            return number(name, value, text)
+
+        return [one(step.took), one(step.predicted)]
+
+    return [
+        f"{step.index + 1}. {step.label}",
+        step.state,
+        digest(step.fingerprint or None),
+        digest(step.digest),
+        *pair("seconds"),
+        *pair("peak_memory_bytes"),
+        *pair("disk_bytes"),
+    ]
+
+
+def step_details(step: StepView) -> Html:
+    """Parameters, inputs, invariants and numbers of a step, to be opened."""
+    identity = step.identity
+    manifest = step.artifact.manifest if step.artifact else {}
+    parts: list[Html] = []
+    for title, values in (
+        ("Parameters", parameters_of(identity)),
+        ("Made from", dict(manifest.get("inputs", {}))),
+        ("Invariants", dict(manifest.get("invariants", {}))),
+    ):
+        if values:
+            rows = [(name, element("code", _value(value), class_="prose")) for name, value in sorted(values.items())]
+            parts.append(table(title, (title.lower(), "value"), rows))
+    if step.metrics:
+        measured = [(name, number(name, value)) for name, value in sorted(step.metrics.items())]
+        parts.append(table("Numbers that the step recorded", ("number", "value #"), measured))
+    return folded(f"{step.index + 1}. {step.label}: parameters and numbers", parts)
+
+
+def parameters_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a step, and what else the specification said of it."""
+    values = dict(identity.get("parameters", {}))
+    for key in ("skip", "calibrated_on", "device", "seed"):
+        if identity.get(key) not in (None, [], ""):
+            values[key] = identity[key]
+    for key in ("engines", "formats"):
+        for one in identity.get(key, ()):
+            values[f"{key}: {one['name']}"] = one["parameters"]
+    policy = identity.get("policy")
+    return values | ({f"policy: {policy['name']}": policy["parameters"]} if policy else {})
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
