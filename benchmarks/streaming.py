@@ -44,7 +44,7 @@ WINDOWS = 8
 # Tokens that they were trained on at once.
 MODELS = {"quickstart": 256, "quickstart-sink": 256, "stories260k": 512, "reference-7m": 512}
 SINK = "quickstart-sink"
-CHUNK, DECODED, TURNS = 16, 64, 3
+CHUNK, DECODED, TURNS, PASSAGES = 16, 64, 3, 8
 SHOWN = ("stream_perplexity", "first_window_perplexity", "last_window_perplexity", "recomputed_ratio")
 
 
@@ -120,6 +120,7 @@ def measured(
         chunk_tokens=CHUNK,
         streams=streams,
         start_token=start_token,
+        passages=PASSAGES,
     )
     context = Context(0, model, None, folder, policy=policy)
     found = evaluator.measure(model, model, context)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint(make_model(tmp_path_factory.mktemp("streaming") / "model"))
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """A model with 128 learned positions, by its architecture."""
+    return cache(lambda name: Checkpoint(make_model(tmp_path_factory.mktemp("learned") / name, name)))
 
 
 @pytest.fixture
@@ -303,14 +310,53 @@ def test_too_little_text_says_how_many_tokens_are_missing(tiny: Checkpoint, tmp_
         Streaming(source=str(path), window_tokens=32, stream_tokens=4000).measure(tiny, tiny, context)
 
 
-def test_learned_positions_end_with_a_sentence(tmp_path: Path, text: Path, context: Context) -> None:
-    model = Checkpoint(make_model(tmp_path / "gpt2", "gpt2"))
-    positions = model.config["n_positions"]
-    evaluator = Streaming(source=str(text), window_tokens=32, stream_tokens=positions + 8, chunk_tokens=5, passages=1)
-    with pytest.raises(StepError, match=r"no position for token .* of the stream") as caught:
-        evaluator.measure(model, model, context)
-    remedy = caught.value.problems[0].remedy
-    assert remedy == f"set stream_tokens to at most {positions // 5 * 5}: its positions are learned, and end there"
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+@pytest.mark.parametrize("name", [None, "window", "h2o", "paged", "int8", "kivi", "fp8"])
+def test_a_stream_beyond_learned_positions_is_refused_before_it_is_read(
+    methods: Methods, learned: Callable[[str], Checkpoint], context: Context, architecture: str, name: str | None
+) -> None:
+    model = learned(architecture)
+    positions = 128
+    chosen = replace(context, policy=policy(methods, name) if name else None)
+    evaluator = Streaming(source="not read.txt", stream_tokens=positions + 8)
+    with pytest.raises(StepError, match=f"a stream is {positions + 8} tokens long, but this {architecture}") as caught:
+        evaluator.measure(model, model, chosen)
+    assert [problem.remedy for problem in caught.value.problems] == [
+        f"set stream_tokens to at most {positions}",
+        "set window_tokens to at most 64",
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_learned_positions_are_read_to_the_last(
+    learned: Callable[[str], Checkpoint], text: Path, context: Context, architecture: str
+) -> None:
+    """What the refusal offers instead works, and one token more would not."""
+    model = learned(architecture)
+    metrics = (
+        Streaming(source=str(text), stream_tokens=128, window_tokens=64, chunk_tokens=16, passages=1)
+        .measure(model, model, context)
+        .metrics
+    )
+    losses = looped(load_float32(model), tokens_of(model, text, 128))
+    assert metrics["stream_perplexity"] == pytest.approx(perplexity(losses), rel=1e-5)
+    with pytest.raises(StepError, match="set window_tokens to at most 64"):
+        Streaming(source=str(text), stream_tokens=128, window_tokens=65).measure(model, model, context)
+    reader = Reader(load_float32(model), model, FullCache())
+    with pytest.raises(StepError, match="no position for token 130") as caught:
+        reader.read(tokens_of(model, text, 130), [5] * 26)
+    assert caught.value.problems[0].remedy == (
+        "set stream_tokens to at most 125: its positions are learned, and end there"
+    )
+
+
+def test_by_default_about_three_times_the_stream_is_read() -> None:
+    for window, windows in ((256, 2), (256, 8), (512, 2), (512, 8), (2048, 8)):
+        length, where = windows * window, Distances.of(32, window)
+        passages = Streaming(source="a.txt")._passages(where, length)
+        assert 1 <= passages <= 8
+        assert length + window + passages * where.read() <= (3 if windows == 8 else 3.5) * length
+    assert Streaming(source="a.txt", passages=20)._passages(where, length) == 20
 
 
 def test_a_model_that_does_not_say_its_window_is_asked_for_it(tmp_path: Path, text: Path, context: Context) -> None:

@@ -53,6 +53,14 @@ class Distances:
             passage, max(1, passage // 4), max(passage, reach // 4), reach + 2 * passage, min(MOST_LEAD, passage)
         )
 
+    def trial(self, distance: int) -> int:
+        """Tokens of a trial, from the text before the passage to the end of its repetition."""
+        return self.lead + distance + self.passage
+
+    def read(self) -> int:
+        """Tokens that are read through the cache for one passage at both distances, with it and with another."""
+        return 2 * (self.trial(self.inside) + self.trial(self.outside))
+
     def material(self, trials: int) -> int:
         """Tokens of text that the trials need: a passage and another for each, and what lies around them."""
         return 2 * self.passage * trials + self.lead + self.outside

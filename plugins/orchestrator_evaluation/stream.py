@@ -6,6 +6,7 @@ V = vocabulary.
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
+
+
+# GPT-2 and GPT-BigCode; OPT and BioGPT.
+_POSITION_TABLE = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings?)\.weight$")
+
+
+def learned_positions(model: Checkpoint) -> int | None:
+    """How many positions the model has learned a vector for; None if it computes them, so that they never end."""
+    rows = [info.shape[0] for name, info in model.tensors.items() if _POSITION_TABLE.search(name)]
+    # Not every row is a position: OPT's first two are for padding.
+    return min(*rows, model.positions or rows[0]) if rows else None
 
 
 class Keeping(Protocol):

@@ -31,6 +31,7 @@ from orchestrator.api import (
     Measured,
     ModelFacts,
     ModelShape,
+    Problem,
     Stage,
     StepError,
     TextSource,
@@ -38,8 +39,16 @@ from orchestrator.api import (
     token_windows,
 )
 from orchestrator_evaluation.forward import load_float32
-from orchestrator_evaluation.retrieval import Distances, ask, ask_without_cache, trials_of
-from orchestrator_evaluation.stream import FullCache, Pass, Reader, Reading, in_pieces, recomputed_losses
+from orchestrator_evaluation.retrieval import PIECE, Distances, ask, ask_without_cache, trials_of
+from orchestrator_evaluation.stream import (
+    FullCache,
+    Pass,
+    Reader,
+    Reading,
+    in_pieces,
+    learned_positions,
+    recomputed_losses,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +57,8 @@ if TYPE_CHECKING:
 WINDOWS = 8  # of training, in a stream
 UNKNOWN_WINDOW = 512  # for estimates of a model that does not say what it was trained on
 POINTS_PER_WINDOW = 8  # of a curve
+MOST_PASSAGES = 8
+FOR_PASSAGES = 1.75  # tokens read to ask for passages, over those of the streams: about 3 with the stream and a window
 
 
 class Streaming(Evaluator):
@@ -90,10 +101,17 @@ class Streaming(Evaluator):
         description="Text to read: a file (.jsonl, .parquet, plain UTF-8 text), or hub:OWNER/NAME:SPLIT@REVISION.",
     )
     stream_tokens: int | None = Field(
-        None, ge=2, le=100_000_000, description="Length of each stream, tokens. Default: 8 trained windows."
+        None,
+        ge=2,
+        le=100_000_000,
+        description="Length of each stream, tokens, read once through the policy. Default: 8 trained windows.",
     )
     window_tokens: int | None = Field(
-        None, ge=8, le=1_048_576, description="The trained window, tokens. Default: max_position_embeddings."
+        None,
+        ge=8,
+        le=1_048_576,
+        description="The trained window, tokens; the first of each stream is read once more through the contiguous "
+        "cache, as the stream is. Default: max_position_embeddings.",
     )
     chunk_tokens: int = Field(
         1, ge=1, le=65_536, description="New tokens in each forward pass: 1 as an engine decodes, more is faster."
@@ -103,7 +121,14 @@ class Streaming(Evaluator):
     )
     streams: int = Field(1, ge=1, le=10_000, description="Streams, one after the other in the text.")
     field: str = Field("text", min_length=1, description="Key or column of JSON lines, Parquet or hub rows with text.")
-    passages: int = Field(8, ge=1, le=10_000, description="Passages that the model is asked for, at each distance.")
+    passages: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="Passages that the model is asked for, at each distance. Each is read four times, 64 tokens a "
+        "forward pass: a quarter of the reach and a whole reach before it is asked for, and with another passage in "
+        "its place. Default: as many as take 1.75 times the tokens of the streams, but 1 to 8.",
+    )
     passage_tokens: int = Field(
         32, ge=2, le=65_536, description="Length of each passage, tokens; at most a quarter of what the policy reaches."
     )
@@ -121,21 +146,28 @@ class Streaming(Evaluator):
             passed = facts.forward(2 * self.streams * length, window, window // 2, head=True)
             whole = whole.then(replace(passed, memory_bytes=memory, moved_bytes=passed.moved_bytes + 3 * held))
         decoded = model.forward(self.streams * (length + window), window, self.chunk_tokens, head=True)
-        asked = model.forward(self.passages * 4 * window, window, 64, head=True)
+        where = Distances.of(self.passage_tokens, max(8, window))
+        asked = model.forward(self._passages(where, length) * where.read(), window, PIECE, head=True)
         return whole.then(decoded).then(asked)
 
     def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Measured:
-        """Read the streams. Raises `StepError` for too little text, a broken model, or one the policy cannot serve."""
+        """Read the streams.
+
+        Raises `StepError` for too little text, a broken model, one whose positions end before the stream, and one that
+        the policy cannot serve.
+        """
         policy, window = context.policy, self._window(baseline)
         length = self.stream_tokens or WINDOWS * window
         served = _served_shape(candidate) if policy else None  # refuses before anything is read
         reach = min((policy.reach_tokens() if policy else None) or window, window)
         where = Distances.of(self.passage_tokens, reach)
+        self._refuse_positions(candidate, length, window, reach)
+        passages = self._passages(where, length)
         text_ST = token_windows(
             self.source,
             baseline.load_tokenizer(),
             num_sequences=self.streams,
-            length=max(length, where.material(self.passages) + self.start_token),
+            length=max(length, where.material(passages) + self.start_token),
             field=self.field,
             random=False,
             start_token=self.start_token,
@@ -143,7 +175,7 @@ class Streaming(Evaluator):
         start = int(text_ST[0, 0]) if self.start_token else None
         streams_ST = text_ST[:, :length]
         inside, outside = (
-            trials_of(text_ST[0, self.start_token :], where, distance, self.passages, context.seed, start)
+            trials_of(text_ST[0, self.start_token :], where, distance, passages, context.seed, start)
             for distance in (where.inside, where.outside)
         )
         first_ST = streams_ST[:, :window]
@@ -220,6 +252,32 @@ class Streaming(Evaluator):
                 remedy=f"set window_tokens to at most {model.positions}",
             )
         return window
+
+    def _refuse_positions(self, model: Checkpoint, length: int, window: int, reach: int) -> None:
+        """Raise `StepError` if something that is to be read is longer than the model's learned positions."""
+        positions = learned_positions(model)
+        if positions is None:
+            return
+
+        def asked(window: int) -> int:
+            where = Distances.of(self.passage_tokens, min(reach, window))
+            return self.start_token + where.trial(where.outside)
+
+        end = f"but this {model.config.get('model_type')} has learned {positions} positions, and none after them"
+        problems = []
+        if length > positions:
+            remedy = f"set stream_tokens to at most {positions}"
+            problems.append(Problem(f"a stream is {length} tokens long, {end}", remedy=remedy))
+        if asked(window) > positions:
+            shorter = max((size for size in range(8, window) if asked(size) <= positions), default=8)
+            what = f"it takes {asked(window)} tokens to ask for a passage that is out of reach, {end}"
+            problems.append(Problem(what, remedy=f"set window_tokens to at most {shorter}"))
+        if problems:
+            raise StepError(problems)
+
+    def _passages(self, where: Distances, length: int) -> int:
+        wanted = int(FOR_PASSAGES * self.streams * length / where.read())
+        return self.passages or min(max(wanted, 1), MOST_PASSAGES)
 
     def _recomputed(self, model: PreTrainedModel, streams_ST: torch.Tensor, window: int) -> torch.Tensor:
         import torch
