@@ -1,4 +1,4 @@
-"""How a folder becomes a release in any store, and comes back: create-only, COMPLETE last, every byte verified.
+"""How a folder becomes a release in any store: create-only, COMPLETE last. How it comes back is in pulling.py.
 
 No key is ever overwritten. A publish that was killed leaves keys but no COMPLETE; publishing the same content again
 goes on from there. What differs between kinds of storage is in store.py: a handful of primitives.
@@ -7,20 +7,31 @@ goes on from there. What differs between kinds of storage is in store.py: a hand
 from __future__ import annotations
 
 import hashlib
-import shutil
 import threading
 import time
-import uuid
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator.canonical import canonical_json, sync_folder
-from orchestrator.errors import OrchestratorError, PublishError, SpecError
-from orchestrator.release import COMPLETE, RELEASE, Item, Release, StoredFile, check_key, check_name, parse, scan
+from orchestrator.canonical import canonical_json
+from orchestrator.errors import PublishError
+from orchestrator.pulling import ReleaseReader, mend
+from orchestrator.release import (
+    COMPLETE,
+    RELEASE,
+    SIGNATURE,
+    Item,
+    Release,
+    StoredFile,
+    check_key,
+    check_name,
+    parse,
+    scan,
+)
+from orchestrator.signing import SigningKey, check_signature
 from orchestrator.transfer import (
     ATTEMPTS,
     RECORD_BYTES,
@@ -29,25 +40,31 @@ from orchestrator.transfer import (
     Progress,
     TakenError,
     in_parallel,
-    write_synced,
 )
 
 
-class Store(ABC):
+class Store(ReleaseReader):
     """A root under which releases live. Safe to use from several threads; publishers on other machines may race it."""
-
-    uri: str
 
     @abstractmethod
     def check(self) -> None:
         """Find out in seconds, leaving nothing behind, whether a release could be published; PreflightError if not."""
 
-    def publish(self, name: str, folder: Path, manifest: dict[str, Any], progress: Progress | None = None) -> Release:
+    def publish(
+        self,
+        name: str,
+        folder: Path,
+        manifest: dict[str, Any],
+        progress: Progress | None = None,
+        *,
+        signing_key: Path | None = None,
+    ) -> Release:
         """Store every file of `folder` as the release `name`; return it once it is complete.
 
         name: words joined by ``/``, e.g. ``quickstart/3f2a``.
         progress: called with (key, bytes more), one call at a time, from whichever thread did the work. What it raises
             ends the publish and is passed on.
+        signing_key: a private key (PEM) to sign the release with.
 
         Publishing the same files again returns the release that is there, with the manifest it was first given, and
         puts back files that got lost.
@@ -58,20 +75,31 @@ class Store(ABC):
             raise ValueError("the manifest of a release must not have an entry 'files': publish adds it")
         uri = f"{self.uri}/{name}"
         meter = Meter(progress)
+        key = None if signing_key is None else SigningKey.read(signing_key)
         with self._errors(PublishError, f"cannot publish {uri}"):
             items = scan(folder)
             files = tuple(item.file for item in items)
             body = canonical_json({**manifest, "files": [asdict(file) for file in files]})
             self._prepare()
+            self._take_up(name, items)
             existing = self._read_listing(name)
             if existing is not None and parse(uri, existing).files != files:
                 raise PublishError(f"{uri} is already published with other files", remedy="publish under another name")
             # Also of a complete release: a file that got lost is put back.
-            in_parallel(lambda item: self._settle(f"{name}/{item.file.key}", item, meter), items, meter.stop)
-            body = self._settle_listing(f"{name}/{RELEASE}", body, files)
-            seal = f"{hashlib.sha256(body).hexdigest()}\n".encode()
-            self._settle(f"{name}/{COMPLETE}", Item.of_bytes(COMPLETE, seal), Meter())
-            return parse(uri, body)
+            there = set(self._list_tree(name))
+            in_parallel(
+                lambda item: self._settle(f"{name}/{item.file.key}", item, meter, absent=item.file.key not in there),
+                items,
+                meter.stop,
+            )
+            ours, body = body, self._settle_listing(f"{name}/{RELEASE}", body, files)
+            release = parse(uri, body)
+            if key:
+                self._settle_signature(name, release, key, ours=body == ours)
+            self._clear_up(name, items)
+            seal = f"{release.digest}\n".encode()
+            self._settle(f"{name}/{COMPLETE}", Item.of_bytes(COMPLETE, seal), Meter(), absent=COMPLETE not in there)
+            return release
 
     def read_release(self, name: str) -> Release | None:
         """Return the release `name`, or None if it is not complete or a file is missing: publishing repairs both.
@@ -85,38 +113,6 @@ class Store(ABC):
                 return None
             release = parse(f"{self.uri}/{name}", body)
             return release if self._is_whole(name, release) else None
-
-    def fetch(self, name: str, target: Path) -> Release:
-        """Download the release `name` into the folder `target`, which appears whole and verified, or not at all.
-
-        Raises SpecError if `target` exists and is not an empty folder, PublishError if there is no such release or
-        any byte differs from what was published.
-        """
-        check_name(name)
-        target = target.absolute()
-        meter = Meter()
-        with self._errors(PublishError, f"cannot fetch {self.uri}/{name}"):
-            if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-                raise SpecError(f"{target} exists and is not an empty folder", remedy="choose another folder")
-            body = self._read_listing(name)
-            if body is None:
-                raise PublishError(
-                    f"there is no complete release {self.uri}/{name}", remedy="check the address, or publish it first"
-                )
-            release = parse(f"{self.uri}/{name}", body)
-            part = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"
-            part.mkdir(parents=True)
-            try:
-                in_parallel(lambda file: self._download(name, file, part, meter), release.files, meter.stop)
-                for key, data in ((RELEASE, body), (COMPLETE, f"{release.digest}\n".encode())):
-                    write_synced(part / key, (data,))
-                for directory in [path for path in part.rglob("*") if path.is_dir()] + [part]:
-                    sync_folder(directory)
-                part.replace(target)
-                sync_folder(target.parent)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)  # gone already, unless something failed
-            return release
 
     def verify(self, name: str, progress: Progress | None = None) -> Release:
         """Read every byte of the release `name` and compare it with what was published; nothing is kept.
@@ -144,7 +140,7 @@ class Store(ABC):
                 if (digest.hexdigest(), size) != (file.sha256, file.bytes):
                     raise PublishError(
                         f"{place} is not what was published: its sha256 or size differs from {RELEASE}",
-                        remedy=_mend(place),
+                        remedy=mend(place),
                     )
 
             in_parallel(compare, release.files, meter.stop)
@@ -205,26 +201,12 @@ class Store(ABC):
             size = sizes[file.key]
             if size not in (None, file.bytes):
                 place = f"{release.uri}/{file.key}"
-                raise PublishError(f"{place} has {size} bytes, not the {file.bytes} published", remedy=_mend(place))
+                raise PublishError(f"{place} has {size} bytes, not the {file.bytes} published", remedy=mend(place))
         return None not in sizes.values()
-
-    @contextmanager
-    def _errors(self, failure: type[OrchestratorError], doing: str) -> Iterator[None]:
-        """Turn what the machine or the server says into one message."""
-        try:
-            yield
-        except OSError as error:
-            place = f" ({error.filename})" if error.filename else ""
-            remedy = "see that the path exists, is readable or writable as needed, and that the disk is not full"
-            raise failure(f"{doing}: {error.strerror or error}{place}", remedy=remedy) from None
 
     @abstractmethod
     def _prepare(self) -> None:
         """Get ready to publish."""
-
-    @abstractmethod
-    def _read(self, key: str) -> Iterator[bytes]:
-        """Yield the bytes at `key`; MissingError if there is no such key."""
 
     @abstractmethod
     def _create(self, key: str, item: Item, meter: Meter) -> None:
@@ -249,34 +231,48 @@ class Store(ABC):
             return None
         return digest.hexdigest(), size
 
-    def _get(self, key: str) -> bytes | None:
-        try:
-            return b"".join(self._read(key))
-        except MissingError:
-            return None
+    def _take_up(self, name: str, items: Sequence[Item]) -> None:
+        """Look for what killed publishers of the release `name` left, to go on from it."""
 
-    def _read_listing(self, name: str) -> bytes | None:
-        """Return the release.json that COMPLETE vouches for; None without COMPLETE."""
-        seal = self._get(f"{name}/{COMPLETE}")
-        if seal is None:
-            return None
-        body = self._get(f"{name}/{RELEASE}")
-        if body is None or seal.decode("ascii", "replace").strip() != hashlib.sha256(body).hexdigest():
-            raise PublishError(
-                f"{self.uri}/{name} is damaged: its {COMPLETE} does not belong to its {RELEASE}",
-                remedy="delete this release and publish it again",
-            )
-        return body
+    def _clear_up(self, name: str, items: Sequence[Item]) -> None:
+        """Remove what they left and nobody needs any more: every file is there."""
 
-    def _settle(self, key: str, item: Item, meter: Meter) -> None:
-        """See to it that `key` holds `item`, creating it at most; what is there already is accepted if identical."""
+    @abstractmethod
+    def _list_tree(self, name: str) -> Iterator[str]:
+        """Yield the keys of all objects below the release `name`, relative to it."""
+
+    def _settle(self, key: str, item: Item, meter: Meter, *, absent: bool = False) -> None:
+        """See to it that `key` holds `item`, creating it at most; what is there already is accepted if identical.
+
+        absent: nothing was there a moment ago.
+        """
 
         def is_ours() -> bool | None:
             found = self._identify(key)
             return found and found == (item.file.sha256, item.file.bytes)
 
-        self._create_unless(key, item, meter, is_ours)
+        self._create_unless(key, item, meter, is_ours, absent=absent)
         meter.advance(item.file, item.file.bytes)
+
+    def _settle_signature(self, name: str, release: Release, key: SigningKey, *, ours: bool) -> None:
+        """See to it that the release is signed by `key`. The first signature stays, so this one may be refused.
+
+        ours: whether its listing is what this publish wrote. What somebody else says of a model is not signed.
+        """
+        place = f"{name}/{SIGNATURE}"
+        for _ in range(ATTEMPTS):
+            found = self._get(place)
+            if found is not None:
+                check_signature(release, found, key.public)
+                return
+            if not ours:
+                raise PublishError(
+                    f"{release.uri} was begun, unsigned, with another {RELEASE} than this publish would write",
+                    remedy=f"see who published it; delete its {COMPLETE} and {RELEASE}, then publish again",
+                )
+            with suppress(TakenError):
+                self._create(place, Item.of_bytes(SIGNATURE, key.sign(release, name.rpartition("/")[2])), Meter())
+        raise PublishError(f"{self.uri}/{place} is being written by others all the time", remedy="try again later")
 
     def _settle_listing(self, key: str, body: bytes, files: tuple[StoredFile, ...]) -> bytes:
         """Store release.json and return it; one that is there already is adopted if it lists the same files."""
@@ -293,13 +289,15 @@ class Store(ABC):
         self._create_unless(key, Item.of_bytes(RELEASE, body), Meter(), lists_ours)
         return kept
 
-    def _create_unless(self, key: str, item: Item, meter: Meter, is_ours: Callable[[], bool | None]) -> None:
+    def _create_unless(
+        self, key: str, item: Item, meter: Meter, is_ours: Callable[[], bool | None], *, absent: bool = False
+    ) -> None:
         """Create `key` unless something is there. is_ours: None if nothing is, else whether that will do.
 
         Losing a race, or an answer that got lost and was asked for again, is settled by looking at what is there.
         """
         for attempt in range(ATTEMPTS):
-            verdict = is_ours()
+            verdict = None if absent and attempt == 0 else is_ours()
             if verdict is None:
                 try:
                     return self._create(key, item, meter)
@@ -311,39 +309,6 @@ class Store(ABC):
                 place = f"{self.uri}/{key}"
                 raise PublishError(
                     f"{place} exists with other content and is never overwritten",
-                    remedy=f"publish under another name; or, if nobody else is writing this release, {_mend(place)}",
+                    remedy=f"publish under another name; or, if nobody else is writing this release, {mend(place)}",
                 )
         raise PublishError(f"{self.uri}/{key} is being written by others all the time", remedy="try again later")
-
-    def _download(self, name: str, file: StoredFile, folder: Path, meter: Meter) -> None:
-        digest, size = hashlib.sha256(), 0
-
-        def verified(chunks: Iterator[bytes]) -> Iterator[bytes]:
-            nonlocal size
-            for chunk in chunks:
-                size += len(chunk)
-                if size > file.bytes:
-                    return
-                digest.update(chunk)
-                meter.advance(file, len(chunk))
-                yield chunk
-
-        path = folder / file.key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        place = f"{self.uri}/{name}/{file.key}"
-        try:
-            write_synced(path, verified(self._read(f"{name}/{file.key}")))
-        except MissingError:
-            raise PublishError(
-                f"{place} is missing", remedy="run again what published it: missing files are put back"
-            ) from None
-        if (digest.hexdigest(), size) != (file.sha256, file.bytes):
-            raise PublishError(
-                f"{place} is not what was published: its sha256 or size differs from {RELEASE}",
-                remedy=_mend(place),
-            )
-
-
-def _mend(place: str) -> str:
-    """Say how a release is mended of a file with the wrong content."""
-    return f"delete {COMPLETE} of this release and {place}, then run again what published it"

@@ -4,6 +4,7 @@ A release called NAME is, below the root of a store:
 
     NAME/<files>        the published folder, byte for byte (empty folders are not kept)
     NAME/release.json   canonical JSON: the manifest plus ``"files": [{"key", "sha256", "bytes"}]``
+    NAME/model.sig      if it is signed: a signature over all of these (signing.py)
     NAME/COMPLETE       the sha256 of release.json; written last: without it there is no release
 """
 
@@ -23,6 +24,9 @@ from orchestrator.errors import PublishError, SpecError
 
 RELEASE = "release.json"
 COMPLETE = "COMPLETE"
+SIGNATURE = "model.sig"
+LONGEST_KEY = 1024  # bytes; that of S3
+RESERVED = (RELEASE, COMPLETE, SIGNATURE)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,14 @@ class Item:
             while chunk := file.read(size):
                 yield chunk
 
+    def piece(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes of the content from `offset` on, fewer at its end."""
+        if isinstance(self.data, bytes):
+            return self.data[offset : offset + size]
+        with self.data.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
     def check_unchanged(self, sha256: str) -> None:
         """Raise PublishError if what was read just now is not what was promised."""
         if sha256 != self.file.sha256:
@@ -81,7 +93,8 @@ def check_name(name: str) -> None:
 
 def is_plain(key: str) -> bool:
     """Say whether `key` is a relative POSIX path that stays in its folder and reads the same everywhere."""
-    return key.isprintable() and "\\" not in key and not {"", ".", ".."} & set(key.split("/"))
+    plain = key.isprintable() and "\\" not in key and len(key.encode()) <= LONGEST_KEY
+    return plain and not {"", ".", ".."} & set(key.split("/"))
 
 
 def check_key(key: str) -> str:
@@ -106,7 +119,7 @@ def scan(folder: Path) -> list[Item]:
         if not path.is_file():
             raise PublishError(f"{path} is not a regular file", remedy="publish a folder of plain files")
         key = check_key(path.relative_to(folder).as_posix())
-        if key in (RELEASE, COMPLETE):
+        if key in RESERVED:
             raise PublishError(f"{path} has a name that a release keeps for itself", remedy="rename the file")
         items.append(Item(StoredFile(key, file_sha256(path), path.stat().st_size), path))
     if not items:
@@ -129,6 +142,9 @@ def parse(uri: str, body: bytes) -> Release:
             f"the {RELEASE} of {uri} is not one", remedy="delete this release and publish it again"
         ) from None
     keys = [check_key(file.key) for file in files]
-    if len({*keys, RELEASE, COMPLETE}) != len(keys) + 2:
+    if len({*keys, *RESERVED}) != len(keys) + len(RESERVED):
         raise PublishError(f"the {RELEASE} of {uri} names a key twice", remedy="do not use this release")
+    folders = {key[:at] for key in keys for at, letter in enumerate(key) if letter == "/"}
+    if folders & set(keys):
+        raise PublishError(f"the {RELEASE} of {uri} has a file for a folder", remedy="do not use this release")
     return Release(uri, hashlib.sha256(body).hexdigest(), files, manifest)

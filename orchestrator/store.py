@@ -85,12 +85,13 @@ class FileStore(Store):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 
-    def _read(self, key: str) -> Iterator[bytes]:
+    def _read(self, key: str, offset: int = 0) -> Iterator[bytes]:
         try:
             file = (self._root / key).open("rb")
         except (FileNotFoundError, NotADirectoryError):
             raise MissingError from None
         with file:
+            file.seek(offset)
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
 
@@ -106,6 +107,10 @@ class FileStore(Store):
         except (FileNotFoundError, NotADirectoryError):
             return
         yield from (path.name for path in paths if path.is_file())
+
+    def _list_tree(self, name: str) -> Iterator[str]:
+        root = self._root / name
+        yield from (path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
 
     def _create(self, key: str, item: Item, meter: Meter) -> None:
         path, part = self._root / key, self._staging / uuid.uuid4().hex

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from typing import Any
@@ -20,11 +20,17 @@ from orchestrator.errors import OrchestratorError, PreflightError
 from orchestrator.publishing import Store
 from orchestrator.release import Item
 from orchestrator.s3_errors import REDIRECT, explain_answer, explain_failure
-from orchestrator.transfer import ATTEMPTS, CHUNK_BYTES, FILES_AT_ONCE, Meter, MissingError, TakenError
+from orchestrator.transfer import ATTEMPTS, CHUNK_BYTES, FILES_AT_ONCE, Meter, MissingError, StoppedError, TakenError
 
 PART_BYTES = 8 << 20  # larger files go to S3 in parts of this size; S3 allows no part below 5 MiB but the last
 MAX_PARTS = 10_000  # of one S3 upload; beyond 80 GB the parts grow instead
 PARTS_AT_ONCE = 4
+_TRY_AGAIN = (  # what is there decides
+    *("PreconditionFailed", "412", "ConditionalRequestConflict", "409"),
+    "NoSuchUpload",  # completed by an attempt whose answer got lost, or by somebody who took it up
+    *("InvalidPart", "InvalidPartOrder"),  # an answer gave a part another ETag than the server remembers
+    *("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),  # changed on its way
+)
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +42,7 @@ class S3Store(Store):
         self.uri = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         self._lock = threading.Lock()
         self._shared: Any = None
+        self._uploads: list[tuple[str, str]] = []
 
     def check(self) -> None:
         """Also tries the permission to write, by starting an upload and aborting it: no object comes of it."""
@@ -121,10 +128,9 @@ class S3Store(Store):
             return digest, head["ContentLength"]
         return super()._identify(key)  # somebody else put it there: read it
 
-    def _read(self, key: str) -> Iterator[bytes]:
+    def _read(self, key: str, offset: int = 0) -> Iterator[bytes]:
         from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 
-        offset = 0
         for attempt in range(1, ATTEMPTS + 1):
             begin = {"Range": f"bytes={offset}-"} if offset else {}
             try:
@@ -132,6 +138,8 @@ class S3Store(Store):
             except ClientError as error:
                 if _code(error) == "NoSuchKey":
                     raise MissingError from None
+                if _code(error) == "InvalidRange":  # it ends where the caller wants it to go on
+                    return
                 raise
             try:
                 with closing(answer["Body"]) as body:
@@ -149,6 +157,11 @@ class S3Store(Store):
             Bucket=self._bucket, Prefix=prefix, Delimiter="/"
         )
         for page in pages:
+            yield from (entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ()))
+
+    def _list_tree(self, name: str) -> Iterator[str]:
+        prefix = f"{self._path(name)}/"
+        for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix):
             yield from (entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ()))
 
     def _create(self, key: str, item: Item, meter: Meter) -> None:
@@ -169,26 +182,33 @@ class S3Store(Store):
             )
             meter.advance(item.file, len(body))
         except ClientError as error:
-            # NoSuchUpload: the upload was completed by an attempt whose answer got lost.
-            if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchUpload"):
+            if _code(error) in _TRY_AGAIN:
                 raise TakenError from None
             raise
 
     def _create_in_parts(self, key: str, item: Item, meter: Meter) -> None:
-        """Upload in parts; the object exists only once all are there and the whole has the sha256 that was promised."""
+        """Upload in parts; the object exists only once all are there and the whole has the sha256 that was promised.
+
+        Parts that a killed publisher sent are not sent again. What fails for want of an answer leaves the parts for the
+        next publisher; any other failure frees them.
+        """
         place = {"Bucket": self._bucket, "Key": self._path(key)}
-        begun = self._client.create_multipart_upload(
-            **place, Metadata={"sha256": item.file.sha256}, ChecksumAlgorithm="SHA256"
-        )
-        place["UploadId"] = begun["UploadId"]
+        size = max(PART_BYTES, -(-item.file.bytes // MAX_PARTS))
+        upload, there = self._unfinished_upload(place, item, size)
+        if not upload:
+            metadata = {"sha256": item.file.sha256}
+            begun = self._client.create_multipart_upload(**place, Metadata=metadata, ChecksumAlgorithm="SHA256")
+            upload = begun["UploadId"]
+        place["UploadId"] = upload
 
         def send(number: int, data: bytes) -> dict[str, Any]:
             checksum = _checksum(data)
-            sent = self._client.upload_part(**place, PartNumber=number, Body=data, ChecksumSHA256=checksum)
+            sent = there.get(number) or self._client.upload_part(
+                **place, PartNumber=number, Body=data, ChecksumSHA256=checksum
+            )
             meter.advance(item.file, len(data))
             return {"PartNumber": number, "ETag": sent["ETag"], "ChecksumSHA256": checksum}
 
-        size = max(PART_BYTES, -(-item.file.bytes // MAX_PARTS))
         digest, parts, pool = hashlib.sha256(), [], ThreadPoolExecutor(PARTS_AT_ONCE)
         sending: deque[Future[dict[str, Any]]] = deque()
         try:
@@ -200,15 +220,62 @@ class S3Store(Store):
             parts += [future.result() for future in sending]
             item.check_unchanged(digest.hexdigest())
             self._client.complete_multipart_upload(**place, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(cancel_futures=True)
-            self._abort(place)
+            if not _without_answer(error):
+                self._abort(place)
             raise
         finally:
             pool.shutdown()
         # Older servers ignore IfNoneMatch here: make sure that nobody else's content won.
         if self._identify(key) != (item.file.sha256, item.file.bytes):
             raise TakenError
+
+    def _unfinished_upload(self, place: dict[str, str], item: Item, size: int) -> tuple[str, dict[int, Any]]:
+        """Return an upload that was left for this object, and its parts by number; ("", {}) if there is none.
+
+        One that holds a part of another content is somebody else's and is left alone.
+        """
+        from botocore.exceptions import ClientError
+
+        for key, upload in self._uploads:
+            if key != place["Key"]:
+                continue
+            try:
+                pages = self._client.get_paginator("list_parts").paginate(**place | {"UploadId": upload})
+                there = {part["PartNumber"]: part for page in pages for part in page.get("Parts", ())}
+            except ClientError as error:
+                if _code(error) == "NoSuchUpload":
+                    continue
+                raise
+            pieces = ((part, item.piece((number - 1) * size, size)) for number, part in there.items())
+            if there and all(_is_part(part, data) for part, data in pieces):
+                return upload, there
+        return "", {}
+
+    def _take_up(self, name: str, items: Sequence[Item]) -> None:
+        self._uploads = self._list_uploads(name, items)
+
+    def _clear_up(self, name: str, items: Sequence[Item]) -> None:
+        for key, upload in self._list_uploads(name, items):
+            self._abort({"Bucket": self._bucket, "Key": key, "UploadId": upload})
+
+    def _list_uploads(self, name: str, items: Sequence[Item]) -> list[tuple[str, str]]:
+        """Return (key, id) of every upload below the release that was not completed."""
+        from botocore.exceptions import ClientError
+
+        if all(item.file.bytes <= PART_BYTES for item in items):
+            return []
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(
+            Bucket=self._bucket, Prefix=f"{self._path(name)}/"
+        )
+        try:
+            return [(entry["Key"], entry["UploadId"]) for page in pages for entry in page.get("Uploads", ())]
+        except ClientError as error:
+            if _code(error) not in ("AccessDenied", "403", "NotImplemented"):
+                raise
+            _log.warning("unfinished uploads to %s cannot be listed; they are neither resumed nor removed", self.uri)
+            return []
 
     def _abort(self, place: dict[str, str]) -> None:
         """Free the parts that were sent. The failure that led here is the one to report, so one of this is logged."""
@@ -245,6 +312,23 @@ class S3Store(Store):
 
 def _code(error: Any) -> str:
     return str(error.response.get("Error", {}).get("Code", "no code"))
+
+
+def _without_answer(error: BaseException) -> bool:
+    """Whether the same upload may well succeed later: no answer, an overloaded server, an interrupt."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    if isinstance(error, ClientError):
+        return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) >= 500
+    return isinstance(error, BotoCoreError | StoppedError | KeyboardInterrupt)
+
+
+def _is_part(part: Any, data: bytes) -> bool:
+    """Whether an uploaded part holds `data`. Servers that keep no checksum of parts have an MD5 for an ETag."""
+    if "ChecksumSHA256" in part:
+        return bool(part["ChecksumSHA256"] == _checksum(data))
+    md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    return bool(part["Size"] == len(data) and part["ETag"].strip('"') == md5)
 
 
 def _checksum(data: bytes) -> str:

@@ -16,6 +16,7 @@ FILES_AT_ONCE = 4
 ATTEMPTS = 5
 CHUNK_BYTES = 1 << 20
 RECORD_BYTES = 1 << 20
+LISTING_BYTES = 64 << 20  # no release.json and no signature of ours is larger; a hostile store's may be endless
 
 Progress = Callable[[str, int], None]
 T = TypeVar("T")

@@ -185,6 +185,11 @@ class FaultyProxy:
         """Break off the answers to so many matching GET requests."""
         self._faults.append(_Fault("GET", path, times, cut_bytes=after_bytes))
 
+    def heal(self) -> None:
+        """Behave from here on."""
+        with self._lock:
+            self._faults.clear()
+
     def answers_left(self) -> int:
         """Return how many faults have not happened."""
         return sum(fault.times for fault in self._faults)

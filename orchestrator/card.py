@@ -1,0 +1,136 @@
+"""The model card of a release: README.md as the Hugging Face hub reads it (hf.co/docs/hub/model-cards).
+
+Speed and memory are not in it: they belong to a machine, and MLflow has them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.canonical import digest_of
+from orchestrator.provenance import CARD, Provenance
+
+SOURCE_CARD = "README.source.md"
+
+
+def write_card(folder: Path, source: Path, config: Mapping[str, Any], provenance: Provenance) -> None:
+    """Write README.md into `folder`, and the card that the model in `source` came with, if any, beside it."""
+    if (source / CARD).is_file():
+        shutil.copyfile(source / CARD, folder / SOURCE_CARD)
+    head = yaml.safe_dump(_front_matter(config, provenance), sort_keys=False, allow_unicode=True)
+    body = "\n".join(_lines(folder, config, provenance))
+    (folder / CARD).write_text(f"---\n{head}---\n\n{body}", encoding="utf-8")
+
+
+def _front_matter(config: Mapping[str, Any], provenance: Provenance) -> dict[str, Any]:
+    scheme = config.get("quantization_config") or {}
+    stages = sorted({entry["stage"] for entry in provenance.lineage} & {"prune", "distill", "quantize"})
+    return {
+        **({"license": provenance.licence} if provenance.licence else {}),
+        **({"base_model": provenance.hub_id} if provenance.hub_id else {}),
+        **({"base_model_relation": "quantized"} if provenance.hub_id and scheme else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["compression-orchestrator", *stages, *([str(scheme["quant_method"])] if scheme else [])],
+    }
+
+
+def _lines(folder: Path, config: Mapping[str, Any], provenance: Provenance) -> Iterator[str]:
+    source = provenance.hub_id or "a local model"
+    steps = [entry for entry in provenance.lineage if entry["stage"] != "calibrate"]
+    made = ", then ".join(f"{entry['stage']} `{entry['method']}`" for entry in steps) or "left unchanged"
+    yield f"# {provenance.name}"
+    yield ""
+    yield f"{source} ({provenance.architecture}), compressed: {made}."
+    yield ""
+    yield "## Quality"
+    yield ""
+    yield from _metrics(provenance)
+    yield "## How it was made"
+    yield ""
+    yield "| step | method | parameters | plugin |"
+    yield "|---|---|---|---|"
+    for entry in provenance.lineage:
+        plugin = entry["plugin"]
+        given = "; ".join(
+            f"{name}: {_plain(value)}" for name, value in entry["parameters"].items() if value is not None
+        )
+        yield f"| {entry['stage']} | `{entry['method']}` | {given} | {plugin['distribution']} {plugin['version']} |"
+    yield ""
+    yield f"Source model: sha256 over its files `{provenance.source_digest}`."
+    for digest, stages in provenance.data_sets().items():
+        yield f"Text read by {', '.join(stages)}: sha256 `{digest}`."
+    yield f"Libraries: {', '.join(f'{name} {version}' for name, version in sorted(provenance.libraries.items()))}."
+    yield ""
+    yield "## Limits"
+    yield ""
+    yield from (f"- {limit}" for limit in _limits(folder, config, provenance))
+    yield ""
+    yield "## Serving"
+    yield ""
+    for engine in sorted(provenance.engines):
+        yield f"- `serving/{engine}/`: settings for {engine}, with what they assume."
+    for form in sorted(provenance.formats):
+        yield f"- `formats/{form}/`: the same model as {form}."
+    yield "- Transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)`."
+    yield ""
+    yield "## Verifying"
+    yield ""
+    yield "`release.json` lists every file with its sha256, `bom.cdx.json` is the bill of materials (CycloneDX 1.6)."
+    if provenance.signed_by:
+        yield f"The release is signed by the key with the fingerprint `{provenance.signed_by}`:"
+    yield ""
+    yield "```sh"
+    flag = " --verify-key signing.pub" if provenance.signed_by else ""
+    yield f"orchestrator pull URI FOLDER{flag}          # downloads and verifies everything"
+    if provenance.signed_by:
+        yield "model_signing verify key --signature FOLDER/model.sig --public_key signing.pub FOLDER"
+    yield "```"
+    yield ""
+
+
+def _metrics(provenance: Provenance) -> Iterator[str]:
+    rows = [(e, name, value) for e in provenance.evidence for name, value in e.metrics.items()]
+    if not rows:
+        yield "Not measured in the pipeline that made this release."
+        yield ""
+        return
+    yield "| measured by | metric | value | demanded |"
+    yield "|---|---|---|---|"
+    for evidence, name, value in rows:
+        bound = evidence.require.get(name, {})
+        demanded = ", ".join(f"{_plain(side)} {_plain(limit)}" for side, limit in sorted(bound.items()))
+        yield f"| `{evidence.method}` | {name} | {value:.4g} | {demanded} |"
+    yield ""
+    yield "Ratios are compressed / dense, on held-out text of the pipeline. Whatever was demanded was met."
+    yield ""
+
+
+def _limits(folder: Path, config: Mapping[str, Any], provenance: Provenance) -> Iterator[str]:
+    if provenance.licence:
+        yield f"Licence of the source model: {provenance.licence}; it holds for this one too."
+    else:
+        yield "The source model came without a statement of its licence: see its publisher before using this one."
+    if not any(entry["stage"] == "quantize" for entry in provenance.lineage):
+        yield "Weights are not quantized."
+    if config.get("quantization_config"):
+        yield "Engines without kernels for this format unpack the weights: they save disk and transfer, not memory."
+    if provenance.zeros:
+        yield f"{provenance.zeros[0].upper()}{provenance.zeros[1:]}"
+    length = config.get("max_position_embeddings")
+    if length:
+        yield f"Trained for up to {length:,} positions."
+    yield "What the source model was not meant for, or says wrongly, this one does too; compression can add to it."
+    if (folder / SOURCE_CARD).is_file():
+        yield f"The source's own card is `{SOURCE_CARD}`."
+
+
+def _plain(value: Any) -> str:
+    """A parameter in a table cell: short, and without what Markdown would take for a column."""
+    text = str(value).replace("|", "/").replace("\n", " ")
+    return text if len(text) <= 80 else f"(sha256 {digest_of(value)[:16]})"

@@ -1,0 +1,106 @@
+"""Where a released model comes from: what its bill of materials and its card say, gathered once.
+
+Nothing here depends on the machine or the hour, so that releasing the same model again gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.checkpoint import Checkpoint
+
+CARD = "README.md"
+_OF_THE_MACHINE = re.compile("second|memory|latency|throughput")
+_SNAPSHOT = re.compile(r"models--(.+?)--(.+)")
+_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a validate step measured and demanded. metrics: those that do not depend on the machine."""
+
+    method: str
+    metrics: Mapping[str, float]
+    require: Mapping[str, Mapping[str, float]]
+
+    @classmethod
+    def of(cls, method: str, metrics: Mapping[str, float], require: Mapping[str, Mapping[str, float]]) -> Evidence:
+        kept = {name: value for name, value in metrics.items() if not _OF_THE_MACHINE.search(name)}
+        return cls(method, kept, require)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a release says of itself.
+
+    hub_id, licence: of the source model, where they are known.
+    lineage: the steps that made the model, first to last; each with stage, method, parameters and plugin.
+    libraries: name -> version of what computed.
+    """
+
+    name: str
+    architecture: str
+    hub_id: str | None
+    licence: str | None
+    source_digest: str
+    lineage: Sequence[Mapping[str, Any]]
+    evidence: Sequence[Evidence]
+    libraries: Mapping[str, str]
+    engines: Sequence[str]
+    formats: Sequence[str]
+    zeros: str | None = None
+    signed_by: str | None = None
+
+    def data_sets(self) -> dict[str, list[str]]:
+        """sha256 (hex) -> the stages that read this text."""
+        found: dict[str, list[str]] = {}
+        for entry in self.lineage:
+            for digest in _digests(entry["parameters"]):
+                stages = found.setdefault(digest, [])
+                if entry["stage"] not in stages:
+                    stages.append(entry["stage"])
+        return dict(sorted(found.items()))
+
+    def plugins(self) -> dict[str, str]:
+        """Distribution -> version of the plugins whose methods made the model."""
+        return {entry["plugin"]["distribution"]: entry["plugin"]["version"] for entry in self.lineage}
+
+
+def describe_source(source: Checkpoint) -> tuple[str, str | None, str | None]:
+    """Return (architecture, hub id, licence) of the model that was compressed; None for what is not known."""
+    architecture = str((source.config.get("architectures") or [source.config.get("model_type", "unknown")])[0])
+    hub_id = None
+    for part in source.path.parts:
+        if match := _SNAPSHOT.fullmatch(part):
+            hub_id = f"{match[1]}/{match[2]}"
+    licence = front_matter(source.path / CARD).get("license")
+    return architecture, hub_id, licence if isinstance(licence, str) else None
+
+
+def front_matter(card: Path) -> dict[str, Any]:
+    """Return the YAML block at the head of a model card; empty if there is no card, or none that can be read."""
+    try:
+        match = _FRONT_MATTER.match(card.read_text(encoding="utf-8"))
+        values = yaml.safe_load(match[1]) if match else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _digests(value: Any) -> Iterator[str]:
+    """Every text that parameters name by content: {"sha256": DIGEST}, at any depth."""
+    if isinstance(value, Mapping):
+        if set(value) == {"sha256"}:
+            yield str(value["sha256"])
+        else:
+            for part in value.values():
+                yield from _digests(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _digests(part)
