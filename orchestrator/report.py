@@ -45,10 +45,10 @@ def _base(name: str) -> str | None:
 
 
 def shown(name: str, value: float | None) -> str:
-    """A number as people read it; names ending in _bytes or bytes_on_disk get a unit."""
+    """A number as people read it; a number of bytes gets a unit, a ratio of two does not."""
     if value is None:
         return ""
-    if "bytes" in name:
+    if "bytes" in name and not name.partition(".")[0].endswith(RATIO):
         return size_text(value)
     if isinstance(value, int) or float(value).is_integer():
         return f"{int(value):,}"

@@ -16,7 +16,8 @@ from orchestrator.report import shown
 
 MOST_POINTS = 400  # drawn of a curve: more than a chart has pixels to tell apart
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 520, 220, 64, 34, 10
-_CELL, _LABEL = 18, 170
+_LABEL = 170
+_CELL_MIN, _CELL_MAX, _MAP_WIDTH = 12, 30, 860  # a map of 70 blocks fits a desk, one of 200 is scrolled
 # Marks in the cells of the map: what happened beats what is large, so it has a shape.
 _MARKS: Mapping[str, str] = {
     "unseen_experts": "square",
@@ -28,10 +29,10 @@ _MARKS: Mapping[str, str] = {
 }
 
 
-def pair_bars(name: str, dense: float, compressed: float) -> Html:
-    """Two bars from zero, the compressed one hatched; the numbers stand in the row that they are in."""
+def pair_bars(name: str, dense: float, compressed: float, labels: tuple[str, str] = ("dense", "compressed")) -> Html:
+    """Two bars from zero, the second one hatched; the numbers stand in the row that they are in."""
     most = max(dense, compressed, 0.0)
-    label = f"{name}: dense {shown(name, dense)}, compressed {shown(name, compressed)}"
+    label = f"{name}: {labels[0]} {shown(name, dense)}, {labels[1]} {shown(name, compressed)}"
     bars = [
         element("rect", class_=kind, x=0, y=y, width=_round(150 * max(value, 0.0) / most if most else 0), height=8)
         for kind, y, value in (("bar-dense", 2, dense), ("bar-compressed", 13, compressed))
@@ -54,7 +55,9 @@ def line_chart(title: str, axis: str, curves: Mapping[str, Sequence[tuple[float,
     drawn = {name: thinned(points) for name, points in curves.items()}
     xs = [x for points in drawn.values() for x, _ in points]
     ys = [y for points in drawn.values() for _, y in points]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    unit = 1024.0 ** max(0, int(math.log(max(ys), 1024))) if "bytes" in title and max(ys) >= 1 else 1.0
+    x_ticks = ticks(min(xs), max(xs))
+    y_ticks = [tick * unit for tick in ticks(min(ys) / unit, max(ys) / unit)]
     (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)))
 
     def at(x: float, y: float) -> tuple[str, str]:
@@ -110,21 +113,22 @@ def line_sample(number: int) -> Html:
 
 def heat_map(layers: LayerMap, low: float, high: float) -> Html:
     """Blocks across, roles down; the colour is the error on a logarithmic scale, a mark is what went wrong."""
-    width = _LABEL + _CELL * len(layers.blocks) + 4
-    height = _CELL * len(layers.roles) + 24
+    size = max(_CELL_MIN, min(_CELL_MAX, _MAP_WIDTH // max(1, len(layers.blocks))))
+    width = _LABEL + size * len(layers.blocks) + 4
+    height = size * len(layers.roles) + 24
     parts: list[Html] = []
     for row, role in enumerate(layers.roles):
-        y = row * _CELL
+        y = row * size
         short = role if len(role) <= 26 else f"…{role[-25:]}"
-        parts.append(element("text", short, x=_LABEL - 6, y=y + 13, text_anchor="end"))
+        parts.append(element("text", short, x=_LABEL - 6, y=y + size // 2, dy="0.35em", text_anchor="end"))
         for column, block in enumerate(layers.blocks):
             cell = layers.cells.get((block, role))
             if cell:
-                parts.append(_cell(cell, level_of(cell.error, low, high), _LABEL + column * _CELL, y))
+                parts.append(_cell(cell, level_of(cell.error, low, high), _LABEL + column * size, y, size))
     every = max(1, -(-len(layers.blocks) // 20))
     for column, block in enumerate(layers.blocks):
         if column % every == 0:
-            x = _LABEL + column * _CELL + _CELL // 2
+            x = _LABEL + column * size + size // 2
             parts.append(element("text", block, x=x, y=height - 8, text_anchor="middle", class_="quiet"))
     parts.append(element("text", "block", x=_LABEL - 6, y=height - 8, text_anchor="end", class_="quiet"))
     label = (
@@ -143,28 +147,27 @@ def heat_map(layers: LayerMap, low: float, high: float) -> Html:
     )
 
 
-def _cell(cell: LayerCell, level: int | None, x: int, y: int) -> Html:
+def _cell(cell: LayerCell, level: int | None, x: int, y: int, size: int) -> Html:
     error = "no error reported" if cell.error is None else f"{cell.error:.4g}"
     worst = f" (worst of {cell.count}: {cell.worst})" if cell.count > 1 else ""
     troubles = "".join(f"; {TROUBLES[name]}: {total:g}" for name, total in cell.troubles.items())
     title = element("title", f"block {cell.block}, {cell.role}: {error}{worst}{troubles}")
-    size = _CELL - 1
-    square = element("rect", title, x=x, y=y, width=size, height=size, class_=f"h{'x' if level is None else level}")
+    square = element(
+        "rect", title, x=x, y=y, width=size - 1, height=size - 1, class_=f"h{'x' if level is None else level}"
+    )
     mark = next((_MARKS[name] for name in cell.troubles if name in _MARKS), None)
-    return join([square, mark_shape(mark, x, y, f"m{'x' if level is None else level}") if mark else None])
+    return join([square, mark_shape(mark, x, y, size, f"m{'x' if level is None else level}") if mark else None])
 
 
-def mark_shape(shape: str, x: int, y: int, class_: str) -> Html:
+def mark_shape(shape: str, x: int, y: int, size: int, class_: str) -> Html:
     """A mark in the cell at x, y; it lets the pointer through to the title of the cell."""
-    kind = f"mark {class_}"
-    if shape == "dot":
-        return element("circle", cx=x + 8.5, cy=y + 8.5, r=3, class_=kind)
     path = {
-        "cross": f"M{x + 4} {y + 4}l9 9m0 -9l-9 9",
-        "triangle": f"M{x + 8.5} {y + 4}l5 9h-10z",
-        "square": f"M{x + 5} {y + 5}h7v7h-7z",
+        "dot": "M8.5 5.5a3 3 0 1 0 .01 0z",
+        "cross": "M4 4l9 9m0-9l-9 9",
+        "triangle": "M8.5 4l5 9h-10z",
+        "square": "M5 5h7v7h-7z",
     }[shape]
-    return element("path", d=path, class_=kind)
+    return element("path", d=path, class_=f"mark {class_}", transform=f"translate({x} {y}) scale({size / 18:.2f})")
 
 
 def scale_bar(low: float, high: float) -> Html:

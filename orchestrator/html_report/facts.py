@@ -100,16 +100,19 @@ class RunView:
         return [step.label for step in self.steps if step.gone]
 
 
+def is_run(home: Path, reference: str) -> bool:
+    """Whether a reference is the name of a run."""
+    return Path(reference).name == reference and (home / "runs" / f"{reference}.jsonl").is_file()
+
+
 def read_run(home: Path, run_id: str) -> RunView:
     """Read a run's journal and the artifacts that it names. Raises `SpecError` if there is no such run."""
-    path = home / "runs" / f"{run_id}.jsonl"
-    if Path(run_id).name != run_id or not path.is_file():
+    if not is_run(home, run_id):
         raise SpecError(f"there is no run {run_id!r} in {home}", remedy="the journals are in its folder runs/")
     events = [event for event in Journal(home, run_id).events() if isinstance(event, dict)]
     if not events:
-        raise SpecError(f"the journal {path} says nothing", remedy="run the specification again")
+        raise SpecError(f"the journal of {run_id} says nothing", remedy="run the specification again")
     begun = next((event for event in events if event.get("event") == "run started"), {})
-    planned = next((event for event in events if event.get("event") == "planned"), {})
     last = next((event for event in events if event.get("event") in ("run finished", "run failed")), None)
     return RunView(
         title=str(begun.get("pipeline", run_id)),
@@ -118,8 +121,8 @@ def read_run(home: Path, run_id: str) -> RunView:
         started=begun.get("time"),
         ended=None if last is None else last.get("time"),
         error=None if last is None else last.get("error"),
-        facts={**begun, **planned},
-        steps=_steps(ArtifactStore(home), planned.get("steps"), events),
+        facts=begun,
+        steps=_steps(ArtifactStore(home), begun.get("steps"), events),
         refused=last is not None and last.get("kind") == "GateError",
     )
 
@@ -219,7 +222,7 @@ def read_lineage(home: Path, artifact: Artifact) -> RunView:
 def run_that_made(home: Path, digest: str) -> str | None:
     """The last run with a step that gave this artifact, computed or found; None if no journal names it."""
     wanted = digest.encode()
-    for path in sorted((home / "runs").glob("*.jsonl"), reverse=True):
+    for path in sorted((home / "runs").glob("*.jsonl"), reverse=True):  # run ids begin with their time
         if wanted in path.read_bytes() and any(
             event.get("event") == "step finished" and event.get("digest") == digest
             for event in Journal(home, path.stem).events()

@@ -6,7 +6,7 @@ A Content-Security-Policy forbids it scripts, fonts and requests; its pictures a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -148,7 +148,7 @@ def utc(seconds: float) -> Html:
     )
 
 
-def contents(entries: zip[tuple[str, str]]) -> Html:
+def contents(entries: Iterable[tuple[str, str]]) -> Html:
     """Links to the sections."""
     items = [element("li", element("a", title, href=f"#{anchor}")) for anchor, title in entries]
     return element("nav", element("ul", items), aria_label="Sections")

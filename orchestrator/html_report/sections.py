@@ -22,6 +22,7 @@ from orchestrator.html_report.tables import (
     number,
     seconds_text,
     section,
+    slim,
     table,
     verdict,
 )
@@ -76,13 +77,20 @@ def measured_section(run: RunView) -> Html:
         element("p", "Bars begin at zero: ", swatch("bar-dense"), " dense, ", swatch("bar-compressed"), " compressed.")
     ]
     for group in ("Quality", "Size", "Speed"):
-        rows = [_measured_row(one) for one in measured if one.group == group]
-        if rows:
-            parts.append(
-                table(group, (group.lower(), "dense #", "compressed #", "ratio #", "interval #", "bars"), rows)
-            )
-        else:
+        some = [one for one in measured if one.group == group]
+        both = [one for one in some if one.row.dense is not None]
+        alone = [one for one in some if one.row.dense is None]
+        if not some:
             parts.append(missing(f"{group}: not measured."))
+        if both:
+            ends = ("interval, 95 % #",) if any(one.interval for one in both) else ()
+            rows = [_beside(one, bool(ends)) for one in both]
+            parts.append(table(group, (group.lower(), "dense #", "compressed #", "ratio #", *ends, "bars"), rows))
+        if alone:
+            ends = ("interval, 95 % #",) if any(one.interval for one in alone) else ()
+            caption = f"{group}, without a number of the dense model beside it"
+            rows = [_alone(one, bool(ends)) for one in alone]
+            parts.append(slim(table(caption, (group.lower(), "compressed #", "ratio #", *ends), rows)))
     zeros = [note for step in run.steps if (note := zeros_sentence(step))]
     return section("Dense and compressed", "measured", parts, [element("p", note) for note in zeros[-1:]])
 
@@ -100,17 +108,23 @@ def swatch(kind: str) -> Html:
     )
 
 
-def _measured_row(one: Measured) -> list[Child]:
+def _beside(one: Measured, with_interval: bool) -> list[Child]:
     row = one.row
-    bars = absent() if row.dense is None else pair_bars(row.name, row.dense, row.compressed)
+    bars = pair_bars(row.name, row.dense, row.compressed) if row.dense is not None else absent()
     return [
         row.name.replace("_", " "),
         number(row.name, row.dense),
         number(row.name, row.compressed),
         number("ratio", row.ratio),
-        interval(one.interval, row.name),
+        *([interval(one.interval, row.name)] if with_interval else []),
         bars,
     ]
+
+
+def _alone(one: Measured, with_interval: bool) -> list[Child]:
+    name = one.row.name
+    ends = [interval(one.interval, name)] if with_interval else []
+    return [name.replace("_", " "), number(name, one.row.compressed), number("ratio", one.row.ratio), *ends]
 
 
 def zeros_sentence(step: StepView) -> str | None:
@@ -211,8 +225,8 @@ def map_parts(one: LayerMap, limits: tuple[float, float] | None = None) -> list[
         element("p", f"{one.metric}, {kind}; logarithmic. Hover a cell for its number."),
         picture,
         scale_bar(*limits),
-        table(f"The {len(worst)} layers with the largest {one.metric}", ("layer", f"{one.metric} #"), worst),
-        folded("Mean of each block", table("Mean over the layers of a block", ("block", "mean #"), means)),
+        slim(table(f"The {len(worst)} layers with the largest {one.metric}", ("layer", f"{one.metric} #"), worst)),
+        folded("Mean of each block", slim(table("Mean over the layers of a block", ("block", "mean #"), means))),
     ]
 
 
@@ -226,7 +240,9 @@ def legend_of_marks(maps: Sequence[LayerMap]) -> Html:
         ("dot", ("dead_inputs",), "dead inputs"),
     )
     items = [
-        element("li", element("svg", mark_shape(shape, 0, 0, "mx"), width=17, height=17, aria_hidden="true"), meaning)
+        element(
+            "li", element("svg", mark_shape(shape, 0, 0, 18, "mx"), width=17, height=17, aria_hidden="true"), meaning
+        )
         for shape, names, meaning in shapes
         if present.intersection(names)
     ]
@@ -321,7 +337,9 @@ def step_details(step: StepView) -> Html:
         ("Invariants", dict(manifest.get("invariants", {}))),
     ):
         if values:
-            rows = [(name, element("code", _value(value), class_="prose")) for name, value in sorted(values.items())]
+            rows = [
+                (name, element("code", value_text(value), class_="prose")) for name, value in sorted(values.items())
+            ]
             parts.append(table(title, (title.lower(), "value"), rows))
     if step.metrics:
         measured = [(name, number(name, value)) for name, value in sorted(step.metrics.items())]
@@ -342,5 +360,6 @@ def parameters_of(identity: Mapping[str, Any]) -> dict[str, Any]:
     return values | ({f"policy: {policy['name']}": policy["parameters"]} if policy else {})
 
 
-def _value(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A parameter as people read it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)

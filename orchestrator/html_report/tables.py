@@ -35,6 +35,11 @@ def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[Child]]
     return element("div", whole, class_="scroll", tabindex=0, role="region", aria_label=caption)
 
 
+def slim(box: Html) -> Html:
+    """A table as wide as its text, not as its place."""
+    return element("div", box, class_="slim")
+
+
 def number(name: str, value: float | None, text: str | None = None) -> Html | str:
     """A number as people read it, with its whole value where machines look; a dash where there is none."""
     if value is None:
