@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +37,14 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for axis, (model, facts) in zip(axes.flat, found.items(), strict=False):
         rows = {name: row for name, row in facts["policies"].items() if "failed" not in row}
         window = facts["window_tokens"]
-        first = next(iter(rows.values()))
-        x, y = coarser(first["curves"]["recomputed_perplexity_by_position"], window)
-        axis.plot(x, y, color="#999999", linewidth=4, alpha=0.6, label="no cache, window recomputed")
+        recomputed = facts["recomputed_perplexity"]
+        x = [(point + 0.5) / POINTS_PER_WINDOW for point in range(len(recomputed))]
+        axis.plot(x, recomputed, color="#999999", linewidth=4, alpha=0.6, label="no cache, window recomputed")
         for name, (color, line) in STYLES.items():
             if name in rows:
-                x, y = coarser(rows[name]["curves"]["stream_perplexity_by_position"], window)
-                axis.plot(x, y, color=color, linestyle=line, linewidth=1.6, label=name)
+                axis.plot(
+                    x, rows[name]["curves"]["stream_perplexity"], color=color, linestyle=line, linewidth=1.6, label=name
+                )
         axis.axvline(1, color="black", linestyle=":", linewidth=1)
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -63,15 +62,3 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     print(f"wrote {path}")
-
-
-def coarser(curve: Sequence[Sequence[float]], window: int) -> tuple[list[float], list[float]]:
-    """Join points (tokens, perplexity) to `POINTS_PER_WINDOW`: middles in windows, geometric means."""
-    size = window // POINTS_PER_WINDOW
-    parts: dict[int, list[float]] = {}
-    for tokens, perplexity in curve:
-        parts.setdefault((int(tokens) - 2) // size, []).append(math.log(perplexity))
-    return (
-        [(part + 0.5) / POINTS_PER_WINDOW for part in parts],
-        [math.exp(sum(values) / len(values)) for values in parts.values()],
-    )
