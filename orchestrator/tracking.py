@@ -120,6 +120,11 @@ class Tracker:
             client.set_terminated(run_id, status, ended_ms)
             return run_id
 
+    def log_page(self, run_id: str, name: str, html: str) -> None:
+        """Keep a page among the artifacts of a run, where the user interface shows it."""
+        with translated(self.uri, StepError, f"could not keep {name}"):
+            connect(self.uri).log_text(run_id, html, name)
+
     def finish_pipeline(
         self, run_id: str, status: RunStatus, metrics: Mapping[str, float], table_markdown: str | None
     ) -> None:

@@ -1,16 +1,16 @@
 """A page that people open: what a run made of a model, in one HTML file that needs nothing else.
 
-| module       | what it does                                                                       |
-|--------------|------------------------------------------------------------------------------------|
-| `facts`      | reads journal and artifacts; says what is missing                                  |
-| `findings`   | gates with margins, layers with errors, what was damped, dead, or fell back        |
-| `sections`, `release_sections` | the parts of the page                                          |
-| `page`       | the page of one run                                                                |
-| `comparison` | two runs beside each other                                                         |
-| `charts`     | bars, lines and the map of layers, as SVG                                          |
-| `tables`     | tables, numbers, digests                                                           |
-| `palette`    | colours, light and dark                                                            |
-| `markup`     | escaping by construction                                                           |
+| module | what it does |
+|---|---|
+| `facts` | reads journal and artifacts; says what is missing |
+| `findings` | gates with margins, layers with errors, what was damped, dead, or fell back |
+| `sections`, `layer_sections`, `release_sections` | the parts of the page |
+| `page` | the page of one run |
+| `comparison` | two runs beside each other |
+| `charts` | bars, lines and the map of layers, as SVG |
+| `tables` | tables, numbers, digests |
+| `palette` | colours, light and dark |
+| `markup` | escaping by construction |
 
 Decides no result. Imports no torch, and nothing that takes time.
 """

@@ -11,9 +11,10 @@ from typing import Any
 from orchestrator.html_report.charts import error_range, heat_map, pair_bars, scale_bar
 from orchestrator.html_report.facts import RunView, StepView
 from orchestrator.html_report.findings import Gate, LayerMap, Measured, gates_of, measured_of, verdict_of
+from orchestrator.html_report.layer_sections import maps_of
 from orchestrator.html_report.markup import Child, Html, element
 from orchestrator.html_report.page import banner, contents, document, utc
-from orchestrator.html_report.sections import maps_of, parameters_of, swatch, value_text
+from orchestrator.html_report.sections import bound_text, gate_name, parameters_of, swatch, value_text
 from orchestrator.html_report.tables import absent, digest, interval, missing, number, section, slim, table, verdict
 
 MOST_CHANGED = 10
@@ -91,22 +92,21 @@ def _gates(a: RunView, b: RunView) -> Child:
         return missing("No bounds are recorded of either run.")
     rows = [
         [
-            element("span", key[1], element("span", f", {key[0]}", class_="quiet")),
+            gate_name(key[1], key[0]),
             *_gate(mine.get(key)),
             *_gate(other.get(key)),
         ]
         for key in keys
     ]
-    headings = ("gate", "A", "bound of A #", "value #", "B", "bound of B #", "value #")
+    headings = ("gate", "A", "bound of A", "value #", "B", "bound of B", "value #")
     return table("Every bound of either run", headings, rows)
 
 
 def _gate(gate: Gate | None) -> list[Child]:
     if gate is None:
         return [verdict("no such gate", None), absent(), absent()]
-    limit = None if gate.bound == "must_not_fall" else gate.limit
     name = "share" if gate.bound == "retain" else gate.metric
-    return [verdict(gate.word, gate.passed), number(name, limit), number(name, gate.value)]
+    return [verdict(gate.word, gate.passed), bound_text(gate), number(name, gate.value)]
 
 
 def _differences(a: RunView, b: RunView) -> Child:

@@ -271,12 +271,13 @@ def troubles_of(maps: Iterable[LayerMap]) -> list[Trouble]:
     found = []
     for one in maps:
         for metric in TROUBLES:
-            names = [name for name in sorted(one.layers, key=_natural) if one.layers[name].get(metric, 0)]
+            names = [name for name in sorted(one.layers, key=natural) if one.layers[name].get(metric, 0)]
             if names:
                 total = sum(one.layers[name][metric] for name in names)
                 found.append(Trouble(one.step.label, metric, total, names, len(one.layers)))
     return found
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
+    """The order of names in which block 10 comes after block 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

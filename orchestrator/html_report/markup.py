@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import TypeAlias
 
-_VOID = frozenset({"meta", "br", "rect", "line", "polyline", "circle", "path", "use"})
+_VOID = frozenset({"meta", "br", "rect", "line", "polyline", "circle", "path", "wbr"})
 # Characters that HTML forbids, and those that turn text around on the screen.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 

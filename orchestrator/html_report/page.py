@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from orchestrator.html_report import release_sections, sections
+from orchestrator.html_report import layer_sections, release_sections, sections
 from orchestrator.html_report.facts import RunView
 from orchestrator.html_report.findings import Gate, Measured, Verdict, gates_of, measured_of, verdict_of
 from orchestrator.html_report.markup import Child, Html, element, trusted
@@ -33,8 +33,8 @@ def run_page(run: RunView) -> str:
         sections.gate_section(run, gates),
         sections.measured_section(run),
         sections.curve_section(run),
-        sections.layer_section(run),
-        sections.trouble_section(run),
+        layer_sections.layer_section(run),
+        layer_sections.trouble_section(run),
         sections.lineage_section(run),
         release_sections.serving_section(run),
         release_sections.release_section(run),

@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.html_report.facts import Missing, RunView, kv_plans, release_of
 from orchestrator.html_report.markup import Child, Html, element, join
-from orchestrator.html_report.tables import absent, facts, folded, missing, more, number, section, table
+from orchestrator.html_report.tables import absent, digest, facts, folded, missing, more, number, section, table
 from orchestrator.report import size_text
 
 MOST_FILES = 400  # rows of files: a release of thousands of shards is listed by its own release.json
@@ -134,21 +134,20 @@ def environment_section(run: RunView) -> Html:
         parts.append(facts((name.replace("_", " "), _machine(name, value)) for name, value in sorted(machine.items())))
     else:
         parts.append(missing("On which machine this ran is not recorded."))
-    libraries: dict[tuple[str, str], list[int]] = {}
+    used: dict[tuple[str, str, str], list[int]] = {}
     for step in made:
-        for name, version in step.identity.get("environment", {}).items():
-            libraries.setdefault((name, str(version)), []).append(step.index + 1)
-        plugin = step.identity.get("plugin", {})
-        words = (
-            f"plugin {plugin.get('distribution')}",
-            f"{plugin.get('version')}, source {str(plugin.get('source'))[:12]}",
-        )
-        libraries.setdefault(words, []).append(step.index + 1)
-        libraries.setdefault(("core", f"source {str(step.identity.get('core'))[:12]}"), []).append(step.index + 1)
-    rows = [(name, version, _ranges(steps)) for (name, version), steps in sorted(libraries.items())]
+        identity, plugin = step.identity, step.identity.get("plugin", {})
+        entries = [(str(name), str(version), "") for name, version in identity.get("environment", {}).items()]
+        entries.append((f"plugin {plugin.get('distribution')}", str(plugin.get("version")), str(plugin.get("source"))))
+        entries.append(("core", "", str(identity.get("core"))))
+        for entry in entries:
+            used.setdefault(entry, []).append(step.index + 1)
+    rows = [(name, version, digest(source), _ranges(steps)) for (name, version, source), steps in sorted(used.items())]
     if rows:
         parts.append(
-            table("Libraries and plugins that the steps were computed with", ("what", "version", "steps"), rows)
+            table(
+                "Libraries and plugins that the steps were computed with", ("what", "version", "source", "steps"), rows
+            )
         )
     return section("Environment", "environment", parts)
 

@@ -1,4 +1,4 @@
-"""The sections of the page of one run, each from its facts."""
+"""The sections of the page about a run: gates, what was measured, curves, and the steps with what they took."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from orchestrator.html_report.charts import error_range, heat_map, line_chart, mark_shape, pair_bars, scale_bar
+from orchestrator.html_report.charts import line_chart, pair_bars
 from orchestrator.html_report.facts import CURVES_FILE, Missing, RunView, StepView, read_json
-from orchestrator.html_report.findings import TROUBLES, Gate, LayerMap, Measured, layer_map, measured_of, troubles_of
+from orchestrator.html_report.findings import (
+    Gate,
+    Measured,
+    measured_of,
+)
 from orchestrator.html_report.markup import Child, Html, element, join
 from orchestrator.html_report.palette import SERIES
 from orchestrator.html_report.tables import (
     absent,
+    breakable,
     digest,
     folded,
     interval,
     missing,
-    more,
     number,
     seconds_text,
     section,
@@ -27,8 +31,6 @@ from orchestrator.html_report.tables import (
     verdict,
 )
 
-MOST_NAMED = 12  # layers in a sentence
-MOST_WORST = 8
 _UNITS = ("perplexity", "loss", "bytes", "kl", "divergence", "accuracy", "learning_rate", "seconds")
 
 
@@ -36,7 +38,7 @@ def gate_section(run: RunView, gates: Sequence[Gate]) -> Html:
     """Every bound with its value, and the margin that was left."""
     if gates:
         rows = [gate_row(gate) for gate in gates]
-        headings = ("gate", "verdict", "bound", "value #", "interval #", "margin #", "of the bound #")
+        headings = ("gate", "verdict", "bound", "value #", "interval #", "margin #")
         return section(
             "Gates", "gates", table("What the specification demands, beside what was measured", headings, rows)
         )
@@ -50,21 +52,34 @@ _BOUNDS = {"max": "at most ", "min": "at least ", "retain": "retains at least "}
 
 def gate_row(gate: Gate) -> list[Child]:
     """A gate as cells of a row."""
-    margin = gate.margin
+    margin, name = gate.margin, _unit(gate)
     share = None if margin is None or not gate.limit else margin / abs(gate.limit)
-    name = "share" if gate.bound == "retain" else gate.metric
-    sure = "" if gate.confidence is None else f" at {gate.confidence:.4g}"
-    words = _BOUNDS.get(gate.bound)
-    bound = join([words, number(name, gate.limit), sure]) if words else f"not worse than dense{sure}"
+    of_bound = None if share is None else [" (", number("share", share, f"{share:+.1%}"), ")"]
     return [
-        element("span", gate.metric, element("span", f", {gate.step}", class_="quiet"), title=gate.what or None),
+        gate_name(gate.metric, gate.step, gate.what),
         verdict(gate.word, gate.passed),
-        bound,
+        bound_text(gate),
         join([number(name, gate.value), " from dense" if gate.bound == "must_not_fall" else None]),
         interval(gate.interval, name),
-        number(name, margin),
-        number("share", share, None if share is None else f"{share:+.1%}"),
+        join([number(name, margin), of_bound]),
     ]
+
+
+def gate_name(metric: str, step: str, what: str = "") -> Html:
+    """The metric that a gate bounds, and the step that measures it."""
+    return element("span", breakable(metric), element("span", f", {step}", class_="quiet"), title=what or None)
+
+
+def bound_text(gate: Gate) -> Html:
+    """What a gate demands."""
+    words = _BOUNDS.get(gate.bound)
+    sure = "" if gate.confidence is None else f" at {gate.confidence:.4g}"
+    return join([words, number(_unit(gate), gate.limit), sure] if words else ["not worse than dense", sure])
+
+
+def _unit(gate: Gate) -> str:
+    """The name by which a gate's numbers are shown: a share of the dense model's has no unit."""
+    return "share" if gate.bound == "retain" else gate.metric
 
 
 def measured_section(run: RunView) -> Html:
@@ -175,106 +190,6 @@ def _figures(step: StepView, found: Any) -> list[Html]:
             some = {name.removesuffix(f"_by_{axis}"): curves[name] for name in names[first : first + SERIES]}
             figures.append(line_chart(f"{step.label}: {key.replace('_', ' ')}", axis, some))
     return figures
-
-
-def layer_section(run: RunView) -> Html:
-    """The error of every layer as a map, and the worst by name."""
-    maps, faults = maps_of(run)
-    parts: list[Html] = []
-    with_error = [one for one in maps if one.metric]
-    if with_error:
-        parts += [legend_of_marks(with_error)]
-    for one in maps:
-        parts.append(element("h3", one.step.label))
-        parts += map_parts(one) if one.metric else [missing("The method reports no error of its layers.")]
-    parts += faults
-    if not parts:
-        parts.append(missing("No step compressed layer by layer with a result, so there is no error of each layer."))
-    return section("Error of each layer", "layers", parts)
-
-
-def maps_of(run: RunView) -> tuple[list[LayerMap], list[Html]]:
-    """The maps of a run's steps, and sentences for those that cannot be read."""
-    maps, faults = [], []
-    for step in run.steps:
-        found = layer_map(step)
-        if isinstance(found, Missing):
-            faults.append(missing(f"{step.label}: {found.why}."))
-        elif found is not None and found.layers:
-            maps.append(found)
-    return maps, faults
-
-
-def map_parts(one: LayerMap, limits: tuple[float, float] | None = None) -> list[Html]:
-    """A map with its scale, the worst layers and the mean of each block."""
-    limits = limits or error_range([one])
-    if limits is None:
-        return [element("p", f"{one.metric} of all {len(one.layers)} layers is zero.")]
-    kind = "the share of the output's energy that was lost" if "proxy" in str(one.metric) else "relative to the weights"
-    picture = element(
-        "div",
-        heat_map(one, *limits),
-        class_="scroll",
-        tabindex=0,
-        role="region",
-        aria_label=f"map of the layers of {one.step.label}",
-    )
-    worst = [(element("code", name), number("error", value)) for name, value in one.worst(MOST_WORST)]
-    means = [(f"block {block}", number("error", one.block_mean(block))) for block in one.blocks]
-    return [
-        element("p", f"{one.metric}, {kind}; logarithmic. Hover a cell for its number."),
-        picture,
-        scale_bar(*limits),
-        slim(table(f"The {len(worst)} layers with the largest {one.metric}", ("layer", f"{one.metric} #"), worst)),
-        folded("Mean of each block", slim(table("Mean over the layers of a block", ("block", "mean #"), means))),
-    ]
-
-
-def legend_of_marks(maps: Sequence[LayerMap]) -> Html:
-    """What the shapes in the cells mean, of those that occur; a sentence if none does."""
-    present = {name for one in maps for cell in one.cells.values() for name in cell.troubles}
-    shapes = (
-        ("square", ("unseen_experts", "starved_experts"), "starved expert"),
-        ("cross", ("fallback_rtn", "fallback_diagonal"), "fell back"),
-        ("triangle", ("damping_raised",), "damping raised"),
-        ("dot", ("dead_inputs",), "dead inputs"),
-    )
-    items = [
-        element(
-            "li", element("svg", mark_shape(shape, 0, 0, 18, "mx"), width=17, height=17, aria_hidden="true"), meaning
-        )
-        for shape, names, meaning in shapes
-        if present.intersection(names)
-    ]
-    if not items:
-        return element("p", "No layer is marked: none was damped more, dead, starved, or fell back.")
-    return element("ul", items, class_="legend")
-
-
-def trouble_section(run: RunView) -> Html:
-    """What was damped, dead or fell back, by step."""
-    maps, _ = maps_of(run)
-    title, anchor = "Damped, dead, fell back", "troubles"
-    if not maps:
-        return section(title, anchor, missing("No step reported on its layers."))
-    troubles = troubles_of(maps)
-    if not troubles:
-        total = sum(len(one.layers) for one in maps)
-        sentence = (
-            f"None of {total} layers, counted once a step: no damping was raised, no input was dead, none fell back."
-        )
-        return section(title, anchor, element("p", sentence))
-    rows = [
-        (
-            TROUBLES[one.metric],
-            one.step,
-            number(one.metric, one.total, f"{one.total:,g}"),
-            f"{len(one.layers)} of {one.of}",
-            element("span", ", ".join(one.layers[:MOST_NAMED]) + more(len(one.layers) - MOST_NAMED), class_="prose"),
-        )
-        for one in troubles
-    ]
-    return section(title, anchor, table("By step", ("what", "step", "in all #", "layers #", "which"), rows))
 
 
 def lineage_section(run: RunView) -> Html:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
-from orchestrator.html_report.markup import Child, Html, element
+from orchestrator.html_report.markup import Child, Html, element, join
 from orchestrator.report import shown
 
 
@@ -31,7 +32,12 @@ def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[Child]]
         )
         for row in rows
     ]
-    whole = element("table", element("caption", caption), element("thead", element("tr", head)), element("tbody", body))
+    whole = element(
+        "table",
+        element("caption", element("span", caption)),
+        element("thead", element("tr", head)),
+        element("tbody", body),
+    )
     return element("div", whole, class_="scroll", tabindex=0, role="region", aria_label=caption)
 
 
@@ -59,6 +65,11 @@ def interval(bounds: tuple[float, float] | None, name: str) -> Html | str:
     if bounds is None:
         return absent()
     return element("span", number(name, bounds[0]), " to ", number(name, bounds[1]))
+
+
+def breakable(name: str) -> Html:
+    """A name that a narrow screen may break after a dot or a dash below."""
+    return join(part if at % 2 == 0 else [part, element("wbr")] for at, part in enumerate(re.split("([._])", name)))
 
 
 def absent() -> Html:
