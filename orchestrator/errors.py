@@ -67,3 +67,7 @@ class PublishError(OrchestratorError):
     """The release or its registration failed; no release is visible. Exit code 6."""
 
     exit_code = 6
+
+
+class ConflictError(PublishError):
+    """Somebody else was faster, and nothing of this has been done: look again, then decide. Exit code 6."""

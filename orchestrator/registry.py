@@ -47,6 +47,19 @@ class RegisteredVersion:
     aliases: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class KnownModel:
+    """A registered model. aliases: the version of each."""
+
+    name: str
+    aliases: Mapping[str, str]
+    tags: Mapping[str, str]
+
+    def address(self, tag: str) -> str | None:
+        """Return the address in a tag. Raises `SpecError` if it is a folder of another machine."""
+        return _read(self.tags[tag]) if tag in self.tags else None
+
+
 class ModelRegistry:
     """The model registry at `uri`. Raises `PreflightError` if nothing answers there.
 
@@ -158,6 +171,44 @@ class ModelRegistry:
                 wanted = f"alias {alias!r}" if alias is not None else f"version {version}"
                 raise SpecError(f"model {name!r} has no {wanted}", remedy=_suggestion(alias or "", choices, kind))
             return self._as_registered(found, model)
+
+    def model(self, name: str) -> KnownModel | None:
+        """Return the aliases and tags of a registered model, or None if there is no such model."""
+        with translated(self.uri, PublishError, f"could not look up {name!r}"):
+            client = connect(self.uri)
+            found = _unless_absent(lambda: client.get_registered_model(name))
+            if found is None:
+                return None
+            aliases = {str(alias): str(version) for alias, version in found.aliases.items()}
+            return KnownModel(name, aliases, dict(found.tags))
+
+    def sources(self, name: str) -> list[str]:
+        """Return the addresses of all releases of `name`, each once."""
+        with translated(self.uri, PublishError, f"could not look up {name!r}"):
+            return list(dict.fromkeys(_read(str(known.source)) for known in self._versions(name)))
+
+    def show_promotion(
+        self, name: str, alias: str, version: str, *, version_tags: Mapping[str, str], model_tags: Mapping[str, str]
+    ) -> None:
+        """Point `alias` at `version`, tag that version and the model, and read all of it back. Raises `PublishError`.
+
+        Model tags that are addresses of folders are written as sources are.
+        """
+        with translated(self.uri, PublishError, f"could not show version {version} of {name!r} as {alias}"):
+            client = connect(self.uri)
+            client.set_registered_model_alias(name, alias, version)
+            for key, value in version_tags.items():
+                client.set_model_version_tag(name, version, key, value)
+            for key, value in model_tags.items():
+                client.set_registered_model_tag(name, key, self._written(value))
+            seen = client.get_model_version_by_alias(name, alias)
+            tags = {key: seen.tags.get(key) for key in version_tags}
+            if (str(seen.version), tags) != (version, dict(version_tags)):
+                raise PublishError(
+                    f"alias {alias!r} of {name!r} is at version {seen.version} with the tags {tags}, which is not what "
+                    "was written",
+                    remedy=f"another promotion may have followed; `orchestrator reconcile {name}` sees to it",
+                )
 
     def _as_registered(self, found: ModelVersion, model: RegisteredModel) -> RegisteredVersion:
         version = str(found.version)

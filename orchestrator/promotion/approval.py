@@ -1,0 +1,169 @@
+"""Decisions of people about a release: recorded once, in the store, with who decided and until when it counts.
+
+An approval holds for one release (its digest, not its version number) and one alias. The newest decision counts, so
+that a rejection takes an approval back. Nothing here proves who somebody is: whoever may write to the store may
+approve, which is a matter of the store's permissions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+from orchestrator.errors import GateError, PublishError, SpecError
+from orchestrator.promotion.history import (
+    FOLDER,
+    ApprovalRef,
+    Digest,
+    Record,
+    Version,
+    actor,
+    parse_record,
+    parse_time,
+    written,
+)
+from orchestrator.publishing import Store
+from orchestrator.release import check_name
+
+CLOCK_TOLERANCE = timedelta(minutes=5)
+_NAME = re.compile(r"\d{6}\.json")
+_UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_LONGEST = timedelta(weeks=520)
+
+
+class Approval(Record):
+    """One decision. by: who decided; actor: who recorded it. time, expires: clock of the machine that recorded it."""
+
+    layout: Literal[1] = 1
+    model: str
+    version: Version
+    digest: Digest
+    alias: str
+    decision: Literal["approve", "reject"]
+    by: str
+    actor: str
+    time: str
+    expires: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Filed:
+    """A decision, and where it is."""
+
+    approval: Approval
+    key: str
+    sha256: str
+
+
+class Approvals:
+    """The decisions about one model. Raises `PublishError` where the store fails or holds something else."""
+
+    def __init__(self, store: Store, model: str) -> None:
+        check_name(model)
+        self.store, self.model = store, model
+
+    def decide(
+        self,
+        version: str,
+        digest: str,
+        alias: str,
+        *,
+        by: str,
+        lasts: timedelta,
+        approve: bool = True,
+        reason: str | None = None,
+    ) -> Filed:
+        """Record a decision about a release. Raises `SpecError` for a name or a time that will not do."""
+        if not by.strip() or not by.isprintable():
+            raise SpecError(f"{by!r} names nobody", remedy="say who decides: --by NAME")
+        now = datetime.now(UTC)
+        approval = Approval(
+            model=self.model,
+            version=version,
+            digest=digest,
+            alias=alias,
+            decision="approve" if approve else "reject",
+            by=by.strip(),
+            actor=actor(),
+            time=written(now),
+            expires=written(now + lasts),
+            reason=reason,
+        )
+        data = approval.to_bytes()
+        number = int(([f"{0:06}.json", *self._names(digest, alias)][-1]).removesuffix(".json")) + 1
+        while not self.store.create_record(key := self._key(digest, alias, number), data):
+            number += 1  # somebody else decided in the meantime: this decision comes after theirs
+        return Filed(approval, key, hashlib.sha256(data).hexdigest())
+
+    def decisions(self, digest: str, alias: str) -> list[Filed]:
+        """Return all decisions about a release and an alias, the newest last."""
+        filed = []
+        for name in self._names(digest, alias):
+            key = f"{self._folder(digest, alias)}/{name}"
+            data = self.store.read_record(key)
+            approval = parse_record(Approval, data) if data is not None else None
+            if data is None or approval is None or not _is_about(approval, self.model, digest, alias):
+                raise PublishError(
+                    f"{self.store.uri}/{key} is no decision about this release", remedy="see who wrote it, and why"
+                )
+            filed.append(Filed(approval, key, hashlib.sha256(data).hexdigest()))
+        return filed
+
+    def require(self, digest: str, alias: str, approvers: Sequence[str] | None = None) -> ApprovalRef:
+        """Return the approval that stands now. Raises `GateError` if there is none, or it does not hold.
+
+        approvers: who may approve; None: anybody. What others decided is not looked at.
+        """
+        remedy = f"`orchestrator approve {self.model} VERSION --for {alias} --by NAME`"
+        everybody = self.decisions(digest, alias)
+        filed = [one for one in everybody if approvers is None or one.approval.by in approvers]
+        if not filed:
+            others = sorted({one.approval.by for one in everybody})
+            who = f" by {' or '.join(approvers)}" if approvers else ""
+            heard = f"; {', '.join(others)} may not decide" if others else ""
+            raise GateError(f"release {digest[:12]} is not approved for {alias}{who}{heard}", remedy=remedy)
+        newest = filed[-1].approval
+        now = datetime.now(UTC)
+        if newest.decision == "reject":
+            why = f": {newest.reason}" if newest.reason else ""
+            raise GateError(f"{newest.by} rejected release {digest[:12]} for {alias}{why}", remedy="ask them")
+        if parse_time(newest.time) > now + CLOCK_TOLERANCE:
+            raise GateError(
+                f"the approval by {newest.by} is of {newest.time}, and here it is {written(now)}: one of two clocks is "
+                "wrong, so that nobody can say whether it has expired",
+                remedy="set the clocks",
+            )
+        if parse_time(newest.expires) <= now:
+            raise GateError(f"the approval by {newest.by} expired at {newest.expires}", remedy=remedy)
+        return ApprovalRef(key=filed[-1].key, sha256=filed[-1].sha256, by=newest.by)
+
+    def _names(self, digest: str, alias: str) -> list[str]:
+        return [name for name in self.store.list_records(self._folder(digest, alias)) if _NAME.fullmatch(name)]
+
+    def _folder(self, digest: str, alias: str) -> str:
+        return f"{self.model}/{FOLDER}/approvals/{digest}/{alias}"
+
+    def _key(self, digest: str, alias: str, number: int) -> str:
+        return f"{self._folder(digest, alias)}/{number:06}.json"
+
+
+def parse_duration(text: str) -> timedelta:
+    """Read ``30m``, ``24h``, ``7d`` or ``2w``. Raises `SpecError`."""
+    match = re.fullmatch(r"([1-9]\d{0,5})([mhdw])", text.strip())
+    lasts = timedelta(**{_UNITS[match[2]]: int(match[1])}) if match else None
+    if lasts is None or lasts > _LONGEST:
+        raise SpecError(f"{text!r} is no duration", remedy="write 30m, 24h, 7d or 2w; ten years at most")
+    return lasts
+
+
+def _is_about(approval: Approval, model: str, digest: str, alias: str) -> bool:
+    try:
+        parse_time(approval.time), parse_time(approval.expires)
+    except ValueError:
+        return False
+    return (approval.model, approval.digest, approval.alias) == (model, digest, alias)

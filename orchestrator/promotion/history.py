@@ -1,0 +1,305 @@
+"""The append-only history of a model's aliases, in the store of its releases.
+
+Each entry holds the sha256 of the entry before, so that changing or removing one shows; and what every alias stands
+at after it, so that the newest entry is all that has to be read. Entries are ordered by their sequence number and by
+nothing else: `time` is the writer's clock.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import os
+import re
+import secrets
+import socket
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from orchestrator.canonical import canonical_json
+from orchestrator.errors import ConflictError, PublishError
+from orchestrator.publishing import Store
+from orchestrator.release import check_name
+
+LADDER = ("candidate", "staging", "production")
+FOLDER = ".promotion"  # no release has a name that begins with a dot
+ACTOR_VARIABLE = "ORCHESTRATOR_ACTOR"
+READS_AT_ONCE = 8
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
+_KEY = re.compile(r"\d{8,}\.json")
+
+Kind = Literal["register", "promote", "rollback"]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Sequence = Annotated[int, Field(ge=1)]
+Version = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
+
+
+class Record(BaseModel):
+    """What is kept as canonical JSON in the store: nothing in it is converted, and nothing unknown accepted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def to_bytes(self) -> bytes:
+        """The record as it is stored."""
+        return canonical_json(self.model_dump(mode="json"))
+
+
+class ReleaseRef(Record):
+    """A release. digest: sha256 of its release.json, which lists every file."""
+
+    name: str
+    uri: str
+    digest: Digest
+
+
+class Placement(Record):
+    """What an alias stands at. since: the entry that put it there; promoted: the entry that did so first, which a
+    rollback repeats."""
+
+    version: Version
+    release: ReleaseRef
+    since: Sequence
+    promoted: Sequence
+
+
+class ApprovalRef(Record):
+    """The approval that a promotion relied on: its key, and the sha256 of it."""
+
+    key: str
+    sha256: Digest
+    by: str
+
+
+class Entry(Record):
+    """One step of one alias. forced: the rules that did not hold. state: of all aliases, after this entry."""
+
+    layout: Literal[1] = 1
+    sequence: Sequence
+    time: str
+    kind: Kind
+    model: str
+    alias: str
+    version: Version
+    release: ReleaseRef
+    previous: Placement | None
+    actor: str
+    reason: str | None
+    forced: tuple[str, ...] = Field((), strict=False)
+    approval: ApprovalRef | None
+    previous_sha256: Digest | None
+    state: dict[str, Placement]
+    nonce: str  # two entries are never the same bytes, so that whoever wrote one knows it
+
+    @property
+    def at(self) -> datetime:
+        """The writer's clock."""
+        return parse_time(self.time)
+
+
+T = TypeVar("T", bound=Record)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An entry, and the sha256 of its bytes."""
+
+    entry: Entry
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an entry is to say. promoted: for a rollback, the entry that is repeated. relies_on: an alias that must
+    stand still as well."""
+
+    kind: Kind
+    alias: str
+    version: str
+    release: ReleaseRef
+    reason: str | None = None
+    forced: tuple[str, ...] = ()
+    approval: ApprovalRef | None = None
+    promoted: int | None = None
+    relies_on: str | None = None
+
+
+class History:
+    """The history of one model in one store. Raises `PublishError` where the store fails or an entry is not one."""
+
+    def __init__(self, store: Store, model: str) -> None:
+        check_name(model)
+        self.store, self.model = store, model
+        self._folder = f"{model}/{FOLDER}/history"
+        self._newest: Stored | None = None  # of those seen; an entry never changes
+
+    @property
+    def uri(self) -> str:
+        """Where the entries are."""
+        return f"{self.store.uri}/{self._folder}"
+
+    def head(self) -> Stored | None:
+        """Return the newest entry, checked against the one before it; None if nothing was ever promoted."""
+        newest = self._newest
+        if newest is None and (numbers := self._numbers()):
+            newest = self.entry(numbers[-1])
+        # A list may be older than the objects: what was created since is found by looking.
+        while (after := self._read(newest.entry.sequence + 1 if newest else 1)) is not None:
+            newest = after
+        if newest is not None and newest != self._newest and newest.entry.sequence > 1:
+            before = self.entry(newest.entry.sequence - 1)
+            if before.sha256 != newest.entry.previous_sha256:
+                raise self._broken(newest.entry.sequence, "does not follow the entry before it")
+        self._newest = newest
+        return newest
+
+    def entries(self) -> list[Stored]:
+        """Return every entry, oldest first; `PublishError` if one is missing, foreign, or was changed afterwards."""
+        numbers = self._numbers()
+        if numbers != list(range(1, len(numbers) + 1)):
+            missing = min(set(range(1, numbers[-1])) - set(numbers))
+            raise self._broken(missing, "is missing")
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            found = list(pool.map(self._read, numbers))
+        entries: list[Stored] = []
+        for number, stored in zip(numbers, found, strict=True):
+            if stored is None:
+                raise self._broken(number, "is listed but not there")
+            expected = entries[-1].sha256 if entries else None
+            if stored.entry.previous_sha256 != expected:
+                raise self._broken(number, "does not follow the entry before it")
+            entries.append(stored)
+        return entries
+
+    def entry(self, sequence: int) -> Stored:
+        """Return one entry; `PublishError` if it is not there."""
+        stored = self._read(sequence)
+        if stored is None:
+            raise self._broken(sequence, "is missing")
+        return stored
+
+    def append(self, head: Stored | None, change: Change) -> Stored:
+        """Append an entry to a history whose newest entry is `head`; this is when a promotion happens.
+
+        Where somebody else was faster with an alias that does not matter here, the entry follows theirs.
+        `ConflictError` if they moved this alias, or the one it relies on: then nothing has been done.
+        """
+        watched = [change.alias, *filter(None, [change.relies_on])]
+        expected = [_placement(head, alias) for alias in watched]
+        while True:
+            data = self._next(head, change)
+            stored = self._parse(data, head.entry.sequence + 1 if head else 1)
+            if self.store.create_record(self._key(stored.entry.sequence), data):
+                return stored
+            head = self.entry(stored.entry.sequence)
+            if [_placement(head, alias) for alias in watched] != expected:
+                raise self._conflict(change, head.entry)
+
+    def _conflict(self, change: Change, winner: Entry) -> ConflictError:
+        return ConflictError(
+            f"{winner.actor} put version {winner.version} of {self.model!r} into {winner.alias} meanwhile (entry "
+            f"{winner.sequence}, {winner.time}); version {change.version} was not put there",
+            remedy=f"look at `orchestrator history {self.model}` and decide again",
+        )
+
+    def _next(self, head: Stored | None, change: Change) -> bytes:
+        sequence = head.entry.sequence + 1 if head else 1
+        placement = Placement(
+            version=change.version,
+            release=change.release,
+            since=sequence,
+            promoted=change.promoted or sequence,
+        )
+        return Entry(
+            sequence=sequence,
+            time=written(datetime.now(UTC)),
+            kind=change.kind,
+            model=self.model,
+            alias=change.alias,
+            version=change.version,
+            release=change.release,
+            previous=_placement(head, change.alias),
+            actor=actor(),
+            reason=change.reason,
+            forced=change.forced,
+            approval=change.approval,
+            previous_sha256=head.sha256 if head else None,
+            state={**(head.entry.state if head else {}), change.alias: placement},
+            nonce=secrets.token_hex(16),
+        ).to_bytes()
+
+    def _numbers(self) -> list[int]:
+        names = self.store.list_records(self._folder)
+        return sorted(int(name.removesuffix(".json")) for name in names if _KEY.fullmatch(name))
+
+    def _key(self, sequence: int) -> str:
+        return f"{self._folder}/{sequence:08}.json"
+
+    def _read(self, sequence: int) -> Stored | None:
+        data = self.store.read_record(self._key(sequence))
+        return None if data is None else self._parse(data, sequence)
+
+    def _parse(self, data: bytes, sequence: int) -> Stored:
+        entry = parse_record(Entry, data)
+        if entry is None or entry.sequence != sequence or entry.model != self.model or not _is_sound(entry):
+            raise self._broken(sequence, "is not an entry of this history")
+        return Stored(entry, hashlib.sha256(data).hexdigest())
+
+    def _broken(self, sequence: int, how: str) -> PublishError:
+        return PublishError(
+            f"the history {self.uri} is damaged: entry {sequence} {how}",
+            remedy="nothing is promoted on it; bring the entries back from a backup or the bucket's older versions",
+        )
+
+
+def parse_record(cls: type[T], data: bytes) -> T | None:
+    """Read a record; None if it is none."""
+    try:
+        return cls.model_validate_json(data)
+    except ValidationError:
+        return None
+
+
+def actor(environment: Mapping[str, str] = os.environ) -> str:
+    """Who does it: ``ORCHESTRATOR_ACTOR``, or user@host. What the machine says, not what anybody has proven."""
+    given = environment.get(ACTOR_VARIABLE, "").strip()
+    if given:
+        return given
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def written(time: datetime) -> str:
+    """A time as records have it: UTC, microseconds."""
+    return time.astimezone(UTC).strftime(TIME_FORMAT)
+
+
+def parse_time(text: str) -> datetime:
+    """Undo `written`. Raises `ValueError`."""
+    return datetime.strptime(text, TIME_FORMAT).replace(tzinfo=UTC)
+
+
+def _placement(head: Stored | None, alias: str) -> Placement | None:
+    return head.entry.state.get(alias) if head else None
+
+
+def _is_sound(entry: Entry) -> bool:
+    """Whether an entry agrees with itself."""
+    try:
+        parse_time(entry.time)
+    except ValueError:
+        return False
+    now = entry.state.get(entry.alias)
+    return (
+        now is not None
+        and (now.version, now.release, now.since) == (entry.version, entry.release, entry.sequence)
+        and (entry.sequence == 1) == (entry.previous_sha256 is None)
+        and all(placed.promoted <= placed.since <= entry.sequence for placed in entry.state.values())
+    )

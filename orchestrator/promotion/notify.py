@@ -1,0 +1,140 @@
+"""Telling others that an alias moved: a signed webhook, a command. What fails here is reported; the promotion stands.
+
+A webhook is a POST of the entry, signed as the Standard Webhooks specification says (standardwebhooks.com): the header
+``webhook-signature: v1,BASE64`` is the HMAC-SHA256 of ``ID.TIMESTAMP.BODY`` under ORCHESTRATOR_WEBHOOK_SECRET, and
+``webhook-id`` is the entry's sha256, so that a receiver knows a delivery that it got before.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import http.client
+import os
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from orchestrator.canonical import canonical_json
+from orchestrator.errors import PreflightError
+from orchestrator.promotion.history import Stored
+from orchestrator.promotion.policy import Policy
+
+SECRET_VARIABLE = "ORCHESTRATOR_WEBHOOK_SECRET"
+ATTEMPTS = 3
+REQUEST_SECONDS = 5.0
+PAUSE_SECONDS = 0.5  # before the second attempt; twice that before the third
+COMMAND_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Whom was told. problem: why that did not work, or None. Addresses are shown without path and query."""
+
+    target: str
+    problem: str | None
+
+
+def check_policy(policy: Policy, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise `PreflightError` if nobody could be told: better before the promotion than after it."""
+    if policy.webhook:
+        _secret(environment)
+
+
+def notify(policy: Policy, stored: Stored, environment: Mapping[str, str] = os.environ) -> tuple[Notice, ...]:
+    """Tell whoever the policy names. Never raises for what happens at their end."""
+    document = as_document(stored)
+    notices = []
+    if policy.webhook:
+        problem = post(policy.webhook, document, stored.sha256, _secret(environment))
+        notices.append(Notice(_shown(policy.webhook), problem))
+    if policy.command:
+        notices.append(Notice(policy.command[0], _run(policy.command, document, environment)))
+    return tuple(notices)
+
+
+def as_document(stored: Stored) -> dict[str, Any]:
+    """What others get to see of an entry: all of it but the state of other aliases."""
+    entry = stored.entry.model_dump(mode="json", exclude={"state", "nonce", "layout"})
+    return {"event": f"model.{stored.entry.kind}", **entry, "sha256": stored.sha256}
+
+
+def post(url: str, document: Mapping[str, Any], delivery: str, secret: bytes) -> str | None:
+    """POST the document; return why it did not arrive, or None. Repeats what may pass: no answer, 5xx, 429."""
+    body = canonical_json(document)
+    opener = urllib.request.build_opener(_NoRedirect)
+    problem = None
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(PAUSE_SECONDS * attempt)
+        headers = {
+            "Content-Type": "application/json",
+            "User-Agent": "compression-orchestrator",
+            **signature(delivery, int(time.time()), body, secret),
+        }
+        try:
+            opener.open(urllib.request.Request(url, body, headers, method="POST"), timeout=REQUEST_SECONDS).close()
+            return None
+        except urllib.error.HTTPError as error:
+            error.close()
+            problem = f"HTTP {error.code}"
+            if error.code < 500 and error.code != 429:
+                return problem
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            problem = getattr(reason, "strerror", None) or type(reason).__name__
+    return f"{problem}, {ATTEMPTS} times"
+
+
+def signature(delivery: str, timestamp: int, body: bytes, secret: bytes) -> dict[str, str]:
+    """The headers that prove to a receiver who sent `body`, and when (seconds since the epoch)."""
+    signed = f"{delivery}.{timestamp}.".encode() + body
+    code = base64.b64encode(hmac.new(secret, signed, hashlib.sha256).digest()).decode()
+    return {"webhook-id": delivery, "webhook-timestamp": str(timestamp), "webhook-signature": f"v1,{code}"}
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer like any other: the entry goes to nobody but the address given."""
+
+    def redirect_request(self, *ignored: Any, **also_ignored: Any) -> None:
+        return None
+
+
+def _secret(environment: Mapping[str, str]) -> bytes:
+    """The key: plain, or ``whsec_`` and base64 as the specification has it."""
+    text = environment.get(SECRET_VARIABLE, "")
+    if not text:
+        raise PreflightError(
+            f"{SECRET_VARIABLE} is not set, and the webhook has to be signed",
+            remedy="set it to a secret that the receiver knows too",
+        )
+    if not text.startswith("whsec_"):
+        return text.encode()
+    try:
+        return base64.b64decode(text.removeprefix("whsec_"), validate=True)
+    except binascii.Error:
+        raise PreflightError(f"{SECRET_VARIABLE} is no base64 after whsec_", remedy="copy it again") from None
+
+
+def _run(command: tuple[str, ...], document: Mapping[str, Any], environment: Mapping[str, str]) -> str | None:
+    """Run the command with the document on its stdin; return why it failed, or None. The secret is not handed on."""
+    given = {name: value for name, value in environment.items() if name != SECRET_VARIABLE}
+    try:
+        done = subprocess.run(command, input=canonical_json(document), env=given, timeout=COMMAND_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"it took more than {COMMAND_SECONDS:g} s and was ended"
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return f"exit code {done.returncode}" if done.returncode else None
+
+
+def _shown(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"

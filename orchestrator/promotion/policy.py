@@ -1,0 +1,88 @@
+"""promotion.yaml: which promotions a person has to approve, and who is told of them.
+
+    models:
+      smollm2-*:                        # the first pattern that fits a model counts
+        require_approval: [production]
+        approvers: [ada, grace]         # left out: anybody
+        webhook: https://deploy.example.org/promotions
+        command: [./deploy.sh]
+
+It lies in the home folder, or where ORCHESTRATOR_PROMOTION_POLICY says, and binds those who use it; what nobody can
+get around is the store's own permissions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from orchestrator.errors import PreflightError, Problem, SpecError
+
+VARIABLE = "ORCHESTRATOR_PROMOTION_POLICY"
+FILE = "promotion.yaml"
+
+Alias = Literal["candidate", "staging", "production"]
+
+
+class Policy(BaseModel):
+    """What holds for one model. webhook: an http(s) address that a signed POST goes to; command: run after it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    require_approval: tuple[Alias, ...] = ()
+    approvers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    webhook: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] | None = None
+    command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+
+
+class PolicyFile(BaseModel):
+    """The file: policies by a pattern of names, as the shell has them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: dict[str, Policy]
+
+
+def policy_for(model: str, home: Path, environment: Mapping[str, str] = os.environ) -> Policy:
+    """Return what holds for `model`; where there is no file, nothing does.
+
+    Raises `SpecError` for a file that is wrong, `PreflightError` for one that is named but cannot be read.
+    """
+    import yaml
+
+    named = environment.get(VARIABLE)
+    path = Path(named).expanduser() if named else home / FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        if not named:
+            return Policy()
+        raise _unreadable(path, error) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except UnicodeDecodeError:
+        raise SpecError("this is no text in UTF-8", where=str(path), remedy="write it as YAML") from None
+    try:
+        policies = PolicyFile.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise SpecError(f"not YAML: {' '.join(str(error).split())}", where=str(path), remedy="mend it") from None
+    except RecursionError:
+        raise SpecError("nested too deeply", where=str(path), remedy="write it flat") from None
+    except ValidationError as error:
+        raise SpecError([_problem(path, item) for item in error.errors(include_url=False)]) from None
+    return next((policy for pattern, policy in policies.models.items() if fnmatchcase(model, pattern)), Policy())
+
+
+def _problem(path: Path, item: Mapping[str, object]) -> Problem:
+    location = item["loc"]
+    place = ".".join(str(part) for part in location) if isinstance(location, tuple) else ""
+    return Problem(f"{place or 'the file'}: {item['msg']}", str(path), "see the README, Promotion")
+
+
+def _unreadable(path: Path, error: OSError) -> PreflightError:
+    return PreflightError(f"the policy {path} cannot be read: {error.strerror}", remedy=f"correct or unset {VARIABLE}")

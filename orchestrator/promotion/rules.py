@@ -1,0 +1,69 @@
+"""The rules of promotion: from one rung to the next, from what was expected, and only what was registered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.errors import ConflictError, PublishError, SpecError
+from orchestrator.promotion.history import LADDER, Placement, ReleaseRef, Stored
+from orchestrator.registry import DIGEST_TAG, KnownModel, RegisteredVersion
+from orchestrator.release import Release
+
+
+def broken_rules(version: str, alias: str, head: Stored | None, known: KnownModel) -> list[str]:
+    """Say which rules of the ladder a promotion would break."""
+    state = head.entry.state if head else {}
+    at = {rung: placed.version for rung, placed in state.items()}
+    at.setdefault(LADDER[0], known.aliases.get(LADDER[0], ""))  # registered before there was a history
+    rung = LADDER.index(alias)
+    broken = []
+    if rung and at.get(LADDER[rung - 1]) != version:
+        broken.append(f"is not in {LADDER[rung - 1]}")
+    broken += [f"is in {above} already" for above in LADDER[rung + 1 :] if at.get(above) == version]
+    return broken
+
+
+def check_alias(alias: str) -> None:
+    """Raise `SpecError` for anything but the three aliases."""
+    if alias not in LADDER:
+        raise SpecError(f"{alias!r} is none of the aliases of promotion", remedy=f"one of {', '.join(LADDER)}")
+
+
+def check_number(version: str) -> None:
+    """Raise `SpecError` unless a version is given by its number."""
+    if not (version.isascii() and version.isdigit()):
+        raise SpecError(f"{version!r} is no version", remedy="give its number")
+
+
+def check_expected(model: str, alias: str, now: Placement | None, expect: str | None) -> None:
+    """Raise `ConflictError` if the alias is not where the user saw it."""
+    at = now.version if now else "none"
+    if expect is not None and expect != at:
+        since = f" since entry {now.since}" if now else ""
+        raise ConflictError(
+            f"{alias} of {model!r} is at version {at}{since}, not at {expect}",
+            remedy=f"look at `orchestrator history {model}` and decide again",
+        )
+
+
+def check_same(release: ReleaseRef, found: Release) -> None:
+    """Raise `PublishError` if what lies there is another release."""
+    if found.digest != release.digest:
+        raise PublishError(
+            f"{release.uri} is not the release that was registered: its digest is {found.digest[:12]}, not "
+            f"{release.digest[:12]}",
+            remedy="do not use it; see who wrote there, and publish again under another name",
+        )
+
+
+def reference(version: RegisteredVersion) -> ReleaseRef:
+    """Return the release of a version."""
+    return ReleaseRef(name=split(version.source)[1], uri=version.source, digest=version.tags[DIGEST_TAG])
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Split the address of a release into the root of its store and its name."""
+    words: Sequence[str] = uri.rstrip("/").rsplit("/", 2)
+    if len(words) != 3 or not all(words):
+        raise SpecError(f"{uri!r} is no release address", remedy="it looks like s3://BUCKET/PREFIX/NAME/DIGEST")
+    return words[0], f"{words[1]}/{words[2]}"
