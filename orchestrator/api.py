@@ -53,6 +53,7 @@ from orchestrator.reader import TensorReader
 from orchestrator.scheme import FLOAT8_MAX, InputScheme, QuantizedWeight, QuantScheme
 from orchestrator.serving import KVGroup, KVPlan, Layout, LayoutRule, every_layer_in_full, heads_bytes, token_steps
 from orchestrator.serving_engine import ServingEngine, UnsupportedPolicyError
+from orchestrator.signing import key_fingerprint
 from orchestrator.sources import check_source, check_text_size, read_documents
 from orchestrator.statistics import InputMoment
 from orchestrator.store import Release, StoredFile, open_store
@@ -124,6 +125,7 @@ __all__ = [
     "heads_bytes",
     "hookimpl",
     "in_parallel",
+    "key_fingerprint",
     "kv_scale_names",
     "lowest",
     "open_store",

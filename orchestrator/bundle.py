@@ -1,5 +1,5 @@
 """What a release holds: the model's files at its root, the serving configuration in ``serving/<engine>/``, and other
-file formats in ``formats/<format>/`` (`orchestrator.formats`).
+file formats in ``formats/<format>/`` (`orchestrator.formats`); and its papers: the card and the bill of materials.
 
 A bundle is a pure function of the model artifact and the parameters of engines and formats, so releasing the same
 model twice gives the same bytes.
@@ -12,9 +12,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from orchestrator.bill import write_bill
 from orchestrator.canonical import digest_of, file_sha256
+from orchestrator.card import write_card
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.deployment import serving_files
+from orchestrator.provenance import Provenance
 from orchestrator.serving import ModelShape
 from orchestrator.serving_engine import ServingEngine
 
@@ -35,11 +38,22 @@ def write_bundle(model: Checkpoint, engines: Sequence[ServingEngine], folder: Pa
                 (target / name).write_text(text, encoding="utf-8")
 
 
+def document_bundle(folder: Path, source: Checkpoint, model: Checkpoint, provenance: Provenance) -> None:
+    """Write the papers of what is in `folder`: the model card, and last the bill of materials, which lists the rest.
+
+    source: the dense model that `model` was made from.
+    """
+    write_card(folder, source.path, model.config, provenance)
+    write_bill(folder, _hashes(folder), provenance)
+
+
 def bundle_digest(folder: Path) -> str:
     """Return a digest of everything in the folder."""
-    return digest_of(
-        {path.relative_to(folder).as_posix(): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
-    )
+    return digest_of(_hashes(folder))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -210,11 +210,15 @@ def show(
 def pull(
     uri: Annotated[str, typer.Argument(metavar="URI", help="The address of a release, or models:/NAME@ALIAS.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it; must not exist or be empty.")],
+    verify_key: Annotated[
+        Path | None, typer.Option("--verify-key", help="Refuse what this public key (PEM) has not signed.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Download a release and verify every byte of it."""
+    """Download a release and verify every byte of it, its bill of materials and its signature."""
     from orchestrator.home import Settings
     from orchestrator.registry import ModelRegistry
+    from orchestrator.signing import signer_of
     from orchestrator.store import open_store
 
     if uri.startswith("models:/"):
@@ -223,13 +227,18 @@ def pull(
     root, _, pipeline = root.rpartition("/")
     if not root or not pipeline:
         raise SpecError(f"{uri!r} is no release address", remedy="it looks like s3://BUCKET/PREFIX/NAME/DIGEST")
-    release = open_store(root).fetch(f"{pipeline}/{name}", folder)
+    release = open_store(root).fetch(f"{pipeline}/{name}", folder, verify_key=verify_key)
+    signer = signer_of(folder, release)
     if as_json:
-        print_json({"uri": release.uri, "digest": release.digest, "path": str(folder.absolute())})
+        signed = {"signed_by": signer, "signature_verified": verify_key is not None}
+        print_json({"uri": release.uri, "digest": release.digest, "path": str(folder.absolute()), **signed})
     else:
         print_text(
             f"{release.uri} -> {folder}: {len(release.files)} files, every byte verified ({release.digest[:12]})"
         )
+        if signer:
+            verified = "verified" if verify_key else "not verified: give its public half with --verify-key"
+            print_text(f"signed by the key {signer[:16]}, {verified}")
 
 
 def _run(spec: Path, settings: Settings, local: bool, as_json: bool) -> None:

@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +18,7 @@ from orchestrator.digests import FileDigests
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 from orchestrator.method import DENSE, Method, Publisher
 from orchestrator.plugins import InstalledMethod
+from orchestrator.signing import SIGNING_KEY_VARIABLE
 from orchestrator.sources import PREFIX, InputFile, InputModels, check_source, resolve_source, source_digest
 from orchestrator.spec import Location, SpecText, validate_strictly
 
@@ -57,6 +59,9 @@ def parameterize(
             except PreflightError as error:
                 note(error, (*location, "uri"))
                 usable = False
+        if "signing_key" in installed.cls.model_fields:
+            key = values.get("signing_key", os.environ.get(SIGNING_KEY_VARIABLE) or None)
+            values["signing_key"] = resolve_source(key, file.folder) if isinstance(key, str) else key
     try:
         with plugin_fault(installed, "__init__"):
             try:

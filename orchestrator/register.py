@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.bundle import bundle_digest, write_bundle
+from orchestrator.bundle import bundle_digest, document_bundle, write_bundle
 from orchestrator.formats import write_formats
-from orchestrator.method import Publisher
+from orchestrator.method import Publisher, Stage
+from orchestrator.outcome import StepOutcome
 from orchestrator.plan import Plan, Step
+from orchestrator.plugins import library_versions
+from orchestrator.provenance import Evidence, Provenance, describe_source
 from orchestrator.published import PUBLISHED_FILE
 from orchestrator.record import RunRecord
 from orchestrator.steps import StepFacts, StepInputs, finite
@@ -24,11 +27,13 @@ def release_step(
     lineage: Sequence[Mapping[str, Any]],
     record: RunRecord,
     folder: Path,
+    outcomes: Mapping[int, StepOutcome],
 ) -> StepFacts:
     """Publish the model of `inputs` and register it; write what was published into `folder`.
 
     The release's name follows from its content alone, so that releasing the same again, after a crash for instance,
-    finds its own release. Raises `PublishError`.
+    finds its own release. outcomes: of the steps before; what validate steps measured goes into the model card.
+    Raises `PublishError`.
     """
     publisher = step.method
     if not isinstance(publisher, Publisher):
@@ -40,6 +45,8 @@ def release_step(
     write_bundle(inputs.model, step.engines, bundle)
     written = write_formats(step.formats, inputs.model, bundle, inputs.invariants, inputs.context())
     measured = finite("formats", written)  # before anything is published
+    provenance = _provenance(plan, step, lineage, outcomes, note)
+    document_bundle(bundle, plan.source, inputs.model, provenance)
     content = bundle_digest(bundle)
     manifest = {
         "schema": 1,
@@ -62,6 +69,7 @@ def release_step(
             "orchestrator.digest": release.digest,
             "orchestrator.artifact": lineage[-1]["artifact"] if lineage else plan.source_digest,
             "orchestrator.fingerprint": step.fingerprint,
+            **({"orchestrator.signed_by": provenance.signed_by} if provenance.signed_by else {}),
         },
         alias=publisher.alias,
         description=f"Compressed by the pipeline {plan.name}: "
@@ -74,8 +82,38 @@ def release_step(
         "model_name": plan.name,
         "model_version": version,
         "alias": publisher.alias,
+        "signed_by": provenance.signed_by,
         "files": [{"key": file.key, "sha256": file.sha256, "bytes": file.bytes} for file in release.files],
     }
     (folder / PUBLISHED_FILE).write_text(json.dumps(published, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     sizes = {"files": len(release.files), "bytes": sum(file.bytes for file in release.files)}
     return StepFacts("release", {**sizes, **measured}, {})
+
+
+def _provenance(
+    plan: Plan,
+    step: Step,
+    lineage: Sequence[Mapping[str, Any]],
+    outcomes: Mapping[int, StepOutcome],
+    zeros: str | None,
+) -> Provenance:
+    architecture, hub_id, licence = describe_source(plan.source)
+    validated = [
+        (other, outcomes[other.index])
+        for other in plan.steps[: step.index]
+        if other.stage is Stage.VALIDATE and other.inputs["model"] == step.inputs["model"] and other.index in outcomes
+    ]
+    return Provenance(
+        name=plan.name,
+        architecture=architecture,
+        hub_id=hub_id,
+        licence=licence,
+        source_digest=plan.source_digest,
+        lineage=lineage,
+        evidence=[Evidence.of(other.method.name, took.metrics, other.require) for other, took in validated],
+        libraries=library_versions(),
+        engines=[engine.name for engine in step.engines],
+        formats=[export.name for export in step.formats],
+        zeros=zeros,
+        signed_by=step.identity["parameters"].get("signing_key"),
+    )

@@ -183,7 +183,7 @@ class Execution:
                 self._import_seconds = seconds if fresh else 0.0
             inputs = self._inputs(step, scratch, state)
             if isinstance(step.method, Publisher):
-                facts = release_step(self.plan, step, inputs, self._lineage(step), self.record, folder)
+                facts = release_step(self.plan, step, inputs, self._lineage(step), self.record, folder, self.outcomes)
             else:
                 facts = perform(step, inputs, folder)
             return self.store.commit(

@@ -23,6 +23,7 @@ from orchestrator.release import COMPLETE, RELEASE, SIGNATURE, Release
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
 
+SIGNING_KEY_VARIABLE = "ORCHESTRATOR_SIGNING_KEY"
 PASSWORD_VARIABLE = "ORCHESTRATOR_SIGNING_KEY_PASSWORD"
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD = "application/vnd.in-toto+json"
@@ -152,6 +153,17 @@ def check_signature(release: Release, signature: bytes | None, key: VerifyKey | 
             )
         raise PublishError(f"the signature of {release.uri} is forged or damaged", remedy=_again(release))
     return signer
+
+
+def key_fingerprint(path: str) -> str:
+    """Return the fingerprint of the public half of a private key: sha256 (hex) of its PEM. Raises `PreflightError`."""
+    return SigningKey.read(Path(path)).fingerprint
+
+
+def signer_of(folder: Path, release: Release) -> str | None:
+    """Return the fingerprint of the key that `folder`, a pulled release, names as its signer; None if unsigned."""
+    path = folder / SIGNATURE
+    return check_signature(release, path.read_bytes() if path.is_file() else None, None)
 
 
 def _again(release: Release) -> str:

@@ -735,5 +735,5 @@ def test_a_download_cut_short_goes_on_where_it_stopped(
     proxy.requests.clear()
     assert store.fetch(NAME, tmp_path / "other") == release  # goes on from what had arrived
     assert content(tmp_path / "other") == content(tmp_path / "target")
-    assert [request.headers.get("range") for request in proxy.requests if "model.safetensors" in request.path][0]
+    assert next(request.headers.get("range") for request in proxy.requests if "model.safetensors" in request.path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "target"]
