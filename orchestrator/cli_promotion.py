@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -139,7 +139,7 @@ def history(
                     "model": model,
                     "store": log.uri,
                     "now": {name: placed.model_dump(mode="json") for name, placed in state.items()},
-                    "entries": [{**_document(one.entry), "sha256": one.sha256} for one in shown],
+                    "entries": [{**one.entry.document(), "sha256": one.sha256} for one in shown],
                 }
             )
         else:
@@ -154,9 +154,9 @@ def history(
                 "alias": alias,
                 "at": when.isoformat(),
                 "version": answer.entry.version if answer.entry else None,
-                "entry": _document(answer.entry) if answer.entry else None,
+                "entry": answer.entry.document() if answer.entry else None,
                 "certain": not answer.others,
-                "perhaps": [_document(other) for other in answer.others],
+                "perhaps": [other.document() for other in answer.others],
             }
         )
         return
@@ -191,18 +191,7 @@ def _promoter(model: str, store: str | None) -> Promoter:
 def _print(model: str, promotion: Promotion, as_json: bool) -> None:
     done = promotion.done
     if as_json:
-        entry = {**_document(done.entry), "sha256": done.sha256} if done else None
-        notices = [{"target": notice.target, "problem": notice.problem} for notice in promotion.notices]
-        print_json(
-            {
-                "model": model,
-                "alias": promotion.alias,
-                "version": promotion.version,
-                "changed": done is not None,
-                "entry": entry,
-                "notices": notices,
-            }
-        )
+        print_json(promotion.document(model))
     elif done is None:
         print_text(f"{model} version {promotion.version} is in {promotion.alias} already")
     else:
@@ -214,10 +203,6 @@ def _print(model: str, promotion: Promotion, as_json: bool) -> None:
     for notice in promotion.notices:
         if notice.problem:
             say(f"warning: {notice.target} was not told: {notice.problem}; the promotion stands")
-
-
-def _document(entry: Entry) -> dict[str, Any]:
-    return entry.model_dump(mode="json", exclude={"layout", "nonce", "state"})
 
 
 def _line(entry: Entry) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -99,6 +99,10 @@ class Entry(Record):
     def at(self) -> datetime:
         """The writer's clock."""
         return parse_time(self.time)
+
+    def document(self) -> dict[str, Any]:
+        """What people and other programs get to see: all of it but what keeps the history together."""
+        return self.model_dump(mode="json", exclude={"layout", "nonce", "state"})
 
 
 T = TypeVar("T", bound=Record)

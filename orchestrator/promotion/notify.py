@@ -61,9 +61,8 @@ def notify(policy: Policy, stored: Stored, environment: Mapping[str, str] = os.e
 
 
 def as_document(stored: Stored) -> dict[str, Any]:
-    """What others get to see of an entry: all of it but the state of other aliases."""
-    entry = stored.entry.model_dump(mode="json", exclude={"state", "nonce", "layout"})
-    return {"event": f"model.{stored.entry.kind}", **entry, "sha256": stored.sha256}
+    """What a receiver gets."""
+    return {"event": f"model.{stored.entry.kind}", **stored.entry.document(), "sha256": stored.sha256}
 
 
 def post(url: str, document: Mapping[str, Any], delivery: str, secret: bytes) -> str | None:

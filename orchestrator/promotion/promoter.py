@@ -8,6 +8,7 @@ run failed its gates has no version, so that nothing here can promote it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from orchestrator.errors import ConflictError, OrchestratorError, Problem, PublishError, SpecError
 from orchestrator.home import Settings
@@ -42,12 +43,23 @@ VERSION_TAG = "orchestrator.promotion."  # of a version, and the alias: the entr
 
 @dataclass(frozen=True)
 class Promotion:
-    """What came of it. done: the entry; None: the alias had been there already. stored: the newest entry about it."""
+    """What came of it. done: the entry; None: the alias had been there already."""
 
     alias: str
     version: str
     done: Stored | None
     notices: tuple[Notice, ...] = ()
+
+    def document(self, model: str) -> dict[str, Any]:
+        """What `promote --json` prints."""
+        return {
+            "model": model,
+            "alias": self.alias,
+            "version": self.version,
+            "changed": self.done is not None,
+            "entry": {**self.done.entry.document(), "sha256": self.done.sha256} if self.done else None,
+            "notices": [{"target": notice.target, "problem": notice.problem} for notice in self.notices],
+        }
 
 
 @dataclass(frozen=True)
