@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator import cli_serving
+from orchestrator import cli_report, cli_serving
 from orchestrator.cli_output import print_json, print_text, results_only, say
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 
@@ -39,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+cli_report.add_to(app)
 cli_serving.add_to(app)
 
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="The specification, a YAML file.")]
@@ -258,15 +259,24 @@ def _run(spec: Path, settings: Settings, local: bool, as_json: bool) -> None:
         except (OrchestratorError, KeyboardInterrupt) as error:
             if as_json:
                 failed = {"run": observer.run_id, "steps": observer.outcomes, "release": None}
-                print_json({**failed, "error": _as_document(error)})
+                print_json({**failed, "report": _report(observer.run_id, settings), "error": _as_document(error)})
             if isinstance(error, KeyboardInterrupt):
                 observer.note("interrupted; finished steps are kept, run again to go on")
                 raise typer.Exit(INTERRUPTED) from None
+            if observer.run_id and not as_json:
+                observer.note(f"report {_report(observer.run_id, settings) or 'could not be written'}")
             raise
+    document = {**document, "report": _report(document["run"], settings)}
     if as_json:
         print_json(document)
     else:
         _print_result(document, settings)
+
+
+def _report(run: str | None, settings: Settings) -> str | None:
+    """The page of a run; None if there is none, because nothing was begun or it could not be written."""
+    path = settings.home / "runs" / f"{run}.html"
+    return str(path) if path.is_file() else None
 
 
 def _as_document(error: OrchestratorError | KeyboardInterrupt) -> dict[str, Any]:
@@ -314,6 +324,8 @@ def _print_result(document: Mapping[str, Any], settings: Settings) -> None:
     run = f", run {document['mlflow_run']}" if document["mlflow_run"] else ""
     print_text(f"tracking  {settings.public_tracking_uri}{run}")
     print_text(f"journal   {settings.home / 'runs' / document['run']}.jsonl")
+    if document["report"]:
+        print_text(f"report    {document['report']}")
 
 
 def _console() -> Console:

@@ -75,6 +75,7 @@ def test_the_surface_is_frozen() -> None:
         "plan": ["--json", "SPEC"],
         "methods": ["--json", "name"],
         "show": ["--json", "REF"],
+        "report": ["--json", "FILE", "OTHER", "REF"],
         "pull": ["--json", "--verify-key", "DIR", "URI"],
         "serve-config": [
             "--engine",

@@ -167,7 +167,7 @@ def group_of(metric: str) -> str:
     """Where a metric belongs, by its name: every unit of size and time is part of one."""
     if "bytes" in metric:
         return "Size"
-    return "Speed" if re.search(r"(^|_)(seconds?|ms|latency|per_second)(_|$)", metric) else "Quality"
+    return "Speed" if re.search(r"(^|_)(seconds?|ms|latency|per_second)(_|\.|$)", metric) else "Quality"
 
 
 @dataclass(frozen=True)
