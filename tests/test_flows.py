@@ -23,6 +23,7 @@ import yaml
 
 from orchestrator.errors import GateError, OrchestratorError, PreflightError, StepError
 from orchestrator.home import Settings
+from tests.promotion_scene import Scene
 from tests.s3_server import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -477,12 +478,16 @@ def test_the_deployment_runs_on_a_process_worker(workplace: Workplace, server: s
         spec = workplace.spec("deployed").relative_to(workplace.folder)
         created = api.create_flow_run_from_deployment(deployment.id, parameters={"spec": str(spec)})
 
-        def ended() -> Any:
-            run = api.read_flow_run(created.id)
-            return run if run.state.is_final() else None
+        def completed(created: Any) -> Any:
+            def ended() -> Any:
+                run = api.read_flow_run(created.id)
+                return run if run.state.is_final() else None
 
-        run = wait_for(ended, process, log)
-        assert run.state.is_completed(), f"{run.state}\n{log.read_text()[-3000:]}"
+            run = wait_for(ended, process, log)
+            assert run.state.is_completed(), f"{run.state}\n{log.read_text()[-3000:]}"
+            return run
+
+        run = completed(created)
         assert run.name.startswith("deployed-")
         tasks = task_runs(server, created.id)
         assert [task.name for task in tasks] == ["validate count"] * 2
@@ -490,6 +495,19 @@ def test_the_deployment_runs_on_a_process_worker(workplace: Workplace, server: s
         assert [artifact.flow_run_id for artifact in api.read_artifacts() if artifact.key == "deployed-metrics"] == [
             created.id
         ]
+        scene = Scene((workplace.folder / "releases").as_uri(), workplace.folder, workplace.settings.tracking_uri)
+        first, second = scene.register("one"), scene.register("two", "candidate")
+        scene.promoter.promote(first, "production", force=True)
+        for name, parameters, shown in (
+            ("promote-model", {"version": "candidate", "to": "production", "force": True}, second),
+            ("rollback-model", {"reason": "a test"}, first),
+        ):
+            deployment = api.read_deployment_by_name(f"{name}/{name}")
+            parameters = {"model": scene.model, **parameters}
+            named = completed(api.create_flow_run_from_deployment(deployment.id, parameters=parameters)).name
+            assert named == f"{scene.model}-{shown}-production"
+            assert scene.alias() == shown
+        assert [stored.entry.kind for stored in scene.history.entries()] == ["promote", "promote", "rollback"]
     journal = workplace.home / "runs" / f"{run.name.removeprefix('deployed-')}.jsonl"
     events = [json.loads(line) for line in journal.read_text().splitlines()]
     assert events[0]["engine"] == "prefect" and events[-1]["event"] == "run finished"
