@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator import cli_report, cli_serving
+from orchestrator import cli_promotion, cli_report, cli_serving
 from orchestrator.cli_output import print_json, print_text, results_only, say
 from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 
@@ -41,6 +41,7 @@ app = typer.Typer(
 
 cli_report.add_to(app)
 cli_serving.add_to(app)
+cli_promotion.add_to(app)
 
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="The specification, a YAML file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

@@ -110,6 +110,11 @@ def test_the_surface_is_frozen() -> None:
             "NAME=VALUE",
             "REF",
         ],
+        "promote": ["--force", "--json", "--require-approval", "ALIAS", "MODEL", "TEXT", "URI", "VERSION", "VERSION"],
+        "rollback": ["--json", "ALIAS", "MODEL", "TEXT", "URI", "VERSION", "VERSION"],
+        "approve": ["--json", "--reject", "ALIAS", "MODEL", "NAME", "TEXT", "TIME", "URI", "VERSION"],
+        "history": ["--json", "ALIAS", "MODEL", "TIME", "URI"],
+        "reconcile": ["--json", "MODEL", "URI"],
     }
 
 
