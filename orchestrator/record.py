@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from orchestrator.outcome import StepOutcome
 
 EXPERIMENT = "orchestrator"
+REPORT_FILE = "report.html"
 
 
 class RunRecord:
@@ -128,6 +129,11 @@ class RunRecord:
         self.registry.set_alias(name, alias, version)
         before = f"version {held_by}" if held_by else "no version"
         return f"alias {alias} of {name} moved from {before} to version {version}"
+
+    def page(self, html: str) -> None:
+        """Keep the page of the run with it, if there is a parent run."""
+        if self.mlflow_run is not None:
+            self._tracker.log_page(self.mlflow_run, REPORT_FILE, html)
 
     def finish(self, outcomes: Mapping[int, StepOutcome], *, failed: bool) -> None:
         """Close the parent run, if there is one; remember what the next run will want to know of the registry."""

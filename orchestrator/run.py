@@ -30,6 +30,7 @@ from orchestrator.method import ModelMethod, Publisher
 from orchestrator.model import import_libraries
 from orchestrator.outcome import StepOutcome
 from orchestrator.plan import SOURCE, Plan, Step, make_plan
+from orchestrator.planned import journal_facts
 from orchestrator.plugins import Methods
 from orchestrator.preflight import Estimate, foresee, learn
 from orchestrator.published import released
@@ -80,7 +81,7 @@ class Execution:
         self.record = RunRecord(self.plan, self.settings, self.journal.run_id, self.engine)
         self._import_seconds = 0.0  # of the libraries, in the step at work
         self._turn = threading.Lock()  # peak memory is the process's, so steps take turns
-        self.journal.write("run started", pipeline=self.plan.name, spec=str(self.plan.spec_path), engine=self.engine)
+        self.journal.write("run started", engine=self.engine, **journal_facts(self.plan))
         self.observer.run_started(self.journal.run_id, self.plan)
 
     @property
@@ -308,8 +309,24 @@ class Execution:
             self.journal.write("run finished")
             remember(self.plan, self.settings.home)
         else:
-            self.journal.write("run failed", error=str(error) or type(error).__name__)
+            kind = type(error).__name__
+            self.journal.write("run failed", kind=kind, error=str(error) or kind)
+        self._report()
         self.record.finish(self.outcomes, failed=error is not None)
+
+    def _report(self) -> None:
+        """Write the page of the run. It only shows: what goes wrong with it is a note."""
+        try:
+            from orchestrator.html_report import write_run_report
+
+            self.record.page(write_run_report(self.settings.home, self.run_id))
+        except Exception as error:
+            self.observer.note(f"the report of this run is not whole: {type(error).__name__}: {error}")
+
+    @property
+    def report_path(self) -> Path:
+        """Where the page of the run is, once the run has ended."""
+        return self.journal.path.with_suffix(".html")
 
     def document(self) -> dict[str, Any]:
         """What `run --json` prints."""
@@ -319,6 +336,7 @@ class Execution:
             "mlflow_run": self.record.mlflow_run,
             "steps": [self.outcomes[index].as_dict() for index in sorted(self.outcomes)],
             "release": self.release,
+            "report": str(self.report_path),
         }
 
 
