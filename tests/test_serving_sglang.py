@@ -84,20 +84,32 @@ def test_every_supported_version_takes_the_file() -> None:
     assert "0.5.24" not in SpecifierSet(SGLang.supported_versions)
 
 
+HYBRID = {
+    **LLAMA_8B,
+    "model_type": "qwen3_next",
+    "head_dim": 128,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [(HYBRID, "recurrent states"), (DEEPSEEK_V3, "replace a page of 16 tokens by 64")],
+)
+@pytest.mark.parametrize("changes", [{}, {"gpu_memory_gib": 1.0}, {"max_model_len": 10**7}])
+def test_no_memory_is_asked_for_where_none_would_help(
+    config: dict[str, Any], said: str, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(SpecError, match=said):
+        SGLang(**changes).plan(ModelShape.from_config(config), WEIGHTS)
+
+
 def test_what_sglang_would_refuse_or_change_is_refused() -> None:
-    hybrid = {
-        **LLAMA_8B,
-        "model_type": "qwen3_next",
-        "head_dim": 128,
-        "full_attention_interval": 4,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
-    }
-    with pytest.raises(SpecError, match="recurrent states"):
-        render(SGLang(), hybrid)
     with pytest.raises(SpecError, match="would be in bfloat16"):
         render(SGLang(kv_cache_dtype="bfloat16"), {**LLAMA_8B, "torch_dtype": "float16", "dtype": "float16"})
     with pytest.raises(UnsupportedPolicyError):

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from orchestrator.api import InputScheme, ModelShape, OrchestratorError, QuantScheme
+from orchestrator.api import InputScheme, ModelShape, OrchestratorError, QuantScheme, SpecError
 from orchestrator.deployment import serving_files
 from orchestrator.serving_engine import UnsupportedPolicyError
 from orchestrator_serving import tensorrt_llm
@@ -86,6 +86,26 @@ def test_what_tensorrt_llm_cannot_honour_is_refused(
         rendered(parameters, shape)
     assert said in str(caught.value)
     assert isinstance(caught.value, UnsupportedPolicyError) is ("policy" in parameters)
+
+
+QWEN3_NEXT = {
+    **LLAMA, "model_type": "qwen3_next", "head_dim": 128, "full_attention_interval": 4, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+LLAMA4 = {
+    **LLAMA, "model_type": "llama4_text", "head_dim": 128, "attention_chunk_size": 8192,
+    "no_rope_layers": [1, 1, 1, 0] * 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "kind"), [(QWEN3_NEXT, "state"), (LLAMA4, "chunked")])
+@pytest.mark.parametrize("changes", [{}, {"gpu_memory_gib": 1.0}, {"max_model_len": 10**7}])
+def test_no_memory_is_asked_for_where_none_would_help(
+    config: dict[str, Any], kind: str, changes: dict[str, Any]
+) -> None:
+    engine = TensorRTLLM(**changes)
+    with pytest.raises(SpecError, match=f"layers of kind {kind} is not known here"):
+        engine.plan(ModelShape.from_config(config), 9 * 2**30)
 
 
 def test_removed_and_unknown_keys_do_not_fit_the_schema() -> None:

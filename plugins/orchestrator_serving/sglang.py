@@ -49,6 +49,11 @@ class SGLang(ServingEngine):
         "lru", description="Which shared beginnings go first when the pool is full."
     )
 
+    def plan(self, shape: ModelShape, weight_bytes: int) -> KVPlan:
+        """Divide the memory. Raises `SpecError` first for a model that no memory would help, as `render` does."""
+        self._check(shape)
+        return super().plan(shape, weight_bytes)
+
     def render(self, shape: ModelShape, plan: KVPlan) -> Mapping[str, str]:
         """Return ``{"sglang.yaml": text}``. Raises `SpecError` for what SGLang would refuse or silently change."""
         settings = self.settings(shape, plan)

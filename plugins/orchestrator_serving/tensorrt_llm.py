@@ -45,6 +45,11 @@ class TensorRTLLM(ServingEngine):
         held = super().held_tokens()
         return None if held is None else held + self.block_size
 
+    def plan(self, shape: ModelShape, weight_bytes: int) -> KVPlan:
+        """Divide the memory. Raises `SpecError` first for a model that no memory would help, as `render` does."""
+        self._check(shape)
+        return super().plan(shape, weight_bytes)
+
     def render(self, shape: ModelShape, plan: KVPlan) -> Mapping[str, str]:
         """Return ``{"trtllm.yaml": text}``. Raises `SpecError` for what TensorRT-LLM would refuse or misread."""
         return {FILE_NAME: yaml.safe_dump(self.settings(shape, plan), sort_keys=False)}
