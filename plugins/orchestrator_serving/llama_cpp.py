@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from orchestrator.api import KVPlan, LayoutRule, ModelShape, ServingEngine, SpecError, Stage
-from orchestrator_serving.llama_cpp_layout import BLOCKS, LlamaCppLayout
+from orchestrator_serving.llama_cpp_layout import BLOCKS, LlamaCppLayout, check_model, padded
 
 SCRIPT = "llama-server.sh"
 MOST_SLOTS = 256  # LLAMA_MAX_SEQ
@@ -55,7 +55,12 @@ class LlamaCpp(ServingEngine):
     )
 
     def held_tokens(self) -> int | None:
-        """What a slot has to hold for recent_tokens to be there at any time."""
+        """The cells of a slot that has room for twice recent_tokens: it fills before anything is dropped."""
+        needed = self._needed_tokens()
+        return None if needed is None else padded(needed)
+
+    def _needed_tokens(self) -> int | None:
+        """What a slot has to hold for recent_tokens to be there at any time; None: the whole sequence."""
         if self.policy == "paged" or self.recent_tokens is None:
             return None
         return self._keep() + 2 * self.recent_tokens + _SPARE
@@ -71,12 +76,13 @@ class LlamaCpp(ServingEngine):
 
     def plan(self, shape: ModelShape, weight_bytes: int) -> KVPlan:
         """Divide the memory. Raises `SpecError` too for a slot that is longer than the model's positions."""
-        held = self.held_tokens()
-        if held is not None and held > shape.max_position_embeddings:
+        check_model(shape)
+        needed = self._needed_tokens()
+        if needed is not None and needed > shape.max_position_embeddings:
             most = (shape.max_position_embeddings - self._keep() - _SPARE) // 2
             raise SpecError(
                 f"llama.cpp drops half of a slot that is full: to keep {self.recent_tokens} recent tokens it needs "
-                f"{held} positions, and the model has {shape.max_position_embeddings}",
+                f"{needed} positions, and the model has {shape.max_position_embeddings}",
                 remedy=f"set recent_tokens to at most {most}",
             )
         return super().plan(shape, weight_bytes)
@@ -132,10 +138,16 @@ class LlamaCpp(ServingEngine):
             f"{slots * plan.bytes_per_block / 2**20:.2f} MiB.",
         ]
         if self.policy != "paged":
-            notes.append(
-                f"A prompt must be shorter than a slot, {min(plan.block_size, shape.max_position_embeddings)} tokens. "
-                "A full slot drops the older half of what follows the first tokens."
-            )
+            slot = min(plan.block_size, shape.max_position_embeddings)
+            keep = self._keep()
+            dropped = (slot - 1 - keep) // 2
+            notes += [
+                f"A prompt must be shorter than a slot, {slot} tokens.",
+                f"At {slot - 1} tokens a slot drops the older half of those behind the first {keep}: "
+                f"({slot - 1} - {keep}) // 2 = {dropped} tokens. So of a long sequence between {slot - 1 - dropped} "
+                f"and {slot - 1} tokens are kept. If the tokenizer begins every text with a token of its own, the "
+                "server keeps that one besides.",
+            ]
         return notes
 
 

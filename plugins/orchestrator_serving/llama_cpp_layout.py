@@ -40,11 +40,12 @@ class LlamaCppLayout:
         """Return the layout. Raises `SpecError` for what llama.cpp refuses, or is not written as GGUF."""
         if devices != 1:
             raise SpecError("the plan is for llama.cpp on one device", remedy="set tensor_parallel_size: 1")
-        self._check(shape, dtype)
+        check_model(shape)
+        _check_dtype(shape, dtype)
         cells = padded(self.slot_tokens or length)
         steps, parts = [], []
         for windowed in (False, True):
-            layers = [cache for cache in shape.attending if self._has_window(cache, shape) is windowed]
+            layers = [cache for cache in shape.attending if _has_window(cache, shape) is windowed]
             if not layers:
                 continue
             kept = cells
@@ -63,33 +64,38 @@ class LlamaCppLayout:
         group = KVGroup("full", len(shape.attending), cells, total // len(shape.attending))
         return Layout(RULE, (group,), total, steps=tuple(steps))
 
-    @staticmethod
-    def _has_window(cache: LayerCache, shape: ModelShape) -> bool:
-        return cache.kind == "sliding" and shape.model_type in _WINDOWED
 
-    def _check(self, shape: ModelShape, dtype: CacheDtype) -> None:
-        kinds = {cache.kind for cache in shape.caches} - {"full", "sliding"}
-        if kinds or not shape.attending:
+def check_model(shape: ModelShape) -> None:
+    """Raises `SpecError` for a model that llama.cpp serves in another way, or that is not written as GGUF."""
+    kinds = {cache.kind for cache in shape.caches} - {"full", "sliding"}
+    if kinds or not shape.attending:
+        raise SpecError(
+            f"a model that keeps {', '.join(sorted(kinds)) or 'nothing'} of a layer is not written as GGUF here",
+            remedy=_LEAVE_OUT,
+        )
+    positions = shape.max_position_embeddings
+    for cache in shape.attending:
+        if not _has_window(cache, shape) and (cache.window or positions) < positions:
             raise SpecError(
-                f"a model that keeps {', '.join(sorted(kinds)) or 'nothing'} of a layer is not written as GGUF here",
+                f"llama.cpp ignores the sliding window of {cache.window} tokens of {shape.model_type}",
                 remedy=_LEAVE_OUT,
             )
-        for cache in shape.attending:
-            if not self._has_window(cache, shape) and (cache.window or shape.max_position_embeddings) < (
-                shape.max_position_embeddings
-            ):
-                raise SpecError(
-                    f"llama.cpp ignores the sliding window of {cache.window} tokens of {shape.model_type}",
-                    remedy=_LEAVE_OUT,
-                )
-            if dtype.name in BLOCKS and (cache.head_dim % BLOCK_ELEMENTS or cache.head_dim_v % BLOCK_ELEMENTS):
-                raise SpecError(
-                    f"llama.cpp quantizes keys and values in blocks of {BLOCK_ELEMENTS}, which do not divide heads of "
-                    f"{cache.head_dim}",
-                    remedy="set kv_cache_dtype: float16",
-                )
-        if dtype.name not in (*PLAIN, *BLOCKS):
+
+
+def _has_window(cache: LayerCache, shape: ModelShape) -> bool:
+    return cache.kind == "sliding" and shape.model_type in _WINDOWED
+
+
+def _check_dtype(shape: ModelShape, dtype: CacheDtype) -> None:
+    if dtype.name not in (*PLAIN, *BLOCKS):
+        raise SpecError(
+            f"llama.cpp keeps no KV cache in {dtype.name}",
+            remedy=f"set kv_cache_dtype to one of {', '.join((*PLAIN, *BLOCKS))}",
+        )
+    for cache in shape.attending:
+        if dtype.name in BLOCKS and (cache.head_dim % BLOCK_ELEMENTS or cache.head_dim_v % BLOCK_ELEMENTS):
             raise SpecError(
-                f"llama.cpp keeps no KV cache in {dtype.name}",
-                remedy=f"set kv_cache_dtype to one of {', '.join((*PLAIN, *BLOCKS))}",
+                f"llama.cpp quantizes keys and values in blocks of {BLOCK_ELEMENTS}, which do not divide heads of "
+                f"{cache.head_dim}",
+                remedy="set kv_cache_dtype: float16",
             )
