@@ -204,7 +204,7 @@ class ModelShape:
                 f"the KV cache of model type {family!r} is not understood (understood: {', '.join(sorted(FAMILIES))})",
                 remedy=LEAVE_OUT,
             )
-        num_layers = _num_layers(config, family)
+        num_layers, kv_scales = _num_layers(config, family), _brings_scales(config)
         dtypes = (entry.get(name) for entry in (config, whole) for name in ("dtype", "torch_dtype"))
         return cls(
             model_type=family,
@@ -216,7 +216,7 @@ class ModelShape:
             dtype=str(next((dtype for dtype in dtypes if dtype), "float32")),
             tied_embeddings=bool(config.get("tie_word_embeddings", family.startswith("gemma"))),
             quantization=tuple(dict.fromkeys(scheme for _, scheme in read_groups(config) or ())),
-            kv_scales=_brings_scales(config),
+            kv_scales=kv_scales,
         )
 
     @property
@@ -253,6 +253,8 @@ class ModelShape:
 def _brings_scales(config: Mapping[str, Any]) -> bool:
     """Whether the checkpoint says how its KV cache is quantized. Raises `SpecError` if not by fp8 scales of tensors."""
     entry = config.get("quantization_config") or config.get(DENSE_ENTRY) or {}
+    if not isinstance(entry, Mapping):
+        raise SpecError("config.json must give quantization_config as a mapping", remedy="copy the model again")
     scheme = entry.get("kv_cache_scheme")
     if not scheme:
         return False
@@ -275,7 +277,19 @@ def _caches(config: Mapping[str, Any], family: str, num_layers: int) -> tuple[La
         return tuple(LayerCache("latent", layer, 1, latent) for layer in range(num_layers))
     heads = _count(config, "num_attention_heads")
     kv_heads = _kv_heads(config, family, heads)
-    by_division = _count(config, "hidden_size") // heads if family in DIVIDING_FAMILIES else None
+    by_division = None
+    if family in DIVIDING_FAMILIES and (family in _PLAIN or config.get("head_dim") is None):
+        by_division, rest = divmod(_count(config, "hidden_size"), heads)
+        if rest:
+            raise SpecError(
+                f"config.json gives {heads} attention heads, which do not divide hidden_size {config['hidden_size']}",
+                remedy="copy the model again, config.json and weights together",
+            )
+    if heads % kv_heads:
+        raise SpecError(
+            f"config.json gives {kv_heads} KV heads, which do not divide {heads} attention heads",
+            remedy="copy the model again, config.json and weights together",
+        )
     if family in _PLAIN or family in ("gpt_bigcode", "falcon"):  # a head_dim there would mean nothing
         head_dim = by_division or 0
     else:
@@ -310,6 +324,8 @@ def _kinds(config: Mapping[str, Any], family: str, num_layers: int) -> list[Atte
     if family == "nemotron_h" and config.get("hybrid_override_pattern"):
         letters = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
         named = [letters.get(letter, letter) for letter in str(config["hybrid_override_pattern"])]
+    if named is not None and not isinstance(named, list):
+        raise SpecError("config.json must give the types of layers as a list", remedy="complete config.json")
     if named is not None:
         unknown = sorted({str(kind) for kind in named} - _KINDS.keys())
         states = any(_KINDS.get(str(kind)) == "state" for kind in named)
@@ -340,7 +356,7 @@ def _qwen(config: Mapping[str, Any], num_layers: int) -> list[Any]:
         raise SpecError(
             f"config.json of this {config['model_type']} must give layer_types", remedy="complete config.json"
         )
-    first = config.get("max_window_layers") or 0
+    first = _index(config, "max_window_layers")
     return ["sliding" if config.get("use_sliding_window") and i >= first else "full" for i in range(num_layers)]
 
 
@@ -364,11 +380,13 @@ def _gated_delta(config: Mapping[str, Any], num_layers: int) -> list[Any]:
 
 def _bamba(config: Mapping[str, Any], num_layers: int) -> list[Any]:
     attending = config.get("attn_layer_indices") or []
+    if not isinstance(attending, list):
+        raise SpecError("config.json must give attn_layer_indices as a list", remedy="complete config.json")
     return ["full" if index in attending else "state" for index in range(num_layers)]
 
 
 def _jamba(config: Mapping[str, Any], num_layers: int) -> list[Any]:
-    period, offset = _count(config, "attn_layer_period"), int(config.get("attn_layer_offset") or 0)
+    period, offset = _count(config, "attn_layer_period"), _index(config, "attn_layer_offset")
     return _every(period, offset, "full", "state", num_layers)
 
 
@@ -426,6 +444,11 @@ _STATES: Mapping[str, Callable[[Mapping[str, Any]], RecurrentState]] = {
     "jamba": _mamba1,
     "lfm2": _short_convolution,
 }
+
+
+def _index(config: Mapping[str, Any], key: str) -> int:
+    """Return the number of a layer, 0 where there is none."""
+    return 0 if not config.get(key) else _count(config, key)
 
 
 def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -98,6 +98,9 @@ class Checkpoint:
             raise PreflightError(f"{path} cannot be read: {error}", remedy="copy the model again") from None
         if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
             raise PreflightError(f"{path} names no model_type", remedy="give a folder in Hugging Face layout")
+        for entry in ("quantization_config", "compression_config"):
+            if not isinstance(config.get(entry, {}), dict | None):
+                raise PreflightError(f"{path} gives {entry} as no mapping", remedy="copy the model again")
         if "auto_map" in config:
             raise PreflightError(
                 f"{path} asks to run code that comes with the model (auto_map)",

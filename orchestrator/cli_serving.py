@@ -34,6 +34,9 @@ WeightsOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
+TEXTS = ("engine_version", "chart_version")  # parameters that look like numbers and are none
+
+
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("serve-config")(serve_config)
@@ -50,7 +53,10 @@ def serve_config(
     weight_bytes: WeightsOption = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print the arithmetic instead of the files.")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="Write the files there; must not exist or be empty.")
+        Path | None,
+        typer.Option(
+            "--output", metavar="DIR", help="Root of a release; the files go to DIR/serving/ENGINE."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,14 +68,15 @@ def serve_config(
     method = _engine(engine, gpu_memory_gib, max_model_len, settings)
     shape, size = _model(reference, weight_bytes)
     files = serving_files(method, shape, size)
-    if output is not None:
-        _write(files, output)
+    target = None if output is None else output / "serving" / method.name
+    if target is not None:
+        _write(files, target)
     if as_json:
         print_json({"plan": json.loads(files[PLAN_FILE]), "files": files})
     elif explain:
         print_text(files[README_FILE].rstrip("\n"))
-    elif output is not None:
-        print_text("\n".join(str(output / name) for name in sorted(files)))
+    elif target is not None:
+        print_text("\n".join(str(target / name) for name in sorted(files)))
     else:
         own = {name: text for name, text in files.items() if name not in (PLAN_FILE, README_FILE)}
         heading = len(own) > 1
@@ -103,15 +110,18 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Drawn traffic: seed.")] = 0,
     step_ms: Annotated[float, typer.Option(help="Time of a step of the engine, ms: reading the weights.")] = 25.0,
     prefill_us: Annotated[float, typer.Option(help="And for each prompt token in it, microseconds.")] = 50.0,
+    paged_only: Annotated[bool, typer.Option("--paged-only", help="Leave the preallocated memories out.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw waste and concurrency into an SVG.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Put traffic through the planned KV cache: paged, and beside it preallocated as before PagedAttention."""
-    from orchestrator.simulation.plot import draw
-    from orchestrator.simulation.simulate import PagedPool, Timing
+    from orchestrator.simulation.plot import check_plot, draw
+    from orchestrator.simulation.simulate import PAGED, POLICIES, PagedPool, Timing
     from orchestrator.simulation.simulate import simulate as run
     from orchestrator.simulation.traffic import traffic_from_options
 
+    if plot is not None:
+        check_plot(plot)
     method = _engine(engine, gpu_memory_gib, max_model_len, settings)
     traffic = traffic_from_options(
         trace=trace,
@@ -130,7 +140,8 @@ def simulate(
     limits = {
         name: getattr(method, name) for name in ("max_num_seqs", "max_num_batched_tokens") if hasattr(method, name)
     }
-    report = run(PagedPool.from_plan(plan, **limits), traffic, timing=timing)
+    policies = (PAGED,) if paged_only else POLICIES
+    report = run(PagedPool.from_plan(plan, **limits), traffic, timing=timing, policies=policies)
     if plot is not None:
         draw(report, plot)
     if as_json:
@@ -174,7 +185,6 @@ _ROWS: dict[str, Callable[[PolicyResult], str]] = {
 
 def _engine(name: str, memory: float | None, length: int | None, settings: list[str] | None) -> ServingEngine:
     """Build the engine from the command line. Raises `SpecError` with all that is wrong."""
-    import yaml
     from pydantic import ValidationError
 
     from orchestrator.deployment import check_engine
@@ -195,16 +205,23 @@ def _engine(name: str, memory: float | None, length: int | None, settings: list[
         key, equals, text = entry.partition("=")
         if not equals:
             raise SpecError(f"--set {entry} gives no value", remedy="write --set NAME=VALUE")
-        try:
-            values[key.replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            values[key.replace("-", "_")] = text
+        field = key.replace("-", "_")
+        values[field] = text if field in TEXTS else _parsed(text)
     try:
         engine = validate_strictly(cls, values)
     except ValidationError as error:
         raise SpecError([_problem(item, cls) for item in error.errors(include_url=False)]) from None
     check_engine(engine, engines)
     return engine
+
+
+def _parsed(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _problem(item: Any, cls: type[ServingEngine]) -> Problem:

@@ -81,7 +81,8 @@ class KVPlan:
     kv_cache_dtype: as asked for; element_dtype: what it means for this model.
     state_bytes: of the recurrent states of one sequence, where they are kept beside the blocks.
     blocks_per_sequence: of one of max_model_len tokens. held_tokens: most tokens that are kept of it, by the policy.
-    max_concurrency: how many sequences of max_model_len tokens the blocks hold at once.
+    max_concurrency: how many sequences of max_model_len tokens the blocks hold at once, as engines report it.
+    reserved_blocks: that no sequence gets.
     """
 
     rule: str
@@ -104,7 +105,15 @@ class KVPlan:
     element_dtype: str
     state_bytes: int
     groups: tuple[KVGroup, ...]
+    reserved_blocks: int
     steps: tuple[str, ...]
+
+    @property
+    def whole_sequences(self) -> int:
+        """How many sequences of max_model_len tokens can really run at once."""
+        if self.state_bytes:
+            return int(self.max_concurrency)
+        return (self.num_blocks - self.reserved_blocks) // self.blocks_per_sequence
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that a sequence of so many tokens takes; a policy that forgets keeps no more than `held_tokens`."""
@@ -209,6 +218,7 @@ def plan_kv(
         element_dtype=dtype.name,
         state_bytes=layout.state_bytes,
         groups=layout.groups,
+        reserved_blocks=layout.reserved_blocks,
         steps=tuple(steps),
     )
 

@@ -134,6 +134,15 @@ class ServingEngine(Method):
             raise SpecError(
                 "of the expected traffic only one of prompt_tokens and answer_tokens is given", remedy="give both"
             )
+        unused = [name for name in ("recent_tokens", "heavy_tokens") if getattr(self, name)]
+        if self.policy == "paged" and unused:
+            raise SpecError(f"{unused[0]} means nothing to the policy paged", remedy="remove it, or set a policy")
+        if self.prompt_tokens and self.answer_tokens and self.prompt_tokens + self.answer_tokens > self.max_model_len:
+            raise SpecError(
+                f"the expected prompt and answer are {self.prompt_tokens + self.answer_tokens} tokens, more than "
+                f"max_model_len {self.max_model_len}",
+                remedy="raise max_model_len, or expect less",
+            )
         if self.prompt_tokens is not None and self.shared_prefix_tokens > self.prompt_tokens:
             raise SpecError(
                 f"shared_prefix_tokens {self.shared_prefix_tokens} is more than prompt_tokens {self.prompt_tokens}",

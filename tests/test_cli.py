@@ -95,6 +95,7 @@ def test_the_surface_is_frozen() -> None:
             "--gpu-memory-gib",
             "--json",
             "--max-model-len",
+            "--paged-only",
             "--prefill-us",
             "--prefix-tokens",
             "--prefixes",

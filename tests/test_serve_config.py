@@ -51,12 +51,14 @@ def test_the_files_are_printed_and_the_arithmetic_when_asked_for(model: Path) ->
 
 
 def test_any_parameter_can_be_set_and_files_be_written(model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "serving"
-    done = call(model, "--engine", "vllm", "--max-model-len", "128", "--set", "kv_cache_dtype=fp8", "--output", out)
+    done = call(
+        model, "--engine", "vllm", "--max-model-len", "128", "--set", "kv_cache_dtype=fp8", "--output", tmp_path
+    )
     assert done.returncode == 0, done.stderr
+    out = tmp_path / "serving" / "vllm"  # where its own README says that it lies
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "kv-plan.json", "vllm.yaml"]
     assert yaml.safe_load((out / "vllm.yaml").read_text())["kv-cache-dtype"] == "fp8"
-    again = call(model, "--engine", "vllm", "--max-model-len", "128", "--output", out)
+    again = call(model, "--engine", "vllm", "--max-model-len", "128", "--output", tmp_path)
     assert (again.returncode, again.stdout) == (3, "")
     assert "is there already" in again.stderr
 
@@ -87,6 +89,15 @@ def test_a_configuration_alone_is_planned_with_the_bytes_of_its_weights(tmp_path
         (("--engine", "vllm", "--set", "engine_version=0.12.0"), 2, "outside >=0.33,<0.34"),
         (("--engine", "vllm", "--set", "engine_version=new"), 2, "is no version"),
         (("--engine", "vllm", "--set", "tensor_parallel_size=3"), 2, "one of 1, 2, 4"),
+        (("--engine", "vllm", "--set", "engine_version=0.32"), 2, "0.32 is outside"),
+        (("--engine", "vllm", "--set", "recent_tokens=64"), 2, "means nothing to the policy paged"),
+        (("--engine", "vllm", "--set", "prompt_tokens=100", "--set", "answer_tokens=29"), 2, "more than max_model_len"),
+        (("--engine", "vllm", "--set", "extra_flags={calculate_kv_scales: true}"), 2, "quantize: kv_scales"),
+        (("--engine", "vllm", "--set", "extra_flags={num-gpu-blocks-override: 9}"), 2, "the cache that is planned"),
+        (("--engine", "vllm", "--set", "extra_flags={kv-cache-memory-bytes: 9}"), 2, "use pin_cache"),
+        (("--engine", "vllm", "--set", "extra_flags={quantization: awq}"), 2, "follows from the release"),
+        (("--engine", "vllm", "--set", "extra_flags={nnodes: 2}"), 2, "plan would be of other devices"),
+        (("--engine", "vllm", "--set", "extra_flags={compilation-config: x}"), 2, "takes JSON"),
         (("--engine", "vllm", "--weight-bytes", "-1"), 2, "no size"),
     ],
     ids=lambda value: "-".join(value[1:]) if isinstance(value, tuple) else None,
@@ -102,9 +113,16 @@ def test_mistakes_are_refused_with_the_reason(model: Path, arguments: tuple[str,
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     done = call(tmp_path / "nothing", "--engine", "vllm")
     assert done.returncode in (2, 3) and "Traceback" not in done.stderr
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    done = call(tmp_path, "--engine", "vllm", "--weight-bytes", "1")
-    assert done.returncode == 2 and "config.json must give num_hidden_layers" in done.stderr
+    for change, said in (
+        ({"num_hidden_layers": None}, "config.json must give num_hidden_layers"),
+        ({"quantization_config": "x"}, "quantization_config as no mapping"),
+        ({"layer_types": 5}, "types of layers as a list"),
+        ({"num_attention_heads": 3}, "do not divide hidden_size"),
+        ({"num_key_value_heads": 5}, "do not divide 32 attention heads"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, **change}), encoding="utf-8")
+        with pytest.raises(OrchestratorError, match=said):
+            app(["serve-config", str(tmp_path), "--engine", "vllm", "--weight-bytes", "1"], standalone_mode=False)
 
 
 def test_a_release_holds_the_plan_and_says_what_was_assumed(model: Path, tmp_path: Path) -> None:
@@ -130,8 +148,8 @@ def test_expected_traffic_counts_the_shared_prefix_once() -> None:
     assert traffic is not None
     # 1200 tokens are 75 blocks, of which 32 are shared
     assert (traffic["blocks_shared"], traffic["blocks_of_a_sequence"]) == (32, 43)
-    assert traffic["concurrency"] == (plan.num_blocks - 32) / 43
-    assert traffic["prefix_room_blocks"] == plan.num_blocks - 32 - traffic["running"] * 43
+    assert traffic["concurrency"] == (plan.num_blocks - 1 - 32) / 43  # vLLM keeps a block for itself
+    assert traffic["prefix_room_blocks"] == plan.num_blocks - 1 - 32 - traffic["running"] * 43
     assert expected_traffic(VLLM(), plan) is None
 
 
@@ -194,3 +212,5 @@ def test_traffic_is_put_through_the_planned_cache(model: Path, tmp_path: Path) -
         app(["simulate", *asked, "--trace", str(trace)], standalone_mode=False)
     with pytest.raises(OrchestratorError, match="there is no traffic"):
         app(["simulate", *asked], standalone_mode=False)
+    with pytest.raises(OrchestratorError, match="cannot be written"):
+        app(["simulate", *asked, *drawn, "--plot", str(tmp_path / "no" / "w.svg")], standalone_mode=False)

@@ -36,7 +36,7 @@ def test_settings_as_we_write_them_pass(engine: str, settings: dict[str, Any]) -
     ("engine", "version", "settings", "message", "remedy"),
     [
         ("vllm", "0.33.0", {"block_sise": 16}, "no flag --block_sise", "did you mean block-size"),
-        ("vllm", "0.33.0", {"swap-space": 4}, "no flag --swap-space", ""),
+        ("vllm", "0.33.0", {"swap-space": 4}, "no --swap-space any more", ""),
         (
             "vllm",
             "0.33.0",

@@ -77,7 +77,7 @@ def test_the_file_says_what_was_calculated() -> None:
         "block-size": 16,
         "gpu-memory-utilization": 0.5,
         "kv-cache-dtype": "auto",
-        "max-num-seqs": 6,
+        "max-num-seqs": 5,
         "max-num-batched-tokens": 8192,
         "enable-prefix-caching": True,
     }
@@ -89,7 +89,7 @@ def test_the_file_says_what_was_calculated() -> None:
 
 def test_fp8_doubles_what_fits_and_names_its_missing_scales() -> None:
     settings, text = render(VLLM(memory_utilization=0.5, max_model_len=8192, kv_cache_dtype="fp8_e4m3"), LLAMA_8B)
-    assert (settings["kv-cache-dtype"], settings["max-num-seqs"]) == ("fp8_e4m3", 12)
+    assert (settings["kv-cache-dtype"], settings["max-num-seqs"]) == ("fp8_e4m3", 11)
     assert "no fp8 KV scales" in text
 
 

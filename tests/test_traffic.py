@@ -242,3 +242,13 @@ def test_traffic_from_options(tmp_path: Path) -> None:
         traffic_from_options(trace=path, rate=1.0)
     with pytest.raises(SpecError, match=r"bad\.jsonl:1: not a JSON object"):
         traffic_from_options(trace=written(tmp_path, "bad.jsonl", "{"))
+
+
+def test_a_line_that_never_ends_is_not_read_to_its_end(tmp_path: Path) -> None:
+    for name in ("long.jsonl.gz", "long.csv"):
+        path = written(tmp_path, name, "x" * 20_000_000)
+        tracemalloc.start()
+        with pytest.raises(SpecError, match="a line of more than 1048576 characters"):
+            list(Trace(path))
+        assert tracemalloc.get_traced_memory()[1] < 12_000_000
+        tracemalloc.stop()

@@ -5,6 +5,7 @@ The colours are those of Okabe and Ito, which people with any colour vision can 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -53,6 +54,15 @@ def draw_sweep(reports: Mapping[float, SimulationReport], path: Path) -> None:
         line(running, name, rates, [result.mean_running for result in results], marker="o")
         line(waste, name, rates, [100 * result.waste.total for result in results], marker="o")
     finish(figure, running, waste, "arrivals, requests/s", path)
+
+
+def check_plot(path: Path) -> None:
+    """Find out before a long simulation whether its plot can be drawn. Raises `PreflightError`."""
+    plotting()
+    if path.suffix not in (".svg", ".png"):
+        raise PreflightError(f"{path.name!r} is no name of a plot", remedy="end it in .svg or .png")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PreflightError(f"{path} cannot be written", remedy="name a file in a folder that is there and is yours")
 
 
 def ordered(report: SimulationReport) -> list[str]:

@@ -25,6 +25,7 @@ from orchestrator.errors import SpecError
 
 NS = 10**9
 MOST_TOKENS = 2**40
+MOST_LINE = 2**20  # characters; a request of a million tokens in Mooncake's form has some 20,000
 MOST_SAMPLES = 1024
 # Python's hash of integers repeats beyond this, and block keys are chained with it.
 MOST_ID = 2**60
@@ -81,7 +82,7 @@ class Trace:
         number = 0
         try:
             with gzip.open(self.path, "rt", encoding="utf-8") if packed else self.path.open(encoding="utf-8") as file:
-                for number, request in (_csv if kind == ".csv" else _json)(file, self.path):
+                for number, request in (_csv if kind == ".csv" else _json)(_lines(file, self.path), self.path):
                     yield number, request
         except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
             raise SpecError(
@@ -91,8 +92,18 @@ class Trace:
             ) from None
 
 
-def _json(file: TextIO, path: Path) -> Iterator[tuple[int, Request]]:
-    for number, line in enumerate(file, 1):
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a file, none of them longer than a request can be: a trace is never in memory as a whole."""
+    number = 0
+    while line := file.readline(MOST_LINE + 1):
+        number += 1
+        if len(line) > MOST_LINE:
+            raise _bad(path, number, f"a line of more than {MOST_LINE} characters")
+        yield line
+
+
+def _json(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Request]]:
+    for number, line in enumerate(lines, 1):
         if line.isspace():
             continue
         try:
@@ -109,8 +120,8 @@ def _json(file: TextIO, path: Path) -> Iterator[tuple[int, Request]]:
             raise _bad(path, number, str(error)) from None
 
 
-def _csv(file: TextIO, path: Path) -> Iterator[tuple[int, Request]]:
-    rows = csv.reader(file)
+def _csv(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Request]]:
+    rows = csv.reader(lines)
     header = [name.strip().lstrip("\ufeff") for name in next(rows, [])]
     if header and not set(AZURE_COLUMNS) <= set(header):
         missing = ", ".join(name for name in AZURE_COLUMNS if name not in header)

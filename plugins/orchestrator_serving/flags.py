@@ -27,6 +27,21 @@ _TAKES: Mapping[str, tuple[type, ...]] = {
     "json": (str, dict),
     "any": (str, int, float, dict),
 }
+# Flags that were gone before the oldest version that is recorded, and what to do instead.
+_LONG_GONE: Mapping[str, Mapping[str, str]] = {
+    "vllm": {
+        "calculate-kv-scales": "scales come from the checkpoint: add `quantize: kv_scales`",
+        "swap-space": "sequences are computed again instead: remove it",
+        "rope-scaling": "it is read from config.json: remove it",
+        "rope-theta": "it is read from config.json: remove it",
+        "max-seq-len-to-capture": "use cudagraph-capture-sizes",
+        "max-num-partial-prefills": "chunked prefill needs no such number: remove it",
+        "num-scheduler-steps": "remove it; scheduling is asynchronous",
+        "use-v2-block-manager": "remove it; there is one only",
+        "quantization-param-path": "scales come from the checkpoint: add `quantize: kv_scales`",
+        "preemption-mode": "sequences are computed again: remove it",
+    }
+}
 _NAMES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "json": "JSON"}
 
 
@@ -43,6 +58,8 @@ def check_flags(engine: str, version: str, settings: Mapping[str, Any]) -> None:
         flag, dot, _ = name.replace("_", "-").partition(".")
         entry = schema["flags"].get(schema["aliases"].get(flag, flag))
         removed = schema["removed"].get(flag)
+        if entry is None and flag in _LONG_GONE.get(engine, {}):
+            raise SpecError(f"{engine} has no --{flag} any more", remedy=_LONG_GONE[engine][flag])
         if entry is None and not (removed and wanted < Version(removed)):
             _refuse_name(engine, version, name, flag, removed, schema)
         since = schema["since"].get(flag)
@@ -108,6 +125,8 @@ def _check_value(
                 f"--{flag} of {engine} takes {_NAMES.get(kind, 'text, a number or JSON')}, not {_shown(item)}",
                 remedy=f"write {_NAMES.get(kind, 'such a value')}",
             )
+        if kind == "json" and isinstance(item, str):
+            _check_json(engine, flag, item)
         if isinstance(item, float) and not math.isfinite(item):
             raise SpecError(f"--{flag} of {engine} takes a finite number, not {item}", remedy="give a number")
         choices = entry.get("choices")
@@ -125,6 +144,16 @@ def _check_value(
             )
     if entry.get("only_true") and value is False:
         raise SpecError(f"--{flag} of {engine} can only be switched on", remedy="leave it out")
+
+
+def _check_json(engine: str, flag: str, text: str) -> None:
+    try:
+        json.loads(text)
+    except ValueError as error:
+        raise SpecError(
+            f"--{flag} of {engine} takes JSON, which {_shown(text)} is not: {error}",
+            remedy=f'write {{"key": value}}, or {flag}.key: value',
+        ) from None
 
 
 def _shown(value: Any) -> str:

@@ -31,7 +31,27 @@ _LATENT_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 _MOST = 2**63 - 1
 FlagValue = bool | Annotated[int, Field(ge=-_MOST, le=_MOST)] | Annotated[float, Field(ge=-1e300, le=1e300)] | str
 # Flags by which devices share a model: the plan is of one device, and follows tensor_parallel_size alone.
-_SHARING = ("tensor-parallel-size", "tp", "pipeline-parallel-size", "pp", "data-parallel-size", "dp")
+_SHARING = frozenset(
+    {
+        *("tensor-parallel-size", "tp", "pipeline-parallel-size", "pp", "data-parallel-size", "dp"),
+        *("data-parallel-size-local", "dpl", "decode-context-parallel-size", "dcp"),
+        *("prefill-context-parallel-size", "pcp", "nnodes", "n", "enable-expert-parallel"),
+    }
+)
+# Flags that change how much memory the cache has, or how it is laid out.
+_PLANNED = frozenset(
+    {
+        *("num-gpu-blocks-override", "kv-cache-memory-bytes", "kv-cache-layout", "kv-cache-dtype-skip-layers"),
+        *("async-scheduling", "no-async-scheduling", "disable-sliding-window", "disable-hybrid-kv-cache-manager"),
+        *("no-disable-hybrid-kv-cache-manager", "mamba-block-size", "mamba-cache-mode", "mamba-cache-dtype"),
+        *("mamba-ssm-cache-dtype", "use-replayssm", "speculative-config", "spec-method", "spec-model", "spec-tokens"),
+        *("cpu-offload-gb", "attention-config", "attention-backend", "hf-overrides", "additional-config"),
+    }
+)
+# Flags that may make vLLM keep every layer in full, where there are layers of several kinds.
+_CONNECTORS = frozenset({"kv-transfer-config", "kv-offloading-size", "kv-offloading-backend"})
+# Flags whose values follow from the release.
+_RELEASE = frozenset({"quantization", "q", "load-format", "model-impl", "tokenizer", "hf-config-path", "revision"})
 CacheType = Literal[
     "auto",
     "float16",
@@ -94,20 +114,20 @@ class VLLM(ServingEngine):
 
     def plan(self, shape: ModelShape, weight_bytes: int) -> KVPlan:
         """Divide the memory; `kv_tokens` is what vLLM logs as the size of its cache."""
+        self._check(shape)
         plan = super().plan(shape, weight_bytes)
         return replace(plan, kv_tokens=int(plan.max_concurrency * plan.max_model_len))
 
     def render(self, shape: ModelShape, plan: KVPlan) -> Mapping[str, str]:
         """Return ``{"vllm.yaml": text}``. Raises `SpecError` for what vLLM would refuse or silently change."""
-        fitting = int(plan.max_concurrency)
         notes = [
             f"For vLLM {self.supported_versions}. From the root of the release, where the model lies:",
             f"    {self.command()}",
             "",
             "How the KV cache was calculated (all numbers are of one accelerator):",
             *(f"  {step}" for step in plan.steps),
-            f"  {fitting} whole sequences of {plan.max_model_len} tokens fit; max-num-seqs is at most "
-            f"{self.max_num_seqs}",
+            f"  {plan.whole_sequences} whole sequences of {plan.max_model_len} tokens fit beside the block that vLLM "
+            f"keeps; max-num-seqs is at most {self.max_num_seqs}",
             "",
             *self.notes(shape, plan),
         ]
@@ -124,7 +144,7 @@ class VLLM(ServingEngine):
             "block-size": self.block_size,
             "gpu-memory-utilization": plan.memory_utilization,
             "kv-cache-dtype": self._cache_dtype(shape),
-            "max-num-seqs": max(1, min(self.max_num_seqs, int(plan.max_concurrency))),
+            "max-num-seqs": max(1, min(self.max_num_seqs, plan.whole_sequences)),
             "max-num-batched-tokens": self.max_num_batched_tokens,
             "enable-prefix-caching": self.prefix_caching,
         }
@@ -134,7 +154,15 @@ class VLLM(ServingEngine):
             settings["tensor-parallel-size"] = plan.tensor_parallel_size
         for name, value in self.extra_flags.items():
             flag = flag_name(name)
-            if flag in _SHARING:
+            head = flag.partition(".")[0]
+            planned = head in _PLANNED or (head in _CONNECTORS and len(plan.groups) > 1)
+            if planned or head in _RELEASE:
+                what = "the cache that is planned" if planned else "what follows from the release"
+                raise SpecError(
+                    f"extra_flags sets {flag}, which changes {what}",
+                    remedy="use pin_cache" if head == "kv-cache-memory-bytes" else "remove it from extra_flags",
+                )
+            if head in _SHARING:
                 raise SpecError(
                     f"extra_flags sets {flag}, and the plan would be of other devices",
                     remedy="set tensor_parallel_size: it divides the model, and the plan counts with it",
