@@ -262,7 +262,11 @@ def test_llama_cpps_own_parser_reads_every_option() -> None:
             {"model_type": "mistral", "sliding_window": 64},
             "ignores the sliding window of 64 tokens",
         ),
-        ({}, {"model_type": "deepseek_v3", "kv_lora_rank": 64, "qk_rope_head_dim": 32}, "keeps latent"),
+        (
+            {"gpu_memory_gib": 1e-4},
+            {"model_type": "deepseek_v3", "kv_lora_rank": 64, "qk_rope_head_dim": 32},
+            "keeps latent",
+        ),
         ({"policy": "h2o", "recent_tokens": 8}, {}, "policy 'h2o'"),
         ({"engine_version": "4000"}, {}, "outside >=11000"),
     ],

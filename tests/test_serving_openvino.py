@@ -175,7 +175,8 @@ def heads_of_16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_eviction_bounds_the_cache_however_long_the_text_becomes(
     release: Path, tmp_path: Path, parameters: dict[str, Any], blocks: int
 ) -> None:
-    folder, plan = rendered(release, tmp_path / "release", OpenVINOGenAI(**{**SMALL, **parameters}))
+    traffic = {"prompt_tokens": 60, "answer_tokens": 240}
+    folder, plan = rendered(release, tmp_path / "release", OpenVINOGenAI(**{**SMALL, **parameters, **traffic}))
     assert plan.blocks_per_sequence == blocks
     made, used = generate(pipeline_of(folder), PROMPTS[0], 320)
     assert len(made) == 320  # with the prompt 11 blocks, if all were kept
@@ -183,6 +184,59 @@ def test_eviction_bounds_the_cache_however_long_the_text_becomes(
     if parameters.get("apply_rotation"):  # nothing is evicted before 128 tokens
         free, _ = rendered(release, tmp_path / "paged", OpenVINOGenAI(**SMALL))
         assert made[:100] == generate(pipeline_of(free), PROMPTS[0], 100)[0]
+
+
+def test_prompts_that_are_read_take_what_was_planned_and_then_less(release: Path, tmp_path: Path) -> None:
+    """Two prompts in one step, in blocks of the pool that the plan gives to two sequences."""
+    tokenizer = Checkpoint(release).load_tokenizer()
+    texts = ["".join(f"def {name}_{number}(path):\n" for number in range(40)) for name in ("read", "write")]
+    prompts = [tokenizer.decode(tokenizer(text)["input_ids"][:250], skip_special_tokens=True) for text in texts]
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    assert all(7 * 32 < length <= 256 for length in lengths)
+    engine = OpenVINOGenAI(
+        **SMALL | {"gpu_memory_gib": (Checkpoint(release).weight_bytes() + 16.5 * 49152) / 0.92 / 2**30},
+        policy="streaming_llm", recent_tokens=64, prompt_tokens=256, answer_tokens=40, prefix_caching=False,
+        max_num_batched_tokens=600,
+    )  # fmt: skip
+    folder, plan = rendered(release, tmp_path / "release", engine)
+    assert (plan.num_blocks, plan.blocks_per_sequence, plan.max_concurrency) == (16, 8, 2.0)
+    pipeline = pipeline_of(folder)
+    wanted = openvino_genai.GenerationConfig()
+    wanted.max_new_tokens, wanted.do_sample, wanted.ignore_eos = 40, False, True
+    handles = [pipeline.add_request(number, prompt, wanted) for number, prompt in enumerate(prompts)]
+    used, peaks = [], []
+    while pipeline.has_non_finished_requests():
+        pipeline.step()
+        metrics = pipeline.get_metrics()
+        used.append(round(metrics.cache_usage / 100 * plan.num_blocks, 3))
+        peaks.append(round(metrics.max_cache_usage / 100 * plan.num_blocks, 3))
+    assert [len(handle.read_all()[0].generated_ids) for handle in handles] == [40, 40]
+    assert max(peaks) == 16 and len(used) == 40  # both read in the first step: none waited, none was preempted
+    assert max(used[2:]) == 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("parameters", "blocks", "steady"),
+    [
+        ({"prompt_tokens": 256, "answer_tokens": 44}, 8, 5),
+        ({"prompt_tokens": 129, "answer_tokens": 44}, 5, 5),
+        ({"prompt_tokens": 10, "answer_tokens": 200}, 5, 5),
+        ({}, 10, 5),  # nothing is known of the prompts: ceil(300 / 32)
+        ({"max_model_len": 100}, 4, 4),  # never evicted
+        ({"policy": "h2o", "heavy_tokens": 96, "prompt_tokens": 250, "answer_tokens": 10}, 8, 7),
+    ],
+)
+def test_a_sequence_is_counted_at_its_largest(parameters: dict[str, Any], blocks: int, steady: int) -> None:
+    engine = OpenVINOGenAI(**{**SMALL, "policy": "streaming_llm", "recent_tokens": 64, **parameters})
+    engine.preflight()
+    shape = ModelShape.from_config(Checkpoint(MODEL).config)
+    plan = engine.plan(shape, 1 << 20)
+    assert plan.blocks_per_sequence == plan.blocks_for(plan.max_model_len) == blocks
+    assert plan.max_concurrency == plan.num_blocks / blocks
+    notes = " ".join(engine.notes(shape, plan))
+    assert f"after that a sequence holds {steady} at most" in notes
+    assert f"longest prompt that fits is {plan.max_model_len} tokens" in notes
+    assert ("taken to be up to max_model_len" in notes) is ("prompt_tokens" not in parameters)
 
 
 def test_a_prompt_that_was_there_before_is_not_read_again(release: Path, tmp_path: Path) -> None:
@@ -255,7 +309,11 @@ def test_a_pool_that_is_too_small_for_all_preempts_and_answers_them_all_the_same
         ({"policy": "streaming_llm"}, {}, "set recent_tokens"),
         ({"kv_cache_dtype": "bfloat16"}, {}, "only where it computes in it, not in float32"),
         ({"kv_cache_dtype": "float32", "inference_precision": "bfloat16"}, {}, "not in bfloat16"),
-        ({}, {"model_type": "deepseek_v3", "kv_lora_rank": 64, "qk_rope_head_dim": 32}, "keeps latent"),
+        (
+            {"gpu_memory_gib": 1e-4},
+            {"model_type": "deepseek_v3", "kv_lora_rank": 64, "qk_rope_head_dim": 32},
+            "keeps latent",
+        ),
         ({"apply_rotation": True, "inference_precision": "auto"}, {}, "writes beyond its memory"),
         ({"apply_rotation": True, "kv_cache_dtype": "u8"}, {}, "does not rotate keys that it keeps in u8"),
         ({"engine_version": "2025.3"}, {}, "outside >=2026.4"),

@@ -5,7 +5,8 @@ holds ``pipeline.json`` and a small program that hands it to `SchedulerConfig` a
 
 Eviction: the first `start_size` tokens stay, the last `recent_size` too, and of those between as many as have received
 most attention. So h2o is what it is made for, with the sinks of its own that it insists on; and streaming_llm is the
-same with one block between, for it takes no less.
+same with one block between, for it takes no less. A prompt stays whole until its first token is generated: the plan
+counts the more of the two, the longest prompt (`prompt_tokens` if the traffic is given) and what eviction leaves.
 """
 
 from __future__ import annotations
@@ -96,8 +97,14 @@ class OpenVINOGenAI(ServingEngine):
         return self.sink_tokens + (self.recent_tokens or 0) + between
 
     def held_tokens(self) -> int | None:
-        """Of a sequence that is generated: what eviction leaves, and the block that is being filled."""
-        return None if super().held_tokens() is None else self.max_cache_tokens() + BLOCK_TOKENS
+        """Most that a sequence holds at any time: its prompt, which is read whole, or what eviction leaves of it."""
+        if super().held_tokens() is None:
+            return None
+        return max(self.prompt_tokens or self.max_model_len, self.evicted_tokens())
+
+    def evicted_tokens(self) -> int:
+        """What eviction leaves of a sequence that is generated, and the block that is being filled."""
+        return self.max_cache_tokens() + BLOCK_TOKENS
 
     def budget(self) -> dict[str, Any]:
         """The engine's 'auto' is float16."""
@@ -162,10 +169,20 @@ class OpenVINOGenAI(ServingEngine):
             + (" (it counts a byte for every 4 bits; half of that is allocated)." if _is_u4(plan) else "."),
         ]
         if self.policy != "paged":
+            longest = min(plan.num_blocks * BLOCK_TOKENS, plan.max_model_len)
+            assumed = min(self.prompt_tokens or plan.max_model_len, plan.max_model_len)
+            steady = min(self.evicted_tokens(), plan.max_model_len)
             notes.append(
                 f"A prompt is not evicted while it is read: it holds a block for each {BLOCK_TOKENS} tokens until its "
-                f"first token is generated. The longest prompt that fits is {plan.num_blocks * BLOCK_TOKENS} tokens."
+                f"first token is generated ({assumed} tokens: {_blocks(assumed)}); after that a sequence holds "
+                f"{_blocks(steady)} at most. The more of both is counted. The longest prompt that fits is {longest} "
+                "tokens."
             )
+            if self.prompt_tokens is None:
+                notes.append(
+                    "Prompts are taken to be up to max_model_len long: where they are shorter, prompt_tokens and "
+                    "answer_tokens say so, and more sequences run at once."
+                )
             if not self.apply_rotation:
                 notes.append(
                     f"Positions go on without apply_rotation: behind the {shape.max_position_embeddings}th token they "
@@ -178,6 +195,10 @@ class OpenVINOGenAI(ServingEngine):
         if self.policy == "h2o":
             notes.append(f"OpenVINO keeps the first {self.sink_tokens} tokens as well.")
         return notes
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS)
 
 
 def _is_u4(plan: KVPlan) -> bool:
