@@ -17,7 +17,8 @@ from orchestrator.report import shown
 MOST_POINTS = 400  # drawn of a curve: more than a chart has pixels to tell apart
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 520, 220, 64, 34, 10
 _LABEL = 170
-_CELL_MIN, _CELL_MAX, _MAP_WIDTH = 12, 30, 860  # a map of 70 blocks fits a desk, one of 200 is scrolled
+_CELL_MIN, _CELL_MAX, _MAP_WIDTH = 10, 30, 860  # a map of 86 blocks fits a desk, one of 200 is scrolled
+_ROW_MIN = 15  # lines of text must not overlap
 # Marks in the cells of the map: what happened beats what is large, so it has a shape.
 _MARKS: Mapping[str, str] = {
     "unseen_experts": "square",
@@ -114,22 +115,27 @@ def line_sample(number: int) -> Html:
 def heat_map(layers: LayerMap, low: float, high: float) -> Html:
     """Blocks across, roles down; the colour is the error on a logarithmic scale, a mark is what went wrong."""
     size = max(_CELL_MIN, min(_CELL_MAX, _MAP_WIDTH // max(1, len(layers.blocks))))
+    high_row = max(size, _ROW_MIN)
     width = _LABEL + size * len(layers.blocks) + 4
-    height = size * len(layers.roles) + 24
+    height = high_row * len(layers.roles) + 24
     parts: list[Html] = []
     for row, role in enumerate(layers.roles):
-        y = row * size
+        y = row * high_row
         short = role if len(role) <= 26 else f"…{role[-25:]}"
-        parts.append(element("text", short, x=_LABEL - 6, y=y + size // 2, dy="0.35em", text_anchor="end"))
+        parts.append(element("text", short, x=_LABEL - 6, y=y + high_row // 2, dy="0.35em", text_anchor="end"))
         for column, block in enumerate(layers.blocks):
             cell = layers.cells.get((block, role))
             if cell:
-                parts.append(_cell(cell, level_of(cell.error, low, high), _LABEL + column * size, y, size))
+                parts.append(_cell(cell, level_of(cell.error, low, high), _LABEL + column * size, y, (size, high_row)))
     every = max(1, -(-len(layers.blocks) // 20))
     for column, block in enumerate(layers.blocks):
         if column % every == 0:
             x = _LABEL + column * size + size // 2
-            parts.append(element("text", block, x=x, y=height - 8, text_anchor="middle", class_="quiet"))
+            parts.append(
+                element(
+                    "text", str(block) if block >= 0 else "-", x=x, y=height - 8, text_anchor="middle", class_="quiet"
+                )
+            )
     parts.append(element("text", "block", x=_LABEL - 6, y=height - 8, text_anchor="end", class_="quiet"))
     label = (
         f"{layers.step.label}: {layers.metric or 'no error reported'} of {len(layers.layers)} layers"
@@ -147,16 +153,23 @@ def heat_map(layers: LayerMap, low: float, high: float) -> Html:
     )
 
 
-def _cell(cell: LayerCell, level: int | None, x: int, y: int, size: int) -> Html:
+def block_name(block: int) -> str:
+    """A block by its number; layers outside of blocks have -1."""
+    return f"block {block}" if block >= 0 else "outside of blocks"
+
+
+def _cell(cell: LayerCell, level: int | None, x: int, y: int, size: tuple[int, int]) -> Html:
     error = "no error reported" if cell.error is None else f"{cell.error:.4g}"
     worst = f" (worst of {cell.count}: {cell.worst})" if cell.count > 1 else ""
     troubles = "".join(f"; {TROUBLES[name]}: {total:g}" for name, total in cell.troubles.items())
-    title = element("title", f"block {cell.block}, {cell.role}: {error}{worst}{troubles}")
+    title = element("title", f"{block_name(cell.block)}, {cell.role}: {error}{worst}{troubles}")
     square = element(
-        "rect", title, x=x, y=y, width=size - 1, height=size - 1, class_=f"h{'x' if level is None else level}"
+        "rect", title, x=x, y=y, width=size[0] - 1, height=size[1] - 1, class_=f"h{'x' if level is None else level}"
     )
     mark = next((_MARKS[name] for name in cell.troubles if name in _MARKS), None)
-    return join([square, mark_shape(mark, x, y, size, f"m{'x' if level is None else level}") if mark else None])
+    side = min(size)
+    place = (x, y + (size[1] - side) // 2)
+    return join([square, mark_shape(mark, *place, side, f"m{'x' if level is None else level}") if mark else None])
 
 
 def mark_shape(shape: str, x: int, y: int, size: int, class_: str) -> Html:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from orchestrator.html_report.charts import error_range, heat_map, mark_shape, scale_bar
+from orchestrator.html_report.charts import block_name, error_range, heat_map, mark_shape, scale_bar
 from orchestrator.html_report.facts import LAYERS_FILE, Missing, RunView
 from orchestrator.html_report.findings import TROUBLES, LayerMap, layer_map, natural, troubles_of
 from orchestrator.html_report.markup import Html, element, join
@@ -58,7 +58,7 @@ def map_parts(one: LayerMap, limits: tuple[float, float] | None = None) -> list[
         aria_label=f"map of the layers of {one.step.label}",
     )
     worst = [(element("code", breakable(name)), number("error", value)) for name, value in one.worst(MOST_WORST)]
-    means = [(f"block {block}", number("error", one.block_mean(block))) for block in one.blocks]
+    means = [(block_name(block), number("error", one.block_mean(block))) for block in one.blocks]
     every = [
         (element("code", breakable(name)), number("error", values.get(str(one.metric))), _marks(values))
         for name, values in sorted(one.layers.items(), key=lambda pair: natural(pair[0]))
