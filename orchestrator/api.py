@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.attention import LayerCache, ModelShape
 from orchestrator.blocks import decoder_blocks
+from orchestrator.bootstrap import Quotient, Samples
 from orchestrator.cache_dtypes import CacheDtype
 from orchestrator.cache_policy import CachePolicy
 from orchestrator.calibration import CalibrationSet
@@ -35,6 +36,7 @@ from orchestrator.method import (
     Calibrator,
     Context,
     Evaluator,
+    HeldOutSources,
     Invariant,
     Measured,
     Method,
@@ -43,6 +45,7 @@ from orchestrator.method import (
     Publisher,
     Stage,
     TextSource,
+    TierFolders,
     WeightedModels,
 )
 from orchestrator.nm import require_own_sparsity, run_of, unfilled_runs
@@ -75,6 +78,7 @@ __all__ = [
     "ExportFacts",
     "ExportFormat",
     "GateError",
+    "HeldOutSources",
     "HessianFactor",
     "InputMode",
     "InputMoment",
@@ -104,9 +108,11 @@ __all__ = [
     "Publisher",
     "QuantScheme",
     "QuantizedWeight",
+    "Quotient",
     "Release",
     "Removal",
     "SaliencyMask",
+    "Samples",
     "ScalingMethod",
     "ServingEngine",
     "SpecError",
@@ -115,6 +121,7 @@ __all__ = [
     "StoredFile",
     "TensorReader",
     "TextSource",
+    "TierFolders",
     "UnsupportedPolicyError",
     "WeightedModels",
     "Work",

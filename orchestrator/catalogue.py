@@ -10,7 +10,7 @@ from orchestrator.errors import SpecError
 from orchestrator.method import Stage
 from orchestrator.plan import LISTED
 from orchestrator.plugins import InstalledMethod, Methods
-from orchestrator.sources import InputFile, InputModels
+from orchestrator.sources import HeldOutFiles, InputFile, InputFolders, InputModels
 
 
 def as_document(methods: Methods, name: str | None = None) -> dict[str, Any]:
@@ -120,8 +120,13 @@ def _type_name(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         marked = any(isinstance(entry, InputFile) for entry in arguments[1:])
-        if any(isinstance(part, InputModels) for part in arguments):
-            return "{model: weight}"
+        for kind, shown in (
+            (InputModels, "{model: weight}"),
+            (HeldOutFiles, "{tier: text source}"),
+            (InputFolders, "{tier: folder}"),
+        ):
+            if any(isinstance(part, kind) for part in arguments):
+                return shown
         return "text source" if marked else _type_name(arguments[0])
     if origin in (Union, UnionType):
         return " | ".join(_type_name(part) for part in arguments)

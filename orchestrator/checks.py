@@ -49,6 +49,14 @@ _BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
 Note = Callable[[OrchestratorError, Location], None]
 
 
+@dataclass(frozen=True)
+class Gates:
+    """The bounds of a step, patterns written out: by metric, the bounds that are given."""
+
+    require: Mapping[str, Mapping[str, float]]
+    must_not_fall: tuple[str, ...] = ()
+
+
 @dataclass
 class Draft:
     """What planning knows about a step before its fingerprint."""
@@ -61,6 +69,7 @@ class Draft:
     parameters: dict[str, Any]
     formats: list[tuple[InstalledMethod, ExportFormat]] = field(default_factory=list)
     policy: tuple[InstalledMethod, CachePolicy] | None = None
+    gates: Gates = field(default_factory=lambda: Gates({}))
 
     @property
     def place(self) -> Location:
@@ -108,7 +117,7 @@ def check_chain(drafts: Sequence[Draft], note: Note) -> None:
             note(error, here)
         if isinstance(method, Publisher):
             released = draft
-        if released and isinstance(method, Evaluator) and draft.spec.require:
+        if released and isinstance(method, Evaluator) and (draft.spec.require or draft.spec.must_not_fall):
             note(
                 SpecError(
                     f"the gate comes after {released.label}",

@@ -44,6 +44,22 @@ def serving_files(engine: ServingEngine, shape: ModelShape, weight_bytes: int) -
     return files
 
 
+# Numbers of an engine's plan that a gate of a register step can bound, as NAME.ENGINE.
+KV_METRICS: Mapping[str, str] = {
+    "max_concurrency": "sequences of max_model_len tokens that the KV cache holds at once",
+    "kv_tokens": "tokens that the KV cache holds",
+    "num_blocks": "blocks of the KV cache",
+    "bytes_per_token": "bytes of the KV cache that a token takes on one device",
+    "available_bytes": "bytes left to the KV cache on one device",
+}
+
+
+def kv_metrics(engines: Iterable[ServingEngine], shape: ModelShape, weight_bytes: int) -> dict[str, float]:
+    """Return `KV_METRICS` of every engine, as NAME.ENGINE. Raises `SpecError` or `PreflightError`."""
+    plans = {engine.name: engine.plan(shape, weight_bytes) for engine in engines}
+    return {f"{name}.{engine}": float(getattr(plan, name)) for engine, plan in plans.items() for name in KV_METRICS}
+
+
 def plan_document(engine: ServingEngine, shape: ModelShape, plan: KVPlan, weight_bytes: int) -> dict[str, Any]:
     """The plan as JSON values, with what fits otherwise: other element types, more devices, the expected traffic."""
     return {

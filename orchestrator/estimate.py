@@ -24,6 +24,7 @@ from orchestrator.export import (
     result_specs,
     schemes_by_layer,
 )
+from orchestrator.gates import base_of
 from orchestrator.layer_method import InputMode, LayerMethod, MixedMethod, Needs, ScalingMethod
 from orchestrator.method import Evaluator
 from orchestrator.scheme import QuantScheme
@@ -32,6 +33,7 @@ from orchestrator.shards import Shards
 from orchestrator.work import FLOAT32, KEPT_PIECE_BYTES, BlockFacts, InputGroup, ModelFacts, Work
 
 _LAYER_REPORT_BYTES = 330  # of layers.json, for each layer
+_SAMPLE_BYTES = 60  # of samples.json, for each unit: three numbers or so
 _CHUNK_BYTES = 1 << 26  # `TensorReader.chunks`: what is copied or checked at a time
 _FACTOR_BYTES = 4  # for each of the I x I entries of a factor, kept as long as its record
 
@@ -256,4 +258,7 @@ def packed_weight_bytes(checkpoint: Checkpoint, scheme: Schemes, skip: Sequence[
 
 def report_bytes(evaluator: Evaluator) -> int:
     """Bytes of an evaluator's report, with numbers as long as most are."""
-    return len(json.dumps(dict.fromkeys(evaluator.metrics, 0.1234567890123456), indent=2)) + 1
+    number = 0.1234567890123456
+    table = len(json.dumps(dict.fromkeys(evaluator.declared(), number), indent=2)) + 1
+    intervals = sum(len(name) + 45 for name in evaluator.declared() if base_of(name) in evaluator.sampled)
+    return table + intervals + _SAMPLE_BYTES * evaluator.expected_units()

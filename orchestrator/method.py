@@ -25,11 +25,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from orchestrator.sources import InputFile, InputModels
+from orchestrator.bootstrap import Samples
+from orchestrator.sources import HeldOutFiles, InputFile, InputFolders, InputModels
 from orchestrator.work import ModelFacts, Work
 
 if TYPE_CHECKING:
@@ -71,6 +72,13 @@ PROVIDED_BY_STAGE: Mapping[Stage, frozenset[Invariant]] = {
 # In a specification a relative path is relative to the folder of the specification. The plan puts the
 # content's sha256, not the path, into the fingerprint.
 TextSource = Annotated[str, InputFile()]
+# Texts by the name of the tier that each is: none may be one that the same specification calibrates or trains on. The
+# plan refuses that by their content. Metrics of a tier are called METRIC.TIER.
+TIER = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+TierName = Annotated[str, Field(pattern=TIER, max_length=60)]
+HeldOutSources = Annotated[Mapping[TierName, Annotated[str, Field(min_length=1)]], HeldOutFiles()]
+# Folders by the name of the tier that each is; every file in them enters the fingerprint.
+TierFolders = Annotated[Mapping[TierName, Annotated[str, Field(min_length=1)]], InputFolders()]
 # Models with a weight each: a local folder, a hub id, or `DENSE` for the model that the pipeline started from. The plan
 # resolves them, and puts the digests of their files into the fingerprint.
 DENSE = "dense"
@@ -102,10 +110,12 @@ class Measured:
     """What an `Evaluator` returns that has more to say than numbers.
 
     curves: by name, (place, value) in rising order of the places; they become metrics with a history in MLflow.
+    samples: what metrics follow from, unit by unit; gates and reports take their intervals from them.
     """
 
     metrics: Mapping[str, float]
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    samples: Sequence[Samples] = ()
 
 
 def _ignore_progress(fraction: float, message: str) -> None:
@@ -249,12 +259,32 @@ class ModelMethod(Method):
 class Evaluator(Method):
     """Measures a compressed model beside the dense one.
 
-    `metrics` says what is measured: name -> meaning with unit. A gate can only refer to these names.
+    `metrics` says what is measured: name -> meaning with unit; where the names depend on parameters, `declared` does.
+    A gate can only refer to these names. ``dense_NAME`` is the same of the dense model, ``NAME_ratio`` is compressed /
+    dense, and ``NAME.TIER`` is the metric NAME of one text, task or batch.
+    better: by metric (without tier), which way is better; bounds relative to the dense model need it.
+    quality: whether this is about how well the model does its work, and not about what it costs.
+    sampled: metrics (without tier) that `measure` gives samples of, so that a gate can ask for confidence.
     takes_policy: whether the step may name a `CachePolicy`, found in `Context.policy`.
     """
 
     metrics: ClassVar[Mapping[str, str]]
+    better: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {}
+    quality: ClassVar[bool] = True
+    sampled: ClassVar[frozenset[str]] = frozenset()
     takes_policy: ClassVar[bool] = False
+
+    def declared(self) -> Mapping[str, str]:
+        """What is measured with these parameters: name -> meaning with unit."""
+        return self.metrics
+
+    def reads_calibration(self) -> bool:
+        """Whether, with these parameters, the calibration set is looked at, if a step before made one."""
+        return False
+
+    def expected_units(self) -> int:
+        """About how many units `measure` gives samples of; the size of the report follows from it."""
+        return 0
 
     def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
         """Both models in memory, in float32, and some thousand tokens through each."""
@@ -264,7 +294,7 @@ class Evaluator(Method):
 
     @abstractmethod
     def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Mapping[str, float] | Measured:
-        """Return a finite number for every name in `metrics`; within `Measured`, curves beside them."""
+        """Return a finite number for every name in `declared`; within `Measured`, curves and samples beside them."""
 
 
 class Publisher(Method):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.gates import GateResult
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -14,6 +16,7 @@ class StepOutcome:
 
     import_seconds: the part of `seconds` in which libraries were imported.
     disk_bytes: of the artifact. predicted: the same numbers as they were foreseen; None for a cached step.
+    gates: the step's bounds and what they were held against.
     zeros: of a pruned model, what its zeros are worth (`orchestrator.zeros`).
     """
 
@@ -31,6 +34,7 @@ class StepOutcome:
     predicted: Mapping[str, Any] | None = None
     peak_device_bytes: int | None = None
     zeros: str | None = None
+    gates: tuple[GateResult, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The form that `run --json` prints."""
@@ -48,4 +52,5 @@ class StepOutcome:
             "artifact": {"digest": self.digest, "path": str(self.path)},
             "metrics": dict(self.metrics),
             **({} if self.zeros is None else {"zeros": self.zeros}),
+            **({"gates": [gate.as_dict() for gate in self.gates]} if self.gates else {}),
         }

@@ -6,7 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +19,17 @@ from orchestrator.errors import OrchestratorError, PreflightError, SpecError
 from orchestrator.method import DENSE, Method, Publisher
 from orchestrator.plugins import InstalledMethod
 from orchestrator.signing import SIGNING_KEY_VARIABLE
-from orchestrator.sources import PREFIX, InputFile, InputModels, check_source, resolve_source, source_digest
+from orchestrator.sources import (
+    PREFIX,
+    InputFile,
+    InputFolders,
+    InputModels,
+    check_folder,
+    check_source,
+    folder_digest,
+    resolve_source,
+    source_digest,
+)
 from orchestrator.spec import Location, SpecText, validate_strictly
 
 
@@ -34,20 +44,18 @@ def parameterize(
     """Build the method from its `with` mapping, paths made absolute."""
     values = dict(values)
     usable = True  # a fault is noted, and the rest is checked all the same
-    for name in sorted(set(_marked_fields(installed.cls, InputModels)) & set(values)):
+    for name in sorted(set(marked_fields(installed.cls, InputModels)) & set(values)):
         if isinstance(values[name], Mapping):
             try:
                 values[name] = _resolved_models(values[name], file.folder)
             except OrchestratorError as error:
                 note(error, (*location, name))
                 usable = False
-    for name in sorted(set(_marked_fields(installed.cls, InputFile)) & set(values)):
-        if isinstance(values[name], str):
-            try:
-                values[name] = resolve_source(values[name], file.folder)
-                check_source(values[name])
-            except OrchestratorError as error:
-                note(error, (*location, name))
+    for mark, check in ((InputFile, check_source), (InputFolders, check_folder)):
+        for name in sorted(set(marked_fields(installed.cls, mark)) & set(values)):
+            values[name], faults = _resolved(values[name], file.folder, check)
+            for place, fault in faults:
+                note(fault, (*location, name, *place))
                 usable = False
     if issubclass(installed.cls, Publisher):
         uri = values.get("uri")
@@ -74,6 +82,24 @@ def parameterize(
         return None
 
 
+def _resolved(
+    value: Any, folder: Path, check: Callable[[str], None]
+) -> tuple[Any, list[tuple[tuple[str, ...], OrchestratorError]]]:
+    """Return a path, or a mapping of names to paths, made absolute; and what is wrong with them, by place."""
+    if isinstance(value, Mapping):
+        parts = {name: _resolved(part, folder, check) for name, part in value.items() if isinstance(part, str)}
+        faults = [((str(name), *place), error) for name, (_, found) in parts.items() for place, error in found]
+        return {**value, **{name: part for name, (part, _) in parts.items()}}, faults
+    if not isinstance(value, str):
+        return value, []
+    try:
+        value = resolve_source(value, folder)
+        check(value)
+    except OrchestratorError as error:
+        return value, [((), error)]
+    return value, []
+
+
 def _resolved_models(values: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
     """Return the mapping with the folder of every model that it names; one that is named twice is refused."""
     found: dict[Any, Any] = {}
@@ -89,7 +115,7 @@ def _resolved_models(values: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
     return found
 
 
-def _marked_fields(cls: type[Method], mark: type) -> Iterator[str]:
+def marked_fields(cls: type[Method], mark: type) -> Iterator[str]:
     """The fields whose annotation holds a `mark`."""
     for name, info in cls.model_fields.items():
         if _is_marked(info.metadata, mark) or _is_marked(get_args(info.annotation), mark):
@@ -105,16 +131,25 @@ def parameters_of(installed: InstalledMethod, method: Method, digests: FileDiges
     """The parameters as they enter the fingerprint: text sources and models by content, not by path."""
     with plugin_fault(installed, "model_dump"):
         parameters = method.model_dump(mode="json")
-    for name in _marked_fields(type(method), InputModels):
+    for name in marked_fields(type(method), InputModels):
         if parameters[name] is not None:
             named = parameters[name].items()  # a list, because two folders may hold the same bytes
             parameters[name] = sorted(
                 [model if model == DENSE else Checkpoint(Path(model)).digest(digests.sha256), weight]
                 for model, weight in named
             )
-    for name in _marked_fields(type(method), InputFile):
-        value = parameters[name]
-        if value is not None:
-            digest = source_digest(value) if value.startswith(PREFIX) else digests.sha256(Path(value))
-            parameters[name] = {"sha256": digest}
+
+    def of_text(source: str) -> dict[str, str]:
+        return {"sha256": source_digest(source) if source.startswith(PREFIX) else digests.sha256(Path(source))}
+
+    def of_folder(folder: str) -> dict[str, str]:
+        return {"sha256": folder_digest(folder)}
+
+    for mark, digested in ((InputFile, of_text), (InputFolders, of_folder)):
+        for name in marked_fields(type(method), mark):
+            value = parameters[name]
+            if isinstance(value, Mapping):
+                parameters[name] = {key: digested(part) for key, part in value.items()}
+            elif value is not None:
+                parameters[name] = digested(value)
     return parameters

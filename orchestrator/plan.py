@@ -32,6 +32,7 @@ from orchestrator.errors import OrchestratorError, PreflightError, Problem, Spec
 from orchestrator.export_format import ExportFormat
 from orchestrator.foreseen import Foresight
 from orchestrator.formats import chosen_policy, format_identity, listed_methods
+from orchestrator.gate_checks import check_gated, gates_of
 from orchestrator.kv_scales import has_kv_scales
 from orchestrator.layer_method import InputMode, LayerMethod, Needs
 from orchestrator.method import Calibrator, Evaluator, Method, ModelMethod, Publisher, Stage
@@ -55,6 +56,7 @@ _SHOWING = (
     "planned.py",
     "progress.py",
     "quickstart",
+    "gates.py",
     "report.py",
     "simulation",
     "testing.py",
@@ -88,6 +90,7 @@ class Step:
     calibrated_on: InputMode | None
     device: str
     require: Mapping[str, Mapping[str, float]]
+    must_not_fall: tuple[str, ...]
     engines: tuple[ServingEngine, ...]
     formats: tuple[ExportFormat, ...]
     policy: CachePolicy | None
@@ -156,6 +159,7 @@ def make_plan(
     source = _open_source(file, file.model, digests, note) if file.model else None
     if file.spec and len(drafts) == len(file.spec.steps):
         check_chain(drafts, note)
+        check_gated(drafts, note)
     reads: list[Checkpoint] = []
     if source:
         foresight = Foresight(home)
@@ -256,7 +260,8 @@ def _draft(
         )
     for key, kind, given in (
         ("skip", LayerMethod, step.skip),
-        ("require", Evaluator, step.require),
+        ("require", Evaluator | Publisher, step.require),
+        ("must_not_fall", Evaluator, step.must_not_fall),
         ("engines", Publisher, step.engines),
         ("formats", Publisher, step.formats),
     ):
@@ -269,13 +274,7 @@ def _draft(
             SpecError(f"`policy` means nothing to {step.stage} {step.method}", remedy="remove it"),
             (*location, "policy"),
         )
-    if issubclass(installed.cls, Evaluator):
-        for metric in sorted(set(step.require) - set(installed.cls.metrics)):
-            known = ", ".join(sorted(installed.cls.metrics))
-            note(
-                SpecError(f"{step.method} measures no {metric!r}", remedy=f"it measures {known}"),
-                (*location, "require", metric),
-            )
+    gates = gates_of(step, location, installed, method, note)
     try:
         if method is None or not complete:
             return None
@@ -288,7 +287,7 @@ def _draft(
     except OrchestratorError as error:
         note(error, (*location, "with"))
         return None
-    return Draft(step, location, installed, method, engines, parameters, formats, policy)
+    return Draft(step, location, installed, method, engines, parameters, formats, policy, gates)
 
 
 def _fingerprinted(
@@ -318,6 +317,7 @@ def _fingerprinted(
             isinstance(method, ModelMethod)
             or (isinstance(method, LayerMethod) and method.needs is not Needs.WEIGHT)
             or bool(draft.formats)
+            or (isinstance(method, Evaluator) and method.reads_calibration())
         )
         if reads_calibration and calibration is not None:
             inputs["calibration"] = calibration
@@ -372,7 +372,8 @@ def _fingerprinted(
                 skip=draft.spec.skip,
                 calibrated_on=identity.get("calibrated_on"),
                 device=spec.device,
-                require={name: bound.model_dump(exclude_none=True) for name, bound in draft.spec.require.items()},
+                require=draft.gates.require,
+                must_not_fall=draft.gates.must_not_fall,
                 engines=tuple(engine for _, engine in draft.engines),
                 formats=tuple(export for _, export in draft.formats),
                 policy=draft.policy[1] if draft.policy else None,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifact import Artifact
 from orchestrator.errors import OrchestratorError, Problem
+from orchestrator.gates import GateResult, read_intervals
 from orchestrator.home import Settings
 from orchestrator.method import Publisher
 from orchestrator.plan import Plan, Step
@@ -66,6 +67,8 @@ class RunRecord:
         """Record a step that has its result; `failed` if that violates a gate."""
         ended_ms = time.time_ns() // 1_000_000
         metrics: dict[str, float] = {**outcome.metrics, "step_seconds": outcome.seconds}
+        for name, (low, high) in read_intervals(artifact.path).items():
+            metrics |= {f"{name}.low": low, f"{name}.high": high}
         if not outcome.cached:
             metrics["step_peak_memory_bytes"] = outcome.peak_memory_bytes
             metrics["step_disk_bytes"] = outcome.disk_bytes
@@ -77,7 +80,9 @@ class RunRecord:
                 name=step.label,
                 params=_parameters(step),
                 metrics=metrics,
-                tags=_tags(step, cached=outcome.cached) | {"orchestrator.artifact": artifact.digest},
+                tags=_tags(step, cached=outcome.cached)
+                | {"orchestrator.artifact": artifact.digest}
+                | {f"orchestrator.gate.{index}": _told(gate) for index, gate in enumerate(outcome.gates)},
                 manifest=artifact.manifest,
                 started_ms=started_ms,
                 ended_ms=ended_ms,
@@ -166,6 +171,10 @@ def _tags(step: Step, *, cached: bool) -> dict[str, str]:
         "orchestrator.fingerprint": step.fingerprint,
         "orchestrator.cached": str(cached).lower(),
     }
+
+
+def _told(gate: GateResult) -> str:
+    return f"{'passed' if gate.passed else 'failed'}: {gate.what}"
 
 
 def _curves(artifact: Artifact) -> dict[str, list[tuple[int, float]]]:

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.bundle import bundle_digest, document_bundle, write_bundle
+from orchestrator.deployment import kv_metrics
+from orchestrator.errors import GateError
 from orchestrator.formats import write_formats
+from orchestrator.gates import gate_problems, gate_results
 from orchestrator.method import Publisher, Stage
 from orchestrator.outcome import StepOutcome
 from orchestrator.plan import Plan, Step
@@ -16,6 +19,7 @@ from orchestrator.plugins import library_versions
 from orchestrator.provenance import Evidence, Provenance, describe_source
 from orchestrator.published import PUBLISHED_FILE
 from orchestrator.record import RunRecord
+from orchestrator.serving import ModelShape
 from orchestrator.steps import StepFacts, StepInputs, finite
 from orchestrator.zeros import zeros_note
 
@@ -41,6 +45,11 @@ def release_step(
     bundle = inputs.scratch / "bundle"
     bundle.mkdir()
     inputs.progress(0.0, "bundling")
+    fits = kv_metrics(step.engines, ModelShape.from_config(inputs.model.config), inputs.model.weight_bytes())
+    remedy = "nothing was registered; compress further, or plan with more memory or shorter sequences"
+    refused = gate_problems(step, gate_results(step, fits, None), remedy)
+    if refused:
+        raise GateError(refused)
     note = zeros_note(inputs.model, inputs.invariants)
     write_bundle(inputs.model, step.engines, bundle)
     written = write_formats(step.formats, inputs.model, bundle, inputs.invariants, inputs.context())
@@ -87,7 +96,7 @@ def release_step(
     }
     (folder / PUBLISHED_FILE).write_text(json.dumps(published, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     sizes = {"files": len(release.files), "bytes": sum(file.bytes for file in release.files)}
-    return StepFacts("release", {**sizes, **measured}, {})
+    return StepFacts("release", {**sizes, **measured, **fits}, {})
 
 
 def _provenance(

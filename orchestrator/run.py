@@ -23,6 +23,7 @@ from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import GateError, OrchestratorError, Problem, StepError
 from orchestrator.fit import check_fit, remember_fit
+from orchestrator.gates import gate_problems, gate_results
 from orchestrator.home import Settings
 from orchestrator.journal import Journal, lease
 from orchestrator.layer_method import LayerMethod
@@ -127,13 +128,19 @@ class Execution:
                 predicted=None if cached else self.estimates[index].as_dict(),
                 peak_device_bytes=usage.peak_device_bytes,
                 zeros=zeros_of(artifact) if step.makes_model else None,
+                gates=tuple(gate_results(step, artifact.metrics, artifact.path)),
             )
             self.outcomes[index] = outcome
             if isinstance(step.method, Publisher):
                 self.release = released(artifact)
             took = {} if cached else self._learned(step, outcome)
-            self.journal.write("step finished", step=index, digest=artifact.digest, cached=cached, **took)
-            violations = gate_violations(step, artifact)
+            held = [gate.as_dict() for gate in outcome.gates]
+            facts = {**took, "gates": held} if held else took
+            self.journal.write("step finished", step=index, digest=artifact.digest, cached=cached, **facts)
+            remedy = f"nothing was registered; the evidence is artifact {artifact.digest[:12]}"
+            if self.release and isinstance(step.method, Publisher):
+                remedy = f"version {self.release['model_version']} was registered before there was this bound"
+            violations = gate_problems(step, outcome.gates, remedy)
             self.record.step(step, outcome, artifact, usage.started_ms, failed=bool(violations))
             self.observer.step_finished(step, outcome)
             if violations:
@@ -283,7 +290,7 @@ class Execution:
         except OrchestratorError as error:
             placed = [Problem(p.what, p.where or step.place, p.remedy) for p in error.problems]
             error.__init__(placed)  # type: ignore[misc]
-            if not isinstance(error, GateError):  # its step has its record, with the numbers
+            if step.index not in self.outcomes:  # a failed gate's step has its record, with the numbers
                 self._failed(step, str(error), started_ms)
             raise
         except (Exception, SystemExit) as error:  # a method that calls sys.exit has failed like any other
@@ -353,19 +360,6 @@ def _out_of_memory(error: BaseException) -> bool:
 def _notes(error: BaseException) -> list[str]:
     """What was added on the way up, e.g. the layer at which it happened."""
     return [f"({note})" for note in getattr(error, "__notes__", ())]
-
-
-def gate_violations(step: Step, artifact: Artifact) -> list[Problem]:
-    """Return a problem with the numbers for each metric that is outside its bounds."""
-    problems = []
-    for name, bound in step.require.items():
-        value = artifact.metrics[name]
-        for side, violated in (("min", value < bound.get("min", value)), ("max", value > bound.get("max", value))):
-            if violated:
-                what = f"{name} is {value:.6g}, {side} allowed is {bound[side]:.6g}"
-                remedy = f"nothing was registered; the evidence is artifact {artifact.digest[:12]}"
-                problems.append(Problem(what, f"{step.place}.require.{name}", remedy))
-    return problems
 
 
 def start(spec_path: Path, methods: Methods, settings: Settings, observer: Observer, engine: str) -> Execution:

@@ -32,6 +32,14 @@ class InputFile:
     """Marks a method field that names a text source: the plan resolves it, checks it and hashes its content."""
 
 
+class HeldOutFiles(InputFile):
+    """Marks a field that maps names to text sources which must not be those of calibration or training."""
+
+
+class InputFolders:
+    """Marks a field that maps names to local folders: the plan resolves each and hashes every file in it."""
+
+
 class InputModels:
     """Marks a method field that maps models to numbers: the plan resolves each model and hashes its files."""
 
@@ -94,6 +102,20 @@ def _mode(path: Path) -> int:
     except (OSError, ValueError) as error:  # a name too long, a loop of links, no permission; a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else error
         raise PreflightError(f"{_short(str(path))!r} cannot be read: {reason}", remedy="correct `source`") from None
+
+
+def check_folder(folder: str) -> None:
+    """Raise `PreflightError` if there is no such folder, or nothing in it."""
+    if _mode(Path(folder)) != stat.S_IFDIR:
+        raise PreflightError(f"there is no folder {_short(folder)}", remedy="correct the path")
+    if not any(path.is_file() for path in Path(folder).rglob("*")):
+        raise PreflightError(f"the folder {_short(folder)} is empty", remedy="correct the path")
+
+
+def folder_digest(folder: str) -> str:
+    """Return a sha256 (hex) that changes whenever a file of the folder does."""
+    root = Path(folder)
+    return digest_of({p.relative_to(root).as_posix(): file_sha256(p) for p in root.rglob("*") if p.is_file()})
 
 
 def source_name(source: str) -> str:

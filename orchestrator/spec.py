@@ -43,11 +43,24 @@ class Bound(BaseModel):
 
     min: float | None = Field(None, description="Smallest value allowed.")
     max: float | None = Field(None, description="Largest value allowed.")
+    retain: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the dense model's value to be kept: compressed / dense, or dense / compressed where "
+        "lower is better.",
+    )
+    confidence: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Hold the bounds against the worse end of the interval of this confidence, not the value itself.",
+    )
 
     @model_validator(mode="after")
     def _some_bound(self) -> Bound:
-        if self.min is None and self.max is None:
-            raise ValueError("give min, max or both")
+        if self.min is None and self.max is None and self.retain is None:
+            raise ValueError("give min, max or retain")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min {self.min} is larger than max {self.max}")
         return self
@@ -72,6 +85,9 @@ class StepSpec(BaseModel):
         "candidates, or those that the compressed blocks before produce. Default: the method's choice.",
     )
     require: dict[str, Bound] = Field(default_factory=dict)
+    must_not_fall: tuple[str, ...] = Field(
+        (), description="Metrics that must not be worse than the dense model's beyond chance (95 % interval)."
+    )
     engines: tuple[dict[str, dict[str, Any] | None], ...] = ()
     formats: tuple[dict[str, dict[str, Any] | None], ...] = ()
     policy: dict[str, dict[str, Any] | None] | None = None

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.bootstrap import CONFIDENCE, FEWEST_UNITS
 from orchestrator.calibration import CalibrationSet
 from orchestrator.canonical import canonical_json
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import StepError
 from orchestrator.foreseen import check_foreseen
+from orchestrator.gates import INTERVALS_FILE, SAMPLES_FILE
 from orchestrator.layer_method import LayerMethod, MixedMethod
 from orchestrator.method import Calibrator, Context, Evaluator, Invariant, Measured, ModelMethod
 from orchestrator.plan import Step
@@ -185,14 +187,32 @@ def _evaluate(step: Step, method: Evaluator, inputs: StepInputs, folder: Path) -
     if not isinstance(result, Measured):
         result = Measured(result)
     measured = finite(method.name, result.metrics)
-    missing = sorted(set(method.metrics) - set(measured))
+    missing = sorted(set(method.declared()) - set(measured))
     if missing:
         raise StepError(f"{method.name} did not measure {', '.join(missing)}, which it declares")
     (folder / METRICS_FILE).write_text(json.dumps(measured, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name, curve in result.curves.items():
         finite(method.name, {f"{name} at {place}": value for place, value in curve})
     _write_curves(result.curves, folder)
+    _write_samples(method.name, result, inputs.seed, folder)
     return StepFacts("report", measured, {})
+
+
+def _write_samples(name: str, result: Measured, seed: int, folder: Path) -> None:
+    """Keep what metrics follow from, and their intervals."""
+    if not result.samples:
+        return
+    faults = [fault for samples in result.samples for fault in samples.faults(result.metrics)]
+    if faults:
+        raise StepError(f"{name} gave samples that do not fit its metrics: {'; '.join(faults)}")
+    (folder / SAMPLES_FILE).write_bytes(canonical_json([samples.as_dict() for samples in result.samples]))
+    intervals = {
+        metric: samples.interval(metric, CONFIDENCE, seed)
+        for samples in result.samples
+        if samples.units >= FEWEST_UNITS
+        for metric in samples.quotients
+    }
+    (folder / INTERVALS_FILE).write_bytes(canonical_json(intervals))
 
 
 def _write_curves(curves: Mapping[str, Sequence[tuple[int, float]]], folder: Path) -> None:

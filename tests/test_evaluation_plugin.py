@@ -73,7 +73,7 @@ def log_probabilities(checkpoint: Checkpoint, tokens_NT: torch.Tensor) -> torch.
 
 
 def test_the_family_registers_its_three_methods() -> None:
-    assert register_methods() == [Perplexity, Fidelity, Footprint]
+    assert register_methods()[:3] == [Perplexity, Fidelity, Footprint]
 
 
 def test_perplexity_agrees_with_a_float64_reference(
@@ -84,7 +84,7 @@ def test_perplexity_agrees_with_a_float64_reference(
     for checkpoint in (candidate, dense):
         log_p_NTV = log_probabilities(checkpoint, tokens_NT)[:, :-1]
         expected.append(math.exp(-float(log_p_NTV.gather(-1, tokens_NT[:, 1:, None]).mean())))
-    metrics = Perplexity(source=source, length_tokens=LENGTH, batch=3).measure(candidate, dense, context)
+    metrics = Perplexity(source=source, length_tokens=LENGTH, batch=3).measure(candidate, dense, context).metrics
     assert set(metrics) == set(Perplexity.metrics)
     assert metrics["perplexity_tokens"] == len(tokens_NT) * (LENGTH - 1)
     assert metrics["perplexity"] == pytest.approx(expected[0], rel=1e-4)
@@ -100,7 +100,7 @@ def test_fidelity_agrees_with_a_float64_reference(
     log_p_NTV, log_q_NTV = (log_probabilities(checkpoint, tokens_NT) for checkpoint in (dense, candidate))
     kl = (log_p_NTV.exp() * (log_p_NTV - log_q_NTV)).sum(-1).flatten().sort().values
     agreement = (log_p_NTV.argmax(-1) == log_q_NTV.argmax(-1)).double().mean()
-    metrics = Fidelity(source=source, length_tokens=LENGTH, batch=5).measure(candidate, dense, context)
+    metrics = Fidelity(source=source, length_tokens=LENGTH, batch=5).measure(candidate, dense, context).metrics
     assert set(metrics) == set(Fidelity.metrics)
     assert metrics["fidelity_tokens"] == tokens_NT.numel()
     assert metrics["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-3)
@@ -110,9 +110,10 @@ def test_fidelity_agrees_with_a_float64_reference(
 
 
 def test_a_model_compared_with_itself_is_exactly_faithful(dense: Checkpoint, source: str, context: Context) -> None:
-    metrics = Fidelity(source=source, length_tokens=LENGTH).measure(dense, dense, context)
+    metrics = Fidelity(source=source, length_tokens=LENGTH).measure(dense, dense, context).metrics
     assert (metrics["kl_mean"], metrics["kl_p99"], metrics["top1_agreement"]) == (0.0, 0.0, 1.0)
-    assert Perplexity(source=source, length_tokens=LENGTH).measure(dense, dense, context)["perplexity_ratio"] == 1.0
+    itself = Perplexity(source=source, length_tokens=LENGTH).measure(dense, dense, context)
+    assert itself.metrics["perplexity_ratio"] == 1.0
 
 
 def test_divergence_of_far_apart_logits_is_finite_and_right() -> None:
@@ -132,9 +133,9 @@ def test_neither_batch_nor_chunk_changes_the_result(
     context: Context,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = method(source=source, length_tokens=LENGTH, windows=6, batch=6).measure(candidate, dense, context)
+    whole = method(source=source, length_tokens=LENGTH, windows=6, batch=6).measure(candidate, dense, context).metrics
     monkeypatch.setattr(forward, "_CHUNK_ELEMENTS", 5 * 256)
-    parts = method(source=source, length_tokens=LENGTH, windows=6, batch=1).measure(candidate, dense, context)
+    parts = method(source=source, length_tokens=LENGTH, windows=6, batch=1).measure(candidate, dense, context).metrics
     for name, value in whole.items():
         assert parts[name] == pytest.approx(value, rel=1e-4)
 
@@ -184,6 +185,20 @@ def test_the_footprint_of_two_models(dense: Checkpoint, candidate: Checkpoint, c
     assert seen == sorted(seen) and seen[-1] == 1.0
 
 
+def test_batches_have_speed_first_token_and_memory_of_their_own(
+    dense: Checkpoint, candidate: Checkpoint, context: Context
+) -> None:
+    method = Footprint(new_tokens=4, repeats=1, threads=1, batches=(1, 3))
+    metrics = method.measure(candidate, dense, context)
+    assert set(metrics) == set(method.declared()) > set(Footprint.metrics)
+    for name in ("tokens_per_second", "first_token_seconds", "peak_memory_bytes"):
+        for batch in (1, 3):
+            ratio = metrics[f"{name}.batch-{batch}"] / metrics[f"dense_{name}.batch-{batch}"]
+            assert metrics[f"{name}_ratio.batch-{batch}"] == pytest.approx(ratio)
+    assert metrics["peak_memory_bytes.batch-3"] >= metrics["peak_memory_bytes.batch-1"] > 50e6
+    assert metrics["peak_memory_bytes"] >= metrics["peak_memory_bytes.batch-3"]
+
+
 def test_a_model_that_stock_transformers_cannot_load_is_a_step_error(
     dense: Checkpoint, context: Context, tmp_path: Path
 ) -> None:
@@ -208,6 +223,6 @@ def test_the_probe_runs_without_this_project(dense: Checkpoint) -> None:
     command = [sys.executable, "-P", "-c", code, probe, str(dense.path), "--new-tokens", "2"]
     done = subprocess.run(command, input="decode\ndecode\n", capture_output=True, text=True, check=True)
     *answers, modules = done.stdout.splitlines()
-    names = [name for answer in answers for name in json.loads(answer)]
+    names = [next(iter(json.loads(answer))) for answer in answers]
     assert names == ["load_seconds", "tokens_per_second", "tokens_per_second", "peak_memory_bytes"]
     assert modules == "[]"

@@ -67,7 +67,7 @@ def test_all_errors_come_at_once_each_with_its_line(tmp_path: Path) -> None:
         ("name: a-model", "name: ../evil", 2, "should match pattern"),
         ("name: a-model", "name: 3", 2, "should be a valid string"),
         ("model: {id: model}", "model: {id: model, dtype: int3}", 3, "model.dtype"),
-        ("{max: 1.05}", "{}", 9, "give min, max or both"),
+        ("{max: 1.05}", "{}", 9, "give min, max or retain"),
         ("{max: 1.05}", "{max: '1.05'}", 9, "valid number"),
         ("{max: 1.05}", "{max: true}", 9, "valid number"),
         ("{max: 1.05}", "{max: .nan}", 9, "finite"),

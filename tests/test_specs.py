@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from orchestrator.deployment import KV_METRICS
 from orchestrator.home import Settings
-from orchestrator.method import Stage
+from orchestrator.method import Evaluator, Stage
 from orchestrator.plugins import Methods, discover
 from orchestrator.run import run_locally
 from orchestrator.spec import load_spec, validate_strictly
@@ -28,7 +31,10 @@ def test_an_example_is_valid(path: Path, methods: Methods) -> None:
     spec = load_spec(path).spec
     for step in spec.steps:
         method = validate_strictly(methods.find(step.stage, step.method).cls, step.with_)
-        assert set(step.require) <= set(getattr(method, "metrics", ()))
+        declared = set(method.declared()) if isinstance(method, Evaluator) else set()
+        declared |= {f"{name}.{engine}" for name in KV_METRICS for entry in step.engines for engine in entry}
+        for pattern in (*step.require, *step.must_not_fall):
+            assert fnmatch.filter(declared, pattern), pattern
         for name, values in (step.policy or {}).items():
             validate_strictly(methods.find(Stage.VALIDATE, name).cls, values or {})
         for engine in step.engines:
@@ -43,6 +49,11 @@ def test_there_are_examples() -> None:
 def shrunk(path: Path, folder: Path) -> Path:
     """The example on a tiny model and a little text, its gates wide open; the chain and the methods are its own."""
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
+    held_out = {"code": "return seven wizards for each judge", "prose": "some pens write down what a dog says"}
+    for name, words in held_out.items():
+        (folder / f"{name}.txt").write_text(f"{words}. " * 400, encoding="utf-8")
+    if (path.parent / "tasks").is_dir():
+        shutil.copytree(path.parent / "tasks", folder / "tasks")
     make_model(folder / "model")
     spec = yaml.safe_load(path.read_text(encoding="utf-8"))
     spec["model"] = {"id": "./model"}
@@ -62,17 +73,25 @@ def shrunk(path: Path, folder: Path) -> Path:
         "stream_tokens": 256,
         "window_tokens": 32,
         "window": 28,
+        "sources": {name: f"{name}.txt" for name in held_out},
+        "batches": [1, 2],
+        "questions": 10,
     }
     for step in spec["steps"]:
         given = step.get("with") or {}
         step["with"] = {key: small.get(key, value) for key, value in given.items()}
         if "register" in step:
             step["with"].pop("uri", None)
-        if "validate" in step and step["validate"] not in ("footprint", "streaming"):
+        if "validate" in step and step["validate"] in ("perplexity", "fidelity"):
             step["with"] |= {"length_tokens": 32, "windows": 4}
+        if step.get("validate") == "footprint":
+            step["with"] |= {"new_tokens": 4, "repeats": 1}
+        if step.get("validate") == "tasks":
+            step["with"] |= {"questions": 10, "length_tokens": 128}
         for name, values in (step.get("policy") or {}).items():
             step["policy"][name] = {key: small.get(key, value) for key, value in values.items()}
         step.pop("require", None)
+        step.pop("must_not_fall", None)
         for engine in step.get("engines", ()):
             for values in engine.values():
                 values["max_model_len"] = 64
@@ -81,11 +100,16 @@ def shrunk(path: Path, folder: Path) -> Path:
     return small_path
 
 
-@pytest.mark.parametrize("name", ["awq.yaml", "llm-pruner.yaml", "minillm.yaml", "hybrid.yaml", "streaming-llm.yaml"])
+@pytest.mark.parametrize(
+    "name", ["awq.yaml", "llm-pruner.yaml", "minillm.yaml", "hybrid.yaml", "streaming-llm.yaml", "gated.yaml"]
+)
 def test_an_example_runs_at_small_scale(name: str, tmp_path: Path, methods: Methods, tracking_uri: str) -> None:
     path = Path(__file__).parents[1] / "flows" / "specs" / name
+    if name == "gated.yaml":
+        pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     execution = run_locally(shrunk(path, tmp_path), methods, Settings(tmp_path / "home", tracking_uri), Watcher())
     document = execution.document()
     assert document["release"] is not None
     metrics = {name: value for step in document["steps"] for name, value in step["metrics"].items()}
-    assert 0.5 < metrics["perplexity_ratio"] < 3
+    ratios = [value for name, value in metrics.items() if name.startswith("perplexity_ratio")]
+    assert ratios and all(0.5 < ratio < 3 for ratio in ratios)

@@ -58,7 +58,8 @@ def _measure(
     if not isinstance(measured, Mapping):
         findings.fail("E1 runs", f"`measure` returned {type(measured).__name__}; return a dict of name to number")
         return None
-    missing, extra = sorted(set(method.metrics) - set(measured)), sorted(set(measured) - set(method.metrics))
+    declared = set(method.declared())
+    missing, extra = sorted(declared - set(measured)), sorted(set(measured) - declared)
     findings.expect("E2 declared", not missing, f"{', '.join(missing)} declared in `metrics`, but not measured")
     findings.expect(
         "E2 declared",

@@ -7,6 +7,7 @@ from orchestrator_evaluation.fidelity import Fidelity
 from orchestrator_evaluation.footprint import Footprint
 from orchestrator_evaluation.perplexity import Perplexity
 from orchestrator_evaluation.streaming import Streaming
+from orchestrator_evaluation.tasks import Tasks
 
 ORCHESTRATOR_API = ">=1.0,<2"
 
@@ -14,4 +15,4 @@ ORCHESTRATOR_API = ">=1.0,<2"
 @hookimpl
 def register_methods() -> list[type[Method]]:
     """Return the methods of this family."""
-    return [Perplexity, Fidelity, Footprint, Streaming]
+    return [Perplexity, Fidelity, Footprint, Streaming, Tasks]

@@ -7,15 +7,16 @@ chunk, V = vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.api import Checkpoint, Context, ModelFacts, Stage, StepError, Work
+from orchestrator.api import Checkpoint, Context, Measured, ModelFacts, Quotient, Samples, Stage, StepError, Work
 from orchestrator_evaluation.forward import WindowEvaluator, chunks, load_float32, logits_of
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 class Fidelity(WindowEvaluator):
@@ -28,8 +29,16 @@ class Fidelity(WindowEvaluator):
         "kl_mean": "mean over positions of KL(dense || compressed), nats",
         "kl_p99": "99th percentile over positions (nearest rank) of KL(dense || compressed), nats",
         "top1_agreement": "share of positions where both models' likeliest token is the same, 0 to 1",
+        "top1_flips": "share of positions where it is not the same: 1 - top1_agreement",
         "fidelity_tokens": "number of positions compared",
     }
+    better: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {
+        "kl_mean": "lower",
+        "kl_p99": "lower",
+        "top1_agreement": "higher",
+        "top1_flips": "lower",
+    }
+    sampled: ClassVar[frozenset[str]] = frozenset({"kl_mean", "top1_agreement", "top1_flips"})
 
     def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
         """Both models in float32, with the logits of one batch of each."""
@@ -39,40 +48,79 @@ class Fidelity(WindowEvaluator):
         twice = passing.then(self.passing(model))
         return replace(twice, memory_bytes=memory, moved_bytes=twice.moved_bytes + 3 * held)
 
-    def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Mapping[str, float]:
+    def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Measured:
         """Run both models once over every window. Raises `StepError` for too little text or unlike vocabularies."""
-        import torch
-
-        tokens_NT = self.tokens_NT(baseline)
+        texts, metrics = self.windows_of_texts(baseline, context)
         dense, compressed = load_float32(baseline), load_float32(candidate)
-        parts_C: list[torch.Tensor] = []
-        agreeing = 0
-        for start in range(0, len(tokens_NT), self.batch):
-            tokens_BT = tokens_NT[start : start + self.batch]
-            dense_PV = logits_of(dense, tokens_BT).flatten(0, 1)
-            compressed_PV = logits_of(compressed, tokens_BT).flatten(0, 1).to(dense_PV.device)
-            if dense_PV.shape != compressed_PV.shape:
-                raise StepError(
-                    f"the dense model scores {dense_PV.shape[1]} tokens, the compressed one {compressed_PV.shape[1]}",
-                    remedy="compare models with one vocabulary",
-                )
-            for part in chunks(*dense_PV.shape):
-                parts_C.append(kl_divergence(dense_PV[part], compressed_PV[part]).cpu())
-                agreeing += int((dense_PV[part].argmax(-1) == compressed_PV[part].argmax(-1)).sum())
-            done = min(start + self.batch, len(tokens_NT))
-            context.progress(done / len(tokens_NT), f"window {done} of {len(tokens_NT)}")
-        kl_P = torch.cat(parts_C).double().sort().values
-        if not bool(kl_P.isfinite().all()):
+        windows, done = sum(map(len, texts.values())), 0
+        samples = []
+        for suffix, tokens_NT in texts.items():
+            kl_sums: list[float] = []
+            flips: list[int] = []
+            parts: list[torch.Tensor] = []
+            for start in range(0, len(tokens_NT), self.batch):
+                for kl_T, flipped in _compared(dense, compressed, tokens_NT[start : start + self.batch]):
+                    parts.append(kl_T)
+                    kl_sums.append(float(kl_T.sum()))
+                    flips.append(flipped)
+                context.progress((done + len(flips)) / windows, f"window {done + len(flips)} of {windows}")
+            done += len(flips)
+            part = _samples(suffix, kl_sums, flips, tokens_NT.shape[1])
+            metrics |= {name: part.value(name) for name in part.quotients}
+            metrics |= {f"kl_p99{suffix}": _p99(parts), f"fidelity_tokens{suffix}": float(tokens_NT.numel())}
+            samples.append(part)
+        return Measured(metrics, samples=samples)
+
+
+def _compared(
+    dense: PreTrainedModel, compressed: PreTrainedModel, tokens_BT: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yield, for each window, the divergence [T], nats, float64, and the number of flips."""
+    import torch
+
+    dense_BTV = logits_of(dense, tokens_BT)
+    compressed_BTV = logits_of(compressed, tokens_BT).to(dense_BTV.device)
+    if dense_BTV.shape != compressed_BTV.shape:
+        raise StepError(
+            f"the dense model scores {dense_BTV.shape[2]} tokens, the compressed one {compressed_BTV.shape[2]}",
+            remedy="compare models with one vocabulary",
+        )
+    for dense_TV, compressed_TV in zip(dense_BTV, compressed_BTV, strict=True):
+        parts: list[torch.Tensor] = []
+        flipped = 0
+        for part in chunks(*dense_TV.shape):
+            parts.append(kl_divergence(dense_TV[part], compressed_TV[part]).cpu())
+            flipped += int((dense_TV[part].argmax(-1) != compressed_TV[part].argmax(-1)).sum())
+        kl_T = torch.cat(parts).double()
+        if not bool(kl_T.isfinite().all()):
             raise StepError(
                 "the KL divergence is not finite: one of the models is broken",
                 remedy="look at the metrics of the steps before, and compress less",
             )
-        return {
-            "kl_mean": float(kl_P.mean()),
-            "kl_p99": float(kl_P[math.ceil(0.99 * len(kl_P)) - 1]),
-            "top1_agreement": agreeing / len(kl_P),
-            "fidelity_tokens": float(len(kl_P)),
-        }
+        yield kl_T, flipped
+
+
+def _samples(suffix: str, kl_sums: Sequence[float], flips: Sequence[int], positions: int) -> Samples:
+    columns = {
+        "kl_nats": kl_sums,
+        "flips": flips,
+        "agreeing": [positions - flipped for flipped in flips],
+        "positions": [positions] * len(flips),
+    }
+    quotients = {
+        f"kl_mean{suffix}": Quotient("kl_nats", "positions"),
+        f"top1_flips{suffix}": Quotient("flips", "positions"),
+        f"top1_agreement{suffix}": Quotient("agreeing", "positions"),
+    }
+    return Samples("window", columns, quotients)
+
+
+def _p99(parts: Sequence[torch.Tensor]) -> float:
+    """The 99th percentile of all positions, nearest rank."""
+    import torch
+
+    kl_P = torch.cat(list(parts)).sort().values
+    return float(kl_P[math.ceil(0.99 * len(kl_P)) - 1])
 
 
 def kl_divergence(reference_CV: torch.Tensor, other_CV: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,11 @@ _MEASURED = {
     "load_seconds": "seconds that `from_pretrained` takes in a fresh process, libraries already imported",
     "tokens_per_second": "new tokens per second of greedy decoding, batch 1, after the prompt (median of the rounds)",
     "peak_memory_bytes": "largest resident memory of the process, bytes; Python and the libraries included",
+}
+_OF_A_BATCH = {
+    "tokens_per_second": "new tokens per second of greedy decoding after the prompts, all sequences together (median)",
+    "first_token_seconds": "seconds from the prompts to the first new token of all sequences (median)",
+    "peak_memory_bytes": "largest resident memory of the process up to then, bytes; smaller batches came before",
 }
 _PROCESS_BYTES = 600 << 20  # of a process that has imported Transformers
 
@@ -47,17 +52,43 @@ class Footprint(Evaluator):
         "tokens_per_second_ratio": "compressed / dense speed in the same round (median of the rounds)",
     }
 
+    better: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {
+        **dict.fromkeys(_MEASURED, "lower"),
+        "first_token_seconds": "lower",
+        "tokens_per_second": "higher",
+    }
+    quality: ClassVar[bool] = False
+
     new_tokens: int = Field(64, ge=1, le=100_000, description="Tokens decoded in each timed run.")
     repeats: int = Field(5, ge=1, le=100, description="Rounds in which both models decode; medians count.")
+    batches: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
+        (),
+        max_length=20,
+        description="Numbers of sequences to decode at once; speed, time to the first token and memory of each are "
+        "called METRIC.batch-N.",
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="dtype to load in; 'auto' is what config.json says, as a user would get it."
     )
     threads: int | None = Field(None, ge=1, le=1024, description="Threads to compute with. Default: PyTorch's choice.")
     timeout_seconds: float = Field(3600.0, gt=0, description="Longest time for the whole measurement, seconds.")
 
+    def declared(self) -> Mapping[str, str]:
+        """The metrics of one sequence, and of every batch."""
+        return dict(self.metrics) | {
+            f"{form.format(name)}.{_tier(batch)}": text.format(what, name)
+            for batch in self.batches
+            for name, what in _OF_A_BATCH.items()
+            for form, text in (
+                ("{}", f"{{0}}; compressed model, {batch} at once"),
+                ("dense_{}", f"{{0}}; dense model, {batch} at once"),
+                ("{}_ratio", f"{{1}} compressed / dense, {batch} at once"),
+            )
+        }
+
     def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
         """Nothing in this process; two others with a model each, which write token by token."""
-        written = 2 * self.repeats * (self.new_tokens + 20)
+        written = 2 * self.repeats * (self.new_tokens + 20) * (1 + sum(set(self.batches)))
         held = sum(facts.load_bytes(as_float32=self.dtype == "float32") for facts in (model, dense))
         decoding = dense.forward(written, 64, 1, head=True)
         # Every weight is read for every token.
@@ -82,7 +113,11 @@ class Footprint(Evaluator):
             rounds = []
             for number in range(self.repeats):
                 context.progress(0.6 + 0.4 * number / self.repeats, f"decoding, round {number + 1} of {self.repeats}")
-                rounds.append((dense.decode(), compressed.decode()))
+                rounds.append((dense.decode()["tokens_per_second"], compressed.decode()["tokens_per_second"]))
+            for batch in sorted(set(self.batches)):  # rising, so that the memory is that of the largest so far
+                context.progress(1.0, f"decoding {batch} sequences at once")
+                pairs = [(dense.decode(batch), compressed.decode(batch)) for _ in range(self.repeats)]
+                result |= _of_a_batch(batch, pairs)
             result["dense_peak_memory_bytes"] = dense.finish()
             result["peak_memory_bytes"] = compressed.finish()
         result["dense_tokens_per_second"] = statistics.median(rate for rate, _ in rounds)
@@ -102,6 +137,22 @@ class Footprint(Evaluator):
         if self.threads is not None:
             command += ["--threads", str(self.threads)]
         return command
+
+
+def _tier(batch: int) -> str:
+    return f"batch-{batch}"
+
+
+def _of_a_batch(batch: int, pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> dict[str, float]:
+    """The metrics of a batch from the rounds of (dense, compressed): medians, the last of memory."""
+    result = {}
+    for name in _OF_A_BATCH:
+        dense, compressed = ([side[name] for side in sides] for sides in zip(*pairs, strict=True))
+        ratios = [after / before for before, after in zip(dense, compressed, strict=True)]
+        for form, values in (("dense_{}", dense), ("{}", compressed), ("{}_ratio", ratios)):
+            value = values[-1] if name == "peak_memory_bytes" else statistics.median(values)
+            result[f"{form.format(name)}.{_tier(batch)}"] = value
+    return result
 
 
 class Probe:
@@ -135,13 +186,13 @@ class Probe:
         self._process.communicate()
         self._errors.close()
 
-    def decode(self) -> float:
-        """Let the model write; return new tokens per second."""
+    def decode(self, batch: int | None = None) -> dict[str, float]:
+        """Let the model write, one sequence or a batch of them; return what the process measured."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died: reading says so
-            self._process.stdin.write("decode\n")
+            self._process.stdin.write("decode\n" if batch is None else f"decode {batch}\n")
             self._process.stdin.flush()
-        return self.read("tokens_per_second")
+        return self._answer("tokens_per_second")
 
     def finish(self) -> float:
         """End the process; return its peak memory in bytes."""
@@ -153,16 +204,22 @@ class Probe:
 
     def read(self, name: str) -> float:
         """Return the number called `name` from the next line that the process prints."""
+        return self._answer(name)[name]
+
+    def _answer(self, name: str) -> dict[str, float]:
+        """The numbers of the next line that holds one called `name`."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             try:
-                return float(json.loads(line)[name])
-            except (ValueError, KeyError, TypeError):
+                found = {key: float(value) for key, value in json.loads(line).items()}
+            except (ValueError, AttributeError, TypeError):
                 continue  # something a library prints
+            if name in found:
+                return found
         if self._late:
             raise StepError(
                 f"loading and running {self._model} took too long",
-                remedy="raise `timeout_seconds`, or lower `new_tokens` or `repeats`",
+                remedy="raise `timeout_seconds`, or lower `new_tokens`, `repeats` or `batches`",
             )
         code = self._process.wait()
         self._errors.seek(0)

@@ -2,8 +2,8 @@
 
     echo "decode" | python -P footprint_probe.py FOLDER --dtype auto --new-tokens 64
 
-One line when the model is loaded, one for each line ``decode`` on stdin, one at the end: so two of these can take
-turns. Run by `footprint`, as a file, so that nothing of this project is in the process that is measured.
+One line when the model is loaded, one for each line ``decode`` or ``decode BATCH`` on stdin, one at the end: so two of
+these can take turns. Run by `footprint`, as a file, so that nothing of this project is in the process that is measured.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def main() -> None:
     model: Any = loaded.eval()
 
     rows = model.get_input_embeddings().weight.shape[0]
-    prompt = torch.arange(PROMPT_TOKENS).remainder(rows).unsqueeze(0)
 
-    def seconds(new_tokens: int) -> float:
-        """Time to write this many tokens after the prompt."""
+    def seconds(new_tokens: int, batch: int = 1) -> float:
+        """Time to write this many tokens after each of the prompts."""
+        prompt = torch.arange(batch * PROMPT_TOKENS).remainder(rows).view(batch, PROMPT_TOKENS)
         begin = time.perf_counter()
         # `min_new_tokens`: an end token must not make a run shorter.
         written = model.generate(
@@ -84,10 +84,18 @@ def main() -> None:
     seconds(1)  # warm up
     answer({"load_seconds": load_seconds})
     for line in sys.stdin:
-        if line.strip() == "decode":
+        command, _, number = line.strip().partition(" ")
+        if command == "decode":
+            batch = int(number or 1)
             # The first new token is the prompt's: what remains is decoding alone.
-            first, whole = seconds(1), seconds(1 + options.new_tokens)
-            answer({"tokens_per_second": options.new_tokens / max(whole - first, 1e-9)})
+            first, whole = seconds(1, batch), seconds(1 + options.new_tokens, batch)
+            answer(
+                {
+                    "tokens_per_second": batch * options.new_tokens / max(whole - first, 1e-9),
+                    "first_token_seconds": first,
+                    "peak_memory_bytes": peak_memory_bytes(),
+                }
+            )
     answer({"peak_memory_bytes": peak_memory_bytes()})
 
 

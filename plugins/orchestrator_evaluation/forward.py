@@ -5,13 +5,24 @@ Shape legend: N = windows, B = windows of a batch, T = tokens of a window, V = v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from orchestrator.api import Checkpoint, Evaluator, ModelFacts, StepError, TextSource, Work, token_windows
+from orchestrator.api import (
+    Checkpoint,
+    Context,
+    Evaluator,
+    HeldOutSources,
+    ModelFacts,
+    StepError,
+    TextSource,
+    Work,
+    token_windows,
+)
+from orchestrator_evaluation.overlap import OVERLAP, RUN_TOKENS, overlap
 
 if TYPE_CHECKING:
     import torch
@@ -28,18 +39,61 @@ class WindowEvaluator(Evaluator):
     activations and logits are float32, so that what is measured is the compression and not the arithmetic.
     """
 
-    source: TextSource = Field(
+    source: TextSource | None = Field(
+        None,
         min_length=1,
         description="Held-out text: a file (.jsonl, .parquet, plain UTF-8 text), or hub:OWNER/NAME:SPLIT@REVISION.",
     )
-    windows: int | None = Field(None, ge=1, description="Number of windows, from the start of the text. Default: all.")
+    sources: HeldOutSources | None = Field(
+        None,
+        min_length=1,
+        max_length=100,
+        description="Instead of `source`: several held-out texts by name, none of which the specification calibrates "
+        "or trains on. Metrics are then called METRIC.NAME.",
+    )
+    max_overlap: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Of several texts, the largest share of runs of 13 tokens that may stand in the calibration set.",
+    )
+    windows: int | None = Field(None, ge=1, description="Number of windows, from the start of each text. Default: all.")
     length_tokens: int = Field(512, ge=2, le=1_048_576, description="Length of each window, tokens.")
     field: str = Field("text", min_length=1, description="Key or column of JSON lines, Parquet or hub rows with text.")
     batch: int = Field(4, ge=1, le=4096, description="Windows per forward pass; bounds the memory of the logits.")
 
+    @model_validator(mode="after")
+    def _one_kind_of_source(self) -> WindowEvaluator:
+        if (self.source is None) == (self.sources is None):
+            raise ValueError("give source, or sources with a name for each")
+        return self
+
+    def declared(self) -> Mapping[str, str]:
+        """The metrics of every text, and how much of it the calibration set holds."""
+        if self.sources is None:
+            return self.metrics
+        each = {**self.metrics, OVERLAP: "share of the runs of 13 tokens that stand in the calibration set too, 0 to 1"}
+        return {
+            f"{name}.{tier}": f"{what}; text {tier}" for tier in sorted(self.sources) for name, what in each.items()
+        }
+
+    def reads_calibration(self) -> bool:
+        """Several texts are compared with the calibration set."""
+        return self.sources is not None
+
+    def expected_units(self) -> int:
+        """Windows of all texts."""
+        return sum(self.windows or _windows_of(source, self.length_tokens) for source in self._texts().values())
+
+    def _texts(self) -> dict[str, str]:
+        """By what is put behind a metric's name, the texts."""
+        if self.sources is None:
+            return {"": str(self.source)}
+        return {f".{tier}": source for tier, source in sorted(self.sources.items())}
+
     def passing(self, model: ModelFacts) -> Work:
         """One model's pass over all windows: activations and logits in memory, the model itself not."""
-        windows = self.windows or _windows_of(self.source, self.length_tokens)
+        windows = self.expected_units()
         batch = self.length_tokens * min(self.batch, windows)
         scored = model.forward(windows * self.length_tokens, self.length_tokens, batch, head=True)
         logits = 4 * batch * model.vocabulary
@@ -50,7 +104,29 @@ class WindowEvaluator(Evaluator):
         """A temporary as wide as the vocabulary, float32."""
         return 4 * min(_CHUNK_ELEMENTS, self.length_tokens * model.vocabulary)
 
-    def tokens_NT(self, baseline: Checkpoint) -> torch.Tensor:
+    def windows_of_texts(
+        self, baseline: Checkpoint, context: Context
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Return the windows [N, T] of every text, by what is put behind a metric's name, and the overlap metrics.
+
+        Raises `StepError` for too little text, too long windows, or a text that is in the calibration set.
+        """
+        texts = {suffix: self.tokens_NT(baseline, source) for suffix, source in self._texts().items()}
+        if self.sources is None:
+            return texts, {}
+        overlaps = {}
+        for suffix, tokens_NT in texts.items():
+            share = 0.0 if context.calibration is None else overlap(tokens_NT, context.calibration.tokens_NT)
+            if share > self.max_overlap:
+                raise StepError(
+                    f"{share:.1%} of the runs of {RUN_TOKENS} tokens in sources{suffix} stand in the calibration set "
+                    f"too; at most {self.max_overlap:.1%} may",
+                    remedy="name a text that is held out, or raise max_overlap if such repetition is its nature",
+                )
+            overlaps[f"{OVERLAP}{suffix}"] = share
+        return texts, overlaps
+
+    def tokens_NT(self, baseline: Checkpoint, source: str | None = None) -> torch.Tensor:
         """The windows, in tokens of the dense model. Raises `StepError` for too little text or too long windows."""
         positions = baseline.positions
         if positions is not None and self.length_tokens > positions:
@@ -59,7 +135,7 @@ class WindowEvaluator(Evaluator):
                 remedy=f"set length_tokens to at most {positions}",
             )
         windows = token_windows(
-            self.source,
+            source or str(self.source),
             baseline.load_tokenizer(),
             num_sequences=self.windows,
             length=self.length_tokens,
