@@ -95,30 +95,43 @@ class Samples:
     def interval(self, metric: str, confidence: float, seed: int) -> tuple[float, float]:
         """Return the ends of the metric's interval."""
         quotient = self.quotients[metric]
-        return self._interval((quotient.numerator, quotient.denominator), quotient_of(quotient), confidence, seed)
+        drawn = _Drawn(self, (quotient.numerator, quotient.denominator), seed)
+        return drawn.interval(quotient_of(quotient), confidence)
+
+    def intervals(self, confidence: float, seed: int) -> dict[str, tuple[float, float]]:
+        """Return the intervals of all metrics, as `interval` does, from one drawing of units."""
+        drawn = _Drawn(self, tuple(self.columns), seed)
+        return {
+            metric: drawn.interval(quotient_of(quotient), confidence) for metric, quotient in self.quotients.items()
+        }
 
     def difference(self, metric: str, other: str, confidence: float, seed: int) -> tuple[float, float]:
         """Return the ends of the interval of metric - other, both taken from the same resampled units."""
         pair = [self.quotients[name] for name in (metric, other)]
         first, second = map(quotient_of, pair)
         columns = dict.fromkeys(name for quotient in pair for name in (quotient.numerator, quotient.denominator))
-        return self._interval(tuple(columns), lambda sums: first(sums) - second(sums), confidence, seed)
+        return _Drawn(self, tuple(columns), seed).interval(lambda sums: first(sums) - second(sums), confidence)
 
     def _sums(self) -> dict[str, Floats]:
         import numpy as np
 
         return {name: np.asarray(values, np.float64).sum(keepdims=True) for name, values in self.columns.items()}
 
-    def _interval(
-        self, names: Sequence[str], statistic: Statistic, confidence: float, seed: int
-    ) -> tuple[float, float]:
+
+class _Drawn:
+    """Sums of columns: over all units, over all but one [N], and over `RESAMPLES` draws of N units [R]."""
+
+    def __init__(self, samples: Samples, names: Sequence[str], seed: int) -> None:
         import numpy as np
 
-        columns_N = {name: np.asarray(self.columns[name], np.float64) for name in names}
-        whole = {name: values_N.sum(keepdims=True) for name, values_N in columns_N.items()}
-        without_one_N = {name: whole[name] - values_N for name, values_N in columns_N.items()}
-        resampled_R = np.concatenate([statistic(sums) for sums in _resampled_sums(columns_N, seed)])
-        return bca(float(statistic(whole)[0]), resampled_R, statistic(without_one_N), confidence)
+        columns_N = {name: np.asarray(samples.columns[name], np.float64) for name in names}
+        self._whole = {name: values_N.sum(keepdims=True) for name, values_N in columns_N.items()}
+        self._without_one_N = {name: self._whole[name] - values_N for name, values_N in columns_N.items()}
+        self._resampled_R = _resampled_sums(columns_N, seed)
+
+    def interval(self, statistic: Statistic, confidence: float) -> tuple[float, float]:
+        value = float(statistic(self._whole)[0])
+        return bca(value, statistic(self._resampled_R), statistic(self._without_one_N), confidence)
 
 
 def quotient_of(quotient: Quotient) -> Statistic:
@@ -135,18 +148,22 @@ def quotient_of(quotient: Quotient) -> Statistic:
     return of
 
 
-def _resampled_sums(columns_N: Mapping[str, Floats], seed: int) -> Sequence[dict[str, Floats]]:
-    """Sums of the columns over `RESAMPLES` draws of N units with replacement, the same draws for every column."""
+def _resampled_sums(columns_N: Mapping[str, Floats], seed: int) -> dict[str, Floats]:
+    """Sums [R] of the columns over draws of N units with replacement, the same draws for every column."""
     import numpy as np
 
     generator = np.random.default_rng(seed)
     units = len(next(iter(columns_N.values())))
     size = max(1, _CHUNK_ELEMENTS // units)
-    chunks = []
+    sums_R = {name: np.empty(RESAMPLES) for name in columns_N}
     for start in range(0, RESAMPLES, size):
-        drawn_CN = generator.integers(units, size=(min(size, RESAMPLES - start), units))
-        chunks.append({name: values_N[drawn_CN].sum(axis=1) for name, values_N in columns_N.items()})
-    return chunks
+        stop = min(start + size, RESAMPLES)
+        drawn_CN = generator.integers(units, size=(stop - start, units))
+        for name, values_N in columns_N.items():
+            # What all units have alike, as a count of one, needs no looking up.
+            alike = bool((values_N == values_N[0]).all())
+            sums_R[name][start:stop] = units * values_N[0] if alike else values_N[drawn_CN].sum(axis=1)
+    return sums_R
 
 
 def bca(value: float, resampled_R: Floats, without_one_N: Floats, confidence: float) -> tuple[float, float]:

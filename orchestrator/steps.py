@@ -206,12 +206,9 @@ def _write_samples(name: str, result: Measured, seed: int, folder: Path) -> None
     if faults:
         raise StepError(f"{name} gave samples that do not fit its metrics: {'; '.join(faults)}")
     (folder / SAMPLES_FILE).write_bytes(canonical_json([samples.as_dict() for samples in result.samples]))
-    intervals = {
-        metric: samples.interval(metric, CONFIDENCE, seed)
-        for samples in result.samples
-        if samples.units >= FEWEST_UNITS
-        for metric in samples.quotients
-    }
+    intervals: dict[str, tuple[float, float]] = {}
+    for samples in result.samples:
+        intervals |= samples.intervals(CONFIDENCE, seed) if samples.units >= FEWEST_UNITS else {}
     (folder / INTERVALS_FILE).write_bytes(canonical_json(intervals))
 
 

@@ -140,10 +140,11 @@ def test_an_interval_holds_the_truth_about_as_often_as_it_says(monkeypatch: pyte
     assert 0.84 * 300 <= held <= 0.95 * 300
 
 
-def test_neither_memory_nor_calls_change_the_draws(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_memory_nor_company_change_the_draws(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
     once = samples.interval("perplexity_ratio", 0.95, seed=4)
     assert samples.interval("perplexity_ratio", 0.95, seed=4) == once
     assert samples.interval("perplexity_ratio", 0.95, seed=5) != once
+    assert samples.intervals(0.95, seed=4)["perplexity_ratio"] == once
     monkeypatch.setattr(bootstrap, "_CHUNK_ELEMENTS", 7 * UNITS)
     assert samples.interval("perplexity_ratio", 0.95, seed=4) == once
 
