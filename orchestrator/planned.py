@@ -33,6 +33,7 @@ def journal_facts(plan: Plan) -> dict[str, Any]:
                 "place": step.place,
                 "demands": {
                     "require": {metric: dict(bound) for metric, bound in step.require.items()},
+                    "must_not_fall": list(step.must_not_fall),
                 },
             }
             for step in plan.steps

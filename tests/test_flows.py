@@ -302,6 +302,9 @@ def test_a_run_with_the_embedded_server_is_recorded_and_leaves_neither_noise_nor
     tables = workplace.query("select key, data from artifact where type = 'table'")
     assert [key for key, _ in tables] == ["counted-twice-metrics"]
     assert json.loads(json.loads(tables[0][1])) == [{"metric": "tensors", "dense": "1", "compressed": "1", "ratio": ""}]
+    (note,) = workplace.query("select key, data from artifact where type = 'markdown'")
+    assert note[0] == "counted-twice-report" and Path(document["report"]).as_uri() in note[1]
+    assert Path(document["report"]).read_text().startswith("<!doctype html>")
     messages = [message for (message,) in workplace.query("select message from log")]
     assert any(document["steps"][1]["artifact"]["digest"][:12] in message for message in messages)
     results = [json.loads(path.read_text()) for path in (workplace.home / "prefect" / "storage").iterdir()]
@@ -396,8 +399,12 @@ def test_a_violated_gate_comes_out_with_its_exit_code_and_its_numbers_are_shown(
     (flow_run,) = flow_runs(server, "gated-")
     assert flow_run.state.is_failed()
     with client(server) as api:
-        tables = [artifact for artifact in api.read_artifacts() if artifact.key == "gated-metrics"]
-    assert [table.flow_run_id for table in tables] == [flow_run.id]
+        shown = {
+            artifact.key: artifact for artifact in api.read_artifacts() if (artifact.key or "").startswith("gated-")
+        }
+    assert set(shown) == {"gated-metrics", "gated-report"}
+    assert {artifact.flow_run_id for artifact in shown.values()} == {flow_run.id}
+    assert "/runs/" in str(shown["gated-report"].data) and ".html" in str(shown["gated-report"].data)
 
 
 def test_a_second_run_finds_everything_in_the_store(workplace: Workplace, server: str, run_here: Any) -> None:

@@ -22,12 +22,14 @@ from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from orchestrator.errors import GateError
+from orchestrator.errors import OrchestratorError
 from orchestrator.home import Settings
 from orchestrator.plan import Step
 from orchestrator.plugins import discover
+from orchestrator.record import REPORT_FILE
 from orchestrator.report import metric_rows, shown
 from orchestrator.run import Execution, finishing, start
+from orchestrator.tracking import is_server
 from orchestrator_flows.observers import LogObserver, Relay
 
 T = TypeVar("T")
@@ -85,8 +87,8 @@ async def _run_steps(execution: Execution, conduct: Conduct) -> dict[str, Any]:
     try:
         for step in execution.plan.steps:
             await _task(execution, step, conduct)()
-    except GateError:
-        await _show(execution)  # the numbers that the gate refused
+    except OrchestratorError:
+        await _show(execution)  # the numbers that a gate refused; what was measured before a step failed
         raise
     await _show(execution)
     return execution.document()
@@ -139,6 +141,25 @@ async def _show(execution: Execution) -> None:
             f"- {len(release['files'])} files\n",
             description=f"Release of {execution.plan.name}, run {execution.run_id}",
         )
+    try:
+        await acreate_markdown_artifact(
+            key=f"{key}-report",
+            markdown=_report_note(execution),
+            description=f"Report of {execution.plan.name}, run {execution.run_id}",
+        )
+    except Exception as error:  # a page is no reason for a run to fail
+        get_run_logger().warning("the report is not linked: %s", error)
+
+
+def _report_note(execution: Execution) -> str:
+    """Where the page of the run is, and what the gates said, in Markdown."""
+    lines = [f"[{execution.report_path.name}]({execution.report_path.as_uri()}), written when the run ends."]
+    tracking, run = execution.settings.public_tracking_uri, execution.record.mlflow_run
+    if run and is_server(tracking):
+        lines.append(f"[The same in MLflow]({tracking.rstrip('/')}/#/runs/{run}), as `{REPORT_FILE}`.")
+    gates = [gate for step in execution.document()["steps"] for gate in step.get("gates", ())]
+    said = [f"- {'passed' if gate['passed'] else '**failed**'}: {gate['what']}" for gate in gates]
+    return "\n\n".join([*lines, "\n".join(said)]).strip()
 
 
 def artifact_key(name: str) -> str:
