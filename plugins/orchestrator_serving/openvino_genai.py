@@ -5,8 +5,9 @@ holds ``pipeline.json`` and a small program that hands it to `SchedulerConfig` a
 
 Eviction: the first `start_size` tokens stay, the last `recent_size` too, and of those between as many as have received
 most attention. So h2o is what it is made for, with the sinks of its own that it insists on; and streaming_llm is the
-same with one block between, for it takes no less. A prompt stays whole until its first token is generated: the plan
-counts the more of the two, the longest prompt (`prompt_tokens` if the traffic is given) and what eviction leaves.
+same with one block between, for it takes no less. A prompt stays whole until its first token has been written behind
+it: the plan counts the more of the two, the longest prompt (`prompt_tokens` if the traffic is given) with that token,
+and what eviction leaves.
 """
 
 from __future__ import annotations
@@ -97,10 +98,14 @@ class OpenVINOGenAI(ServingEngine):
         return self.sink_tokens + (self.recent_tokens or 0) + between
 
     def held_tokens(self) -> int | None:
-        """Most that a sequence holds at any time: its prompt, which is read whole, or what eviction leaves of it."""
+        """Most that a sequence holds at any time: its whole prompt and one token, or what eviction leaves of it."""
         if super().held_tokens() is None:
             return None
-        return max(self.prompt_tokens or self.max_model_len, self.evicted_tokens())
+        return max(self._whole_tokens(), self.evicted_tokens())
+
+    def _whole_tokens(self) -> int:
+        """The longest prompt, and the first token of its answer: eviction begins only behind them."""
+        return self.max_model_len if self.prompt_tokens is None else min(self.prompt_tokens + 1, self.max_model_len)
 
     def evicted_tokens(self) -> int:
         """What eviction leaves of a sequence that is generated, and the block that is being filled."""
@@ -169,14 +174,14 @@ class OpenVINOGenAI(ServingEngine):
             + (" (it counts a byte for every 4 bits; half of that is allocated)." if _is_u4(plan) else "."),
         ]
         if self.policy != "paged":
-            longest = min(plan.num_blocks * BLOCK_TOKENS, plan.max_model_len)
-            assumed = min(self.prompt_tokens or plan.max_model_len, plan.max_model_len)
+            longest = min(plan.num_blocks * BLOCK_TOKENS, plan.max_model_len) - 1
+            whole = self._whole_tokens()
             steady = min(self.evicted_tokens(), plan.max_model_len)
             notes.append(
-                f"A prompt is not evicted while it is read: it holds a block for each {BLOCK_TOKENS} tokens until its "
-                f"first token is generated ({assumed} tokens: {_blocks(assumed)}); after that a sequence holds "
-                f"{_blocks(steady)} at most. The more of both is counted. The longest prompt that fits is {longest} "
-                "tokens."
+                f"A prompt is not evicted while it is read: it holds a block for each {BLOCK_TOKENS} tokens until the "
+                f"first token of its answer is in the cache too (with that {whole} tokens: {_blocks(whole)}); after "
+                f"that a sequence holds {_blocks(steady)} at most. The more of both is counted. The longest prompt "
+                f"that fits is {longest} tokens."
             )
             if self.prompt_tokens is None:
                 notes.append(
