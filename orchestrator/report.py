@@ -23,7 +23,8 @@ class Row:
 def metric_rows(outcomes: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Return the rows of the validate steps among a run's steps (as `run --json` has them).
 
-    ``dense_NAME`` and ``NAME_ratio`` stand beside NAME. The last step that measured a name wins.
+    ``dense_NAME`` and ``NAME_ratio`` stand beside NAME, and of a tier ``NAME_ratio.TIER`` beside ``NAME.TIER``. The
+    last step that measured a name wins.
     """
     measured: dict[str, float] = {}
     for outcome in outcomes:
@@ -31,7 +32,7 @@ def metric_rows(outcomes: Iterable[Mapping[str, Any]]) -> list[Row]:
             measured |= outcome["metrics"]
     beside = {name for name in measured if _base(name) in measured}
     return [
-        Row(name, measured.get(DENSE + name), value, measured.get(name + RATIO))
+        Row(name, measured.get(DENSE + name), value, measured.get(_ratio_of(name)))
         for name, value in measured.items()
         if name not in beside
     ]
@@ -41,7 +42,13 @@ def _base(name: str) -> str | None:
     """The metric beside which this one stands, if it has the name of one that does."""
     if name.startswith(DENSE):
         return name.removeprefix(DENSE)
-    return name.removesuffix(RATIO) if name.endswith(RATIO) else None
+    metric, dot, tier = name.partition(".")
+    return metric.removesuffix(RATIO) + dot + tier if metric.endswith(RATIO) else None
+
+
+def _ratio_of(name: str) -> str:
+    metric, dot, tier = name.partition(".")
+    return f"{metric}{RATIO}{dot}{tier}"
 
 
 def shown(name: str, value: float | None) -> str:

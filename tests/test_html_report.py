@@ -630,6 +630,18 @@ def test_charts_draw_what_they_are_given() -> None:
     assert level_of(None, 1, 2) is None and level_of(5.0, 5.0, 5.0) == 0
 
 
+def test_tiers_stand_beside_their_dense_model() -> None:
+    metrics = {"perplexity.code": 12.0, "dense_perplexity.code": 10.0, "perplexity_ratio.code": 1.2}
+    metrics |= {"cache_bytes_ratio": 0.25, "tokens_per_second.b8": 5.0}
+    rows = metric_rows([{"stage": "validate", "metrics": metrics}])
+    assert [(row.name, row.dense, row.compressed, row.ratio) for row in rows] == [
+        ("perplexity.code", 10.0, 12.0, 1.2),
+        ("cache_bytes_ratio", None, 0.25, None),
+        ("tokens_per_second.b8", None, 5.0, None),
+    ]
+    assert (shown("cache_bytes_ratio", 0.25), shown("cache_bytes", 2048)) == ("0.25", "2.00 KiB")
+
+
 def test_names_of_layers_and_metrics_are_taken_apart() -> None:
     assert split_layer("model.layers.12.mlp.experts.7.w1") == (12, "mlp.experts.*.w1")
     assert split_layer("transformer.h.3.attn.c_attn") == (3, "attn.c_attn")

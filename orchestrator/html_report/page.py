@@ -6,7 +6,7 @@ A Content-Security-Policy forbids it scripts, fonts and requests; its pictures a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -21,8 +21,15 @@ from orchestrator.tracking import without_password
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 MOST_TILES = 4
-# What a reader wants to know first, the first three that were measured.
-_HEADLINES = ("perplexity", "bytes_on_disk", "tokens_per_second", "kl_mean", "stream_perplexity", "peak_memory_bytes")
+# What a reader wants to know first, the first three that were measured; and which ratio is the worst of several tiers.
+_HEADLINES: tuple[tuple[str, Callable[..., Measured]], ...] = (
+    ("perplexity", max),
+    ("bytes_on_disk", max),
+    ("tokens_per_second", min),
+    ("kl_mean", max),
+    ("stream_perplexity", max),
+    ("peak_memory_bytes", max),
+)
 
 
 def run_page(run: RunView) -> str:
@@ -88,17 +95,20 @@ def banner(outcome: Verdict) -> Html:
 
 def _tiles(measured: Sequence[Measured], gates: Sequence[Gate]) -> Html | None:
     """The few numbers that one would ask for first."""
-    rows = {one.row.name: one.row for one in measured}
-    items = []
-    for name in [name for name in _HEADLINES if name in rows][: MOST_TILES - 1]:
-        row = rows[name]
-        before = "" if row.dense is None else f"dense {shown(name, row.dense)}"
+    items: list[Html] = []
+    for name, worst in _HEADLINES:
+        tiers = [one for one in measured if one.row.name.partition(".")[0] == name]
+        if not tiers or len(items) == MOST_TILES - 1:
+            continue
+        row = worst(tiers, key=lambda one: one.row.compressed if one.row.ratio is None else one.row.ratio).row
+        before = "" if row.dense is None else f"dense {shown(row.name, row.dense)}"
         ratio = "" if row.ratio is None else f", ratio {shown('ratio', row.ratio)}"
+        of = f", the worst of {len(tiers)}" if len(tiers) > 1 else ""
         items.append(
             element(
                 "li",
-                element("span", name.replace("_", " ")),
-                element("strong", number(name, row.compressed)),
+                element("span", row.name.replace("_", " ") + of),
+                element("strong", number(row.name, row.compressed)),
                 element("span", before + ratio or "compressed model"),
             )
         )
