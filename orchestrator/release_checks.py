@@ -40,8 +40,6 @@ def check_listed(
         for index, (installed, engine) in enumerate(draft.engines):
             try:
                 _check_engine(installed, engine, facts, written, engines)
-            except PluginFaultError as error:
-                note(error, draft.place)
             except OrchestratorError as error:
                 note(error, (*draft.location, "engines", index, engine.name))
 

@@ -86,6 +86,11 @@ FIRST_PARTY: dict[str, list[dict[str, object]]] = {
     "register production_stack": [{"model_uri": "hf://owner/tiny", "token_secret": "hub"}],
     "register compose": [{}],
     "register gguf": [{"tokens": 32}, {"type": "q4_k_m", "tokens": 32}],
+    "register llama_cpp": [{}, {"policy": "streaming_llm", "recent_tokens": 32, "max_model_len": 64}],
+    "register openvino": [{}],
+    "register openvino_genai": [{}, {"policy": "streaming_llm", "sink_tokens": 32, "recent_tokens": 32}],
+    "register sglang": [{}],
+    "register tensorrt_llm": [{}],
 }
 
 # Each bug, and the check that must name it.

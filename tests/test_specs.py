@@ -95,6 +95,8 @@ def shrunk(path: Path, folder: Path) -> Path:
         for engine in step.get("engines", ()):
             for values in engine.values():
                 values["max_model_len"] = 64
+                if "recent_tokens" in values:
+                    values["recent_tokens"] = 32
     small_path = folder / path.name
     small_path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
     return small_path
