@@ -9,10 +9,10 @@ import base64
 import hashlib
 import logging
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,7 +24,7 @@ from orchestrator.transfer import ATTEMPTS, CHUNK_BYTES, FILES_AT_ONCE, Meter, M
 
 PART_BYTES = 8 << 20  # larger files go to S3 in parts of this size; S3 allows no part below 5 MiB but the last
 MAX_PARTS = 10_000  # of one S3 upload; beyond 80 GB the parts grow instead
-PARTS_AT_ONCE = 4
+PARTS_AT_ONCE = 12  # of all files together; so many are in memory, no more
 _TRY_AGAIN = (  # what is there decides
     *("PreconditionFailed", "412", "ConditionalRequestConflict", "409"),
     "NoSuchUpload",  # completed by an attempt whose answer got lost, or by somebody who took it up
@@ -43,6 +43,7 @@ class S3Store(Store):
         self._lock = threading.Lock()
         self._shared: Any = None
         self._uploads: list[tuple[str, str]] = []
+        self._room = threading.BoundedSemaphore(PARTS_AT_ONCE)
 
     def check(self) -> None:
         """Also tries the permission to write, by starting an upload and aborting it: no object comes of it."""
@@ -69,7 +70,7 @@ class S3Store(Store):
             retries={"mode": "standard", "total_max_attempts": attempts},
             connect_timeout=connect_seconds,
             read_timeout=read_seconds,
-            max_pool_connections=FILES_AT_ONCE * (PARTS_AT_ONCE + 1),
+            max_pool_connections=FILES_AT_ONCE + PARTS_AT_ONCE,
             # Each upload carries its SHA-256, and every byte read is compared with the manifest. boto3's own default
             # (CRC32 in a trailer) adds nothing to that, and older servers do not understand it.
             request_checksum_calculation="when_required",
@@ -78,7 +79,10 @@ class S3Store(Store):
             s3={"payload_signing_enabled": True},
         )
         try:
-            return Session().client("s3", config=config)
+            client = Session().client("s3", config=config)
+            choose: Any = _signing_by_checksum  # handlers that choose return something, whatever the stubs say
+            client.meta.events.register_first("choose-signer.s3", choose)
+            return client
         except ValueError:  # the address is not repeated: it may hold a secret
             raise PreflightError(
                 "AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL, or endpoint_url in the AWS configuration) is not an address",
@@ -209,15 +213,14 @@ class S3Store(Store):
             meter.advance(item.file, len(data))
             return {"PartNumber": number, "ETag": sent["ETag"], "ChecksumSHA256": checksum}
 
-        digest, parts, pool = hashlib.sha256(), [], ThreadPoolExecutor(PARTS_AT_ONCE)
-        sending: deque[Future[dict[str, Any]]] = deque()
+        digest, pool = hashlib.sha256(), ThreadPoolExecutor(PARTS_AT_ONCE)
+        sending: list[Future[dict[str, Any]]] = []
         try:
-            for number, data in enumerate(item.chunks(size), start=1):
-                digest.update(data)
+            for number, data in enumerate(self._roomy(item.chunks(size), sending), start=1):
                 sending.append(pool.submit(send, number, data))
-                if len(sending) == PARTS_AT_ONCE:  # bounds the memory: so many parts per file, no more
-                    parts.append(sending.popleft().result())
-            parts += [future.result() for future in sending]
+                sending[-1].add_done_callback(lambda _: self._room.release())
+                digest.update(data)
+            parts = [future.result() for future in sending]
             item.check_unchanged(digest.hexdigest())
             self._client.complete_multipart_upload(**place, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
         except BaseException as error:
@@ -230,6 +233,23 @@ class S3Store(Store):
         # Older servers ignore IfNoneMatch here: make sure that nobody else's content won.
         if self._identify(key) != (item.file.sha256, item.file.bytes):
             raise TakenError
+
+    def _roomy(self, chunks: Iterator[bytes], sending: Sequence[Future[Any]]) -> Iterator[bytes]:
+        """Yield the chunks, each read only when there is room; raise what made one of `sending` fail."""
+        while True:
+            self._room.acquire()
+            try:
+                for future in sending:
+                    if future.done():
+                        future.result()
+                chunk = next(chunks, b"")
+            except BaseException:
+                self._room.release()
+                raise
+            if not chunk:
+                self._room.release()
+                return
+            yield chunk
 
     def _unfinished_upload(self, place: dict[str, str], item: Item, size: int) -> tuple[str, dict[int, Any]]:
         """Return an upload that was left for this object, and its parts by number; ("", {}) if there is none.
@@ -308,6 +328,27 @@ class S3Store(Store):
         """The server's address, without credentials."""
         address = urlsplit(self._client.meta.endpoint_url)
         return f"{address.scheme}://{address.netloc.rpartition('@')[2]}"
+
+
+def _signing_by_checksum(**_: Any) -> str:
+    return _register_signing_by_checksum()
+
+
+@cache
+def _register_signing_by_checksum() -> str:
+    """Register, once, a signature that takes the SHA-256 of the content from the checksum that goes along with it.
+
+    botocore would calculate the same number for a second time.
+    """
+    from botocore.auth import AUTH_TYPE_MAPS, S3SigV4Auth
+
+    class ByChecksum(S3SigV4Auth):
+        def payload(self, request: Any) -> Any:
+            checksum = request.headers.get("x-amz-checksum-sha256")
+            return base64.b64decode(checksum).hex() if checksum else super().payload(request)
+
+    AUTH_TYPE_MAPS["orchestrator-s3v4"] = ByChecksum
+    return "orchestrator-s3v4"
 
 
 def _code(error: Any) -> str:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from orchestrator.release import StoredFile
 
-FILES_AT_ONCE = 4
+FILES_AT_ONCE = 16  # a small file is mostly waiting for the server
 ATTEMPTS = 5
 CHUNK_BYTES = 1 << 20
 RECORD_BYTES = 1 << 20
