@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.bundle import bundle_digest, document_bundle, write_bundle
-from orchestrator.deployment import kv_metrics
+from orchestrator.deployment import PLAN_FILE, kv_metrics
 from orchestrator.errors import GateError
 from orchestrator.formats import write_formats
 from orchestrator.gates import gate_problems, gate_results
@@ -94,6 +94,10 @@ def release_step(
         "signed_by": provenance.signed_by,
         "files": [{"key": file.key, "sha256": file.sha256, "bytes": file.bytes} for file in release.files],
     }
+    for kept in sorted(bundle.glob(f"serving/*/{PLAN_FILE}")):  # for reports, which do not ask the store of a release
+        copy = folder / kept.relative_to(bundle)
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes(kept.read_bytes())
     (folder / PUBLISHED_FILE).write_text(json.dumps(published, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     sizes = {"files": len(release.files), "bytes": sum(file.bytes for file in release.files)}
     return StepFacts("release", {**sizes, **measured, **fits}, {})

@@ -47,6 +47,7 @@ def test_the_wheel_holds_what_the_quickstart_needs(wheel: zipfile.ZipFile) -> No
         "orchestrator/quickstart/model/model.safetensors",
         "orchestrator/quickstart/model/tokenizer.json",
         "orchestrator/quickstart/model/config.json",
+        "orchestrator/html_report/style.css",
         "orchestrator_serving/schemas/compose.json",
         "orchestrator_serving/schemas/vllm-0.33.0.json",
     } <= names

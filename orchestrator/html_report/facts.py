@@ -262,18 +262,19 @@ def release_of(step: StepView) -> Mapping[str, Any] | Missing:
     return found if isinstance(found, dict) else Missing(f"{step.label} left no {PUBLISHED_FILE}")
 
 
-def kv_plans(release: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | Missing]:
-    """The KV plan of each engine in a release, by engine. Only releases in a folder of this machine are read."""
+def kv_plans(step: StepView, release: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | Missing]:
+    """The KV plan of each engine in a release, by engine: as the register step kept it, or from a local release."""
     root = urlsplit(str(release.get("uri", "")))
     plans: dict[str, Mapping[str, Any] | Missing] = {}
     for entry in release.get("files", ()):
-        parts = str(entry["key"]).split("/")
-        if not is_plain(str(entry["key"])) or len(parts) != 3 or (parts[0], parts[2]) != ("serving", PLAN_FILE):
+        key = str(entry["key"])
+        parts = key.split("/")
+        if not is_plain(key) or len(parts) != 3 or (parts[0], parts[2]) != ("serving", PLAN_FILE):
             continue
-        if root.scheme != "file":
-            plans[parts[1]] = Missing(f"it is in the release, as {entry['key']}; a page is made without the network")
-            continue
-        path = Path(unquote(root.path), *parts)
-        found = _verified_json(path, str(entry["sha256"]))
-        plans[parts[1]] = found if isinstance(found, dict | Missing) else Missing(f"{path.name} holds no plan")
+        found = read_json(step.artifact, key) if step.artifact else None
+        if found is None and root.scheme == "file":
+            found = _verified_json(Path(unquote(root.path), *parts), str(entry["sha256"]))
+        elif found is None:
+            found = Missing(f"it is in the release, as {key}; a page is made without the network")
+        plans[parts[1]] = found if isinstance(found, dict | Missing) else Missing(f"{key} holds no plan")
     return plans

@@ -17,15 +17,15 @@ MOST_FILES = 400  # rows of files: a release of thousands of shards is listed by
 def serving_section(run: RunView) -> Html:
     """The KV plan of each engine in the release."""
     title, anchor = "Serving plans", "serving"
-    releases = [release_of(step) for step in run.steps if step.stage == "register"]
+    releases = [(step, release_of(step)) for step in run.steps if step.stage == "register"]
     if not releases:
         return section(title, anchor, missing("Nothing was to be released."))
     parts: list[Html] = []
-    for release in releases:
+    for step, release in releases:
         if isinstance(release, Missing):
             parts.append(missing(f"No release: {release.why}."))
             continue
-        plans = kv_plans(release)
+        plans = kv_plans(step, release)
         found = {engine: plan for engine, plan in plans.items() if not isinstance(plan, Missing)}
         if found:
             headings = (
@@ -110,6 +110,7 @@ def release_section(run: RunView) -> Html:
                     ("digest", element("code", release.get("digest", "-"))),
                     ("registry", f"models:/{release.get('model_name')}/{release.get('model_version')}"),
                     ("alias when released", str(release.get("alias") or "none")),
+                    ("signed by", str(release.get("signed_by") or "nobody")),
                     ("size", join([number("bytes", total), f" in {len(files):,} files"])),
                 )
             )
