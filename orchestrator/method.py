@@ -316,6 +316,8 @@ class Publisher(Method):
     def _not_reserved(cls, alias: str | None) -> str | None:
         if alias is not None and (alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias)):
             raise ValueError("the model registry reserves 'latest' and 'v1', 'v2', ...")
+        if alias in ("staging", "production"):
+            raise ValueError("registering makes a 'candidate'; `orchestrator promote` takes it further")
         return alias
 
     def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:

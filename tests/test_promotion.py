@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from orchestrator import cli
 from orchestrator.errors import ConflictError, GateError, OrchestratorError, PreflightError, PublishError, SpecError
@@ -195,17 +196,26 @@ def test_expect_is_a_compare_and_swap_for_people(scene: Scene) -> None:
     scene.promoter.promote(second, "candidate", expect=first)
 
 
-def test_registering_names_a_candidate_on_the_record(scene: Scene) -> None:
-    first, second = scene.register("one"), scene.register("two")
-    assert scene.promoter.nominate(first, "candidate", "run a")
-    assert not scene.promoter.nominate(first, "candidate", "run b")
-    assert scene.promoter.nominate(second, "candidate", "run c")
-    assert [(s.entry.kind, s.entry.reason) for s in scene.history.entries()] == [
-        ("register", "run a"),
-        ("register", "run c"),
-    ]
+def test_registering_moves_the_candidate_and_reconcile_leaves_it_there(scene: Scene) -> None:
+    first = scene.register("one")
+    scene.promoter.promote(first, "candidate")
+    second = scene.register("two", "candidate")
+    with pytest.raises(SpecError, match="is not in candidate"):
+        scene.promoter.promote(first, "staging")
+    assert scene.promoter.reconcile().repaired == ()
     assert scene.alias("candidate") == second
-    assert scene.promoter.rollback("candidate").version == first
+    scene.promoter.promote("candidate", "staging")
+    scene.client.delete_registered_model_alias(scene.model, "candidate")
+    assert len(scene.promoter.reconcile().repaired) == 1
+    assert scene.alias("candidate") == first  # the last that anybody recorded
+
+
+@pytest.mark.parametrize("alias", ["staging", "production"])
+def test_a_specification_cannot_promote(alias: str) -> None:
+    from orchestrator_serving.release import Release
+
+    with pytest.raises(ValidationError, match="`orchestrator promote` takes it further"):
+        Release(alias=alias)
 
 
 # What the registry lost, and what a crash left
@@ -783,7 +793,7 @@ def test_the_commands(scene: Scene, monkeypatch: pytest.MonkeyPatch, capfd: Any)
     assert len(json_of("history", model, "--alias", "staging")["entries"]) == 1
     found = json_of("reconcile", model)
     assert (found["repaired"], found["problems"]) == ([], [])
-    assert found["unrecorded"] == ["candidate is at version 1 in the registry, and no promotion put it there"]
+    assert found["unrecorded"] == []
     assert run(monkeypatch, scene, "history", model) == 0
     out = capfd.readouterr().out
     assert "rollback" in out and "forced: is not in staging" in out and "approved by grace" in out

@@ -11,5 +11,5 @@ and follow it; `reconcile` makes up for a crash in between.
     policy        promotion.yaml: who has to approve what, and who is told
     notify        a signed webhook, a command
     rules         candidate, staging, production
-    promoter      promote, roll back, nominate, reconcile
+    promoter      promote, roll back, reconcile
 """

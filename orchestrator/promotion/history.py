@@ -33,7 +33,7 @@ READS_AT_ONCE = 8
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
 _KEY = re.compile(r"\d{8,}\.json")
 
-Kind = Literal["register", "promote", "rollback"]
+Kind = Literal["promote", "rollback"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Sequence = Annotated[int, Field(ge=1)]
 Version = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]

@@ -1,8 +1,11 @@
-"""Moving a model's aliases: promote, roll back, nominate, reconcile.
+"""Moving a model's aliases: promote, roll back, reconcile.
 
 In this order: the bytes of the release are verified; an entry is appended to the history in the store, which is when
 it happens; then MLflow's alias and tags are written and read back, and whoever wants to know is told. A release whose
 run failed its gates has no version, so that nothing here can promote it.
+
+Registering a release may move `candidate` too, in the registry alone. So the registry is believed about that alias,
+and the history about the other two.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.errors import ConflictError, OrchestratorError, Problem, PublishError, SpecError
+from orchestrator.errors import OrchestratorError, Problem, PublishError, SpecError
 from orchestrator.home import Settings
 from orchestrator.promotion.approval import Approvals
 from orchestrator.promotion.history import (
@@ -173,24 +176,6 @@ class Promoter:
         )
         return self._commit(head, change, policy)
 
-    def nominate(self, version: str, alias: str, reason: str) -> bool:
-        """Record that registering `version` gave it `alias`, and show it; say whether the alias moved.
-
-        The last to register wins, as it always does with a registry's aliases. Bytes just published were verified.
-        """
-        release = reference(self._resolve(version))
-        while True:
-            _, head = self._look()
-            now = head.entry.state.get(alias) if head else None
-            moved = now is None or (now.version, now.release) != (version, release)
-            try:
-                if moved:
-                    self.history.append(head, Change("register", alias, version, release, reason))
-            except ConflictError:
-                continue
-            self._show(alias)
-            return moved
-
     def reconcile(self) -> Reconciliation:
         """Make the registry say what the history says, after checking the whole of it."""
         known = self._known()
@@ -211,6 +196,8 @@ class Promoter:
                 problems += [Problem(problem.what, alias, problem.remedy) for problem in error.problems]
                 continue
             at, tag = known.aliases.get(alias), version.tags.get(VERSION_TAG + alias)
+            if alias == LADDER[0] and at is not None and at != placed.version:
+                continue  # registered since
             if at != placed.version:
                 before = f"version {at}" if at else "nothing"
                 repaired.append(f"{alias} was at {before} in the registry, is at version {placed.version} again")
@@ -221,7 +208,7 @@ class Promoter:
             self._show(alias)
         unrecorded = [
             f"{alias} is at version {known.aliases[alias]} in the registry, and no promotion put it there"
-            for alias in LADDER
+            for alias in LADDER[1:]
             if alias in known.aliases and alias not in state
         ]
         return Reconciliation(tuple(repaired), tuple(problems), tuple(unrecorded))

@@ -14,7 +14,7 @@ def broken_rules(version: str, alias: str, head: Stored | None, known: KnownMode
     """Say which rules of the ladder a promotion would break."""
     state = head.entry.state if head else {}
     at = {rung: placed.version for rung, placed in state.items()}
-    at.setdefault(LADDER[0], known.aliases.get(LADDER[0], ""))  # registered before there was a history
+    at |= {LADDER[0]: known.aliases[LADDER[0]]} if LADDER[0] in known.aliases else {}  # registering moves it as well
     rung = LADDER.index(alias)
     broken = []
     if rung and at.get(LADDER[rung - 1]) != version:
