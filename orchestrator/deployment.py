@@ -67,6 +67,7 @@ def plan_document(engine: ServingEngine, shape: ModelShape, plan: KVPlan, weight
         "engine": engine.name,
         "engine_version": engine.version(),
         "model_type": shape.model_type,
+        "whole_sequences": plan.whole_sequences,
         "other_dtypes": {
             name: _fitting(engine, shape, weight_bytes, kv_cache_dtype=name)
             for name in engine.cache_dtypes
@@ -91,9 +92,11 @@ def expected_traffic(engine: ServingEngine, plan: KVPlan) -> dict[str, Any] | No
     length = min(engine.prompt_tokens + engine.answer_tokens, plan.max_model_len)
     whole = plan.blocks_for(length)
     sharing = [group for group in plan.groups if group.cap_tokens is None and group.fixed_blocks is None]
-    shared = sum(min(engine.shared_prefix_tokens, plan.held_tokens) // group.block_size for group in sharing)
+    prefix = engine.shared_prefix_tokens if plan.policy == "paged" and engine.shares_prefixes else 0
+    shared = sum(min(prefix, plan.held_tokens) // group.block_size for group in sharing)
     own = max(whole - shared, 1)
-    sequences = (plan.num_blocks - shared) / own
+    usable = plan.num_blocks - plan.reserved_blocks - shared
+    sequences = usable / own
     running = min(int(sequences), getattr(engine, "max_num_seqs", None) or int(sequences))
     return {
         "prompt_tokens": engine.prompt_tokens,
@@ -103,7 +106,7 @@ def expected_traffic(engine: ServingEngine, plan: KVPlan) -> dict[str, Any] | No
         "blocks_shared": shared,
         "concurrency": sequences,
         "running": running,
-        "prefix_room_blocks": plan.num_blocks - shared - running * own,
+        "prefix_room_blocks": usable - running * own,
     }
 
 
@@ -124,12 +127,15 @@ def _readme(
     engine: ServingEngine, shape: ModelShape, plan: KVPlan, document: Mapping[str, Any], files: list[str]
 ) -> str:
     """What a person needs who finds this folder."""
+    kept = f"at least the last {engine.recent_tokens}"
     policy = {
         "paged": "all of it",
-        "window": f"the last {plan.held_tokens} tokens",
-        "streaming_llm": f"the first {engine.sink_tokens} tokens and the last {engine.recent_tokens}",
-        "h2o": f"the {engine.heavy_tokens} most attended tokens and the last {engine.recent_tokens}",
+        "window": f"{kept} tokens",
+        "streaming_llm": f"the first {engine.sink_tokens} tokens and {kept}",
+        "h2o": f"the {engine.heavy_tokens} most attended tokens and {kept}",
     }[plan.policy]
+    if plan.policy != "paged":
+        policy += f", at most {plan.held_tokens} tokens"
     lines = [
         f"# Serving with {engine.name}",
         "",
@@ -143,7 +149,7 @@ def _readme(
         "## The KV cache",
         "",
         f"Of a sequence of up to {plan.max_model_len} tokens the cache keeps {policy}, in {plan.element_dtype}.",
-        f"{plan.max_concurrency:.2f} of them fit at once: {plan.num_blocks} blocks of {plan.block_size} tokens.",
+        f"{plan.whole_sequences} of them fit at once: {plan.num_blocks} blocks of {plan.block_size} tokens.",
         "",
         *(f"- {step}" for step in plan.steps),
         "",

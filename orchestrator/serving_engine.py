@@ -49,7 +49,7 @@ class ServingEngine(Method):
     supported_versions: a specifier, e.g. ">=0.30,<0.34". newest_version: the one the files are written for unless
     `engine_version` says otherwise. policies: what the engine can do with a cache that is full. cache_dtypes: values of
     `kv_cache_dtype`, to say what would fit with another. needs_format: the file format of the release that it loads, if
-    that is not the checkpoint itself.
+    that is not the checkpoint itself. shares_prefixes: whether sequences can have blocks in common.
     """
 
     supported_versions: ClassVar[str]
@@ -57,6 +57,7 @@ class ServingEngine(Method):
     policies: ClassVar[frozenset[str]] = frozenset({"paged"})
     cache_dtypes: ClassVar[tuple[str, ...]] = ()
     needs_format: ClassVar[str | None] = None
+    shares_prefixes: ClassVar[bool] = True
 
     engine_version: str | None = Field(
         None,

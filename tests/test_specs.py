@@ -91,6 +91,9 @@ def shrunk(path: Path, folder: Path) -> Path:
         for name, values in (step.get("policy") or {}).items():
             step["policy"][name] = {key: small.get(key, value) for key, value in values.items()}
         step.pop("require", None)
+        if "formats" in step:  # no GGUF: llama.cpp does not know the tiny model's tokenizer
+            step["formats"] = [entry for entry in step["formats"] if "gguf" not in entry]
+            step["engines"] = [entry for entry in step["engines"] if "llama_cpp" not in entry]
         step.pop("must_not_fall", None)
         for engine in step.get("engines", ()):
             for values in engine.values():

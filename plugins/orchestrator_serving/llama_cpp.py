@@ -37,6 +37,7 @@ class LlamaCpp(ServingEngine):
     policies: ClassVar = frozenset({"paged", "window", "streaming_llm"})
     cache_dtypes: ClassVar = ("auto", "q8_0", "q4_0")
     needs_format: ClassVar = "gguf"
+    shares_prefixes: ClassVar = False
 
     engine_version: str | None = Field(None, max_length=40, description="Number of llama.cpp's build, e.g. '11549'.")
     kv_cache_dtype: CacheType = Field("auto", description="Element type of the KV cache. auto: float16.")
