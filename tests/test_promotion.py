@@ -542,6 +542,29 @@ def test_a_duration_that_is_none(text: str) -> None:
         parse_duration(text)
 
 
+@pytest.mark.parametrize("text", ["two\nlines", "\x1b[2J", "\udcff", "x" * 1001])
+def test_a_text_that_no_record_should_hold(scene: Scene, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    version = scene.register("one")
+    for call in (
+        lambda: scene.promoter.promote(version, "candidate", reason=text),
+        lambda: approve(scene, version, reason=text),
+        lambda: approve(scene, version, by=text),
+    ):
+        with pytest.raises(SpecError, match="is too long, or holds line breaks"):
+            call()
+    assert scene.history.head() is None and scene.store.list_records(f"{scene.model}/.promotion/approvals") == []
+    with pytest.raises(SpecError, match=ACTOR_VARIABLE):
+        actor({ACTOR_VARIABLE: text})
+
+
+def test_other_files_beside_the_entries_do_not_matter(scene: Scene) -> None:
+    scene.promoter.promote(scene.register("one"), "candidate")
+    for name in ("00000000.json", "000000001.json", "1.json", "notes.txt", "٠٠٠٠٠٠٠٢.json"):
+        scene.path(f"{scene.model}/.promotion/history/{name}").write_text("x")
+    assert [stored.entry.sequence for stored in scene.history.entries()] == [1]
+    assert scene.history.head() == scene.history.entries()[0]
+
+
 def test_who_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     assert actor({ACTOR_VARIABLE: "ci/42"}) == "ci/42"
     assert "@" in actor({ACTOR_VARIABLE: " "})

@@ -22,6 +22,7 @@ from orchestrator.promotion.history import (
     Record,
     Version,
     actor,
+    check_text,
     parse_record,
     parse_time,
     written,
@@ -79,8 +80,10 @@ class Approvals:
         reason: str | None = None,
     ) -> Filed:
         """Record a decision about a release. Raises `SpecError` for a name or a time that will not do."""
-        if not by.strip() or not by.isprintable():
-            raise SpecError(f"{by!r} names nobody", remedy="say who decides: --by NAME")
+        if not by.strip():
+            raise SpecError("--by names nobody", remedy="say who decides: --by NAME")
+        check_text(by, "the name of who decides")
+        check_text(reason or "", "the reason")
         now = datetime.now(UTC)
         approval = Approval(
             model=self.model,

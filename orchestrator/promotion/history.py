@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.canonical import canonical_json
-from orchestrator.errors import ConflictError, PublishError
+from orchestrator.errors import ConflictError, PublishError, SpecError
 from orchestrator.publishing import Store
 from orchestrator.release import check_name
 
@@ -31,7 +31,8 @@ FOLDER = ".promotion"  # no release has a name that begins with a dot
 ACTOR_VARIABLE = "ORCHESTRATOR_ACTOR"
 READS_AT_ONCE = 8
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
-_KEY = re.compile(r"\d{8,}\.json")
+TEXT_CHARACTERS = 1000  # of a name or a reason
+_KEY = re.compile(r"[0-9]{8}\.json|[1-9][0-9]{8,}\.json")
 
 Kind = Literal["promote", "rollback"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -194,6 +195,7 @@ class History:
         """
         watched = [change.alias, *filter(None, [change.relies_on])]
         expected = [_placement(head, alias) for alias in watched]
+        check_text(change.reason or "", "the reason")
         while True:
             data = self._next(head, change)
             stored = self._parse(data, head.entry.sequence + 1 if head else 1)
@@ -238,7 +240,8 @@ class History:
 
     def _numbers(self) -> list[int]:
         names = self.store.list_records(self._folder)
-        return sorted(int(name.removesuffix(".json")) for name in names if _KEY.fullmatch(name))
+        found = (int(name.removesuffix(".json")) for name in names if _KEY.fullmatch(name))
+        return sorted(number for number in found if number)
 
     def _key(self, sequence: int) -> str:
         return f"{self._folder}/{sequence:08}.json"
@@ -272,12 +275,22 @@ def actor(environment: Mapping[str, str] = os.environ) -> str:
     """Who does it: ``ORCHESTRATOR_ACTOR``, or user@host. What the machine says, not what anybody has proven."""
     given = environment.get(ACTOR_VARIABLE, "").strip()
     if given:
-        return given
+        return check_text(given, ACTOR_VARIABLE)
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user id without a name
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
+
+
+def check_text(text: str, what: str) -> str:
+    """Return a text that people gave, if a record can hold it and a terminal show it; `SpecError` if not."""
+    if len(text) > TEXT_CHARACTERS or not text.isprintable():
+        raise SpecError(
+            f"{what} is too long, or holds line breaks or characters that cannot be shown",
+            remedy=f"write one line of at most {TEXT_CHARACTERS} characters",
+        )
+    return text
 
 
 def written(time: datetime) -> str:
