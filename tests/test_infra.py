@@ -50,7 +50,9 @@ def publisher_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         yield rules
 
 
-def test_the_policy_is_enough_to_publish_and_pull_and_grants_no_more(publisher_keys: Any, tmp_path: Path) -> None:
+def test_the_policy_is_enough_to_publish_and_pull_and_grants_no_more(
+    publisher_keys: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     import boto3
     from botocore.exceptions import ClientError
 
@@ -61,6 +63,7 @@ def test_the_policy_is_enough_to_publish_and_pull_and_grants_no_more(publisher_k
     store = open_store(f"s3://{BUCKET}/models")
     store.check()
     release = store.publish("a/1", folder, {"schema": 1})
+    assert "cannot be listed" not in caplog.text  # uploads that a killed publisher left
     assert store.fetch("a/1", tmp_path / "pulled").digest == release.digest
     s3 = boto3.Session().client("s3")  # the default session keeps the keys it met first
     with pytest.raises(ClientError, match="AccessDenied"):
