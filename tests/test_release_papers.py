@@ -1,0 +1,103 @@
+"""What a register step adds to a model: card, bill of materials and signature, and what becomes of the key."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import SpecError
+from orchestrator.home import Settings
+from orchestrator.plan import make_plan
+from orchestrator.plugins import discover
+from orchestrator.provenance import front_matter
+from orchestrator.registry import ModelRegistry
+from orchestrator.run import run_locally
+from orchestrator.signing import VerifyKey
+from orchestrator.store import open_store
+from tests.test_run import Watcher
+from tests.test_signing import make_keys
+from tests.tiny import make_model
+
+SPEC = """\
+version: 1
+name: papers
+model: {id: model}
+steps:
+  - quantize: rtn
+    with: {num_bits: 4, group_size: 32}
+  - validate: perplexity
+    with: {source: text.txt, length_tokens: 32, windows: 8}
+    require: {perplexity_ratio: {max: 100}}
+  - register: release
+    with: {signing_key: keys/my.key}
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    folder = tmp_path / "material"
+    make_model(folder / "model")
+    (folder / "model" / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n", encoding="utf-8")
+    (folder / "text.txt").write_text("a line of words that a model reads\n" * 400, encoding="utf-8")
+    (folder / "keys").mkdir()
+    make_keys(folder / "keys", "my")
+    (folder / "spec.yaml").write_text(SPEC, encoding="utf-8")
+    return folder / "spec.yaml"
+
+
+def test_a_release_has_its_papers_and_the_key_is_nowhere(spec: Path, tmp_path: Path, tracking_uri: str) -> None:
+    settings = Settings(home=tmp_path / "home", tracking_uri=tracking_uri)
+    document = run_locally(spec, discover(), settings, Watcher()).document()
+    public = spec.parent / "keys" / "my.pub"
+    fingerprint = VerifyKey.read(public).fingerprint
+    root, name = document["release"]["uri"].rsplit("/", 2)[0], document["release"]["name"]
+    open_store(root).fetch(name, tmp_path / "pulled", verify_key=public)
+    pulled = tmp_path / "pulled"
+    assert front_matter(pulled / "README.md")["license"] == "mit"
+    card = (pulled / "README.md").read_text(encoding="utf-8")
+    assert "| `perplexity` | perplexity_ratio |" in card and "max 100" in card and fingerprint in card
+    assert (pulled / "README.source.md").read_text(encoding="utf-8").endswith("# Tiny\n")
+    bill = json.loads((pulled / "bom.cdx.json").read_text(encoding="utf-8"))
+    assert {"config.json", "README.md"} <= {part["name"] for part in bill["components"]}
+    assert document["release"]["signed_by"] == fingerprint
+    version = ModelRegistry(tracking_uri).resolve(f"models:/papers/{document['release']['model_version']}")
+    assert version.tags["orchestrator.signed_by"] == fingerprint
+    secret = "".join((spec.parent / "keys" / "my.key").read_text().splitlines()[1:-1])[:60].encode()
+    kept = [path for root in (settings.home, pulled) for path in root.rglob("*") if path.is_file()]
+    assert kept and not [path for path in kept if secret in path.read_bytes().replace(b"\n", b"")]
+    assert not [path for path in kept if b"my.key" in path.read_bytes()]
+
+    shutil.rmtree(settings.home)  # everything is computed again, and finds its own release
+    again = run_locally(spec, discover(), settings, Watcher()).document()
+    assert again["release"]["name"] == name
+
+
+def test_the_key_and_not_its_place_is_part_of_what_a_release_is(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fingerprint() -> str:
+        return make_plan(spec, discover(), tmp_path / "home").steps[-1].fingerprint
+
+    keys = spec.parent / "keys"
+    first = fingerprint()
+    (keys / "my.key").rename(keys / "moved.key")
+    spec.write_text(SPEC.replace("my.key", "moved.key"), encoding="utf-8")
+    assert fingerprint() == first
+    make_keys(keys, "moved")
+    assert fingerprint() != first
+    second = fingerprint()
+    spec.write_text(SPEC.replace("    with: {signing_key: keys/my.key}\n", ""), encoding="utf-8")
+    unsigned = fingerprint()
+    monkeypatch.setenv("ORCHESTRATOR_SIGNING_KEY", str(keys / "moved.key"))
+    assert fingerprint() == second != unsigned
+
+
+def test_a_key_that_is_none_is_a_mistake_in_the_specification(spec: Path, tmp_path: Path) -> None:
+    (spec.parent / "keys" / "my.key").write_text("hush-hush", encoding="utf-8")
+    with pytest.raises(SpecError) as error:
+        make_plan(spec, discover(), tmp_path / "home")
+    text = str(error.value)
+    assert "spec.yaml:11: steps[2].with.signing_key" in text and "no private key" in text and "hush" not in text
