@@ -37,7 +37,9 @@ from orchestrator.api import (
     PublishError,
     QuantizedWeight,
     QuantScheme,
+    Quotient,
     Release,
+    Samples,
     ScalingMethod,
     ServingEngine,
     SpecError,
@@ -557,6 +559,22 @@ class FallingCurve(Bytes):
 
     def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Measured:
         return Measured(dict(super().measure(candidate, baseline, context)), {"size": [(2, 1.0), (1, 2.0)]})
+
+
+class ForeignSamples(Bytes):
+    """Gives samples of another number than it reports."""
+
+    def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Measured:
+        metrics = dict(super().measure(candidate, baseline, context))
+        name = sorted(metrics)[0]
+        samples = Samples("window", {"sum": [1.0, 2.0], "units": [1.0, 1.0]}, {name: Quotient("sum", "units")})
+        return Measured(metrics, samples=[samples])
+
+
+class SamplesOfNothing(Bytes):
+    """Declares samples and gives none."""
+
+    sampled: ClassVar[frozenset[str]] = frozenset({"weight"})
 
 
 class Drifts(Bytes):

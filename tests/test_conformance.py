@@ -18,6 +18,7 @@ from tests import seeded_bugs, seeded_policies, seeded_torch_import
 _TRAINING = {"updates": 2, "length_tokens": 32, "batch_sequences": 2}
 _WRITES = {"prompt_tokens": 8, "answer_tokens": 8}
 _WINDOWS = {"source": SAMPLE_TEXT, "windows": 4, "length_tokens": 32}
+_TASK = str(Path(__file__).parents[1] / "flows" / "specs" / "tasks" / "cloze")
 FIRST_PARTY: dict[str, list[dict[str, object]]] = {
     "calibrate text": [
         {"source": SAMPLE_TEXT, "sequences": 4, "length_tokens": 16},
@@ -70,7 +71,8 @@ FIRST_PARTY: dict[str, list[dict[str, object]]] = {
     "quantize hqq": [{}, {"num_bits": 3, "group_size": 32, "symmetric": True, "scale_dtype": "float16"}],
     "validate perplexity": [_WINDOWS],
     "validate fidelity": [_WINDOWS],
-    "validate footprint": [{"new_tokens": 2, "repeats": 1, "threads": 1}],
+    "validate tasks": [{"task_files": {"cloze": _TASK}, "questions": 20, "length_tokens": 64}],
+    "validate footprint": [{"new_tokens": 2, "repeats": 1, "threads": 1, "batches": [2]}],
     "validate streaming": [{"source": SAMPLE_TEXT, "window_tokens": 32, "stream_tokens": 96, "passages": 2}],
     "validate paged": [{}],
     "validate streaming_llm": [{}, {"sinks": 2, "window": 30}],
@@ -143,6 +145,8 @@ BUGS = {
     seeded_bugs.InfiniteMetric: "E3 finite",
     seeded_bugs.Drifts: "C8 deterministic",
     seeded_bugs.FallingCurve: "E5 curves",
+    seeded_bugs.ForeignSamples: "E6 samples",
+    seeded_bugs.SamplesOfNothing: "E6 samples",
     seeded_policies.RefusesAll: "K1 runs",
     seeded_policies.DividesByZero: "K2 finite",
     seeded_policies.Miscounts: "K3 bytes",

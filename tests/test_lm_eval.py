@@ -19,7 +19,8 @@ from orchestrator.api import Checkpoint, Context, SpecError, StepError
 from orchestrator.plan import make_plan
 from orchestrator.plugins import Methods, discover
 from orchestrator.quickstart import prepare
-from orchestrator_evaluation.tasks import Tasks, read_tasks
+from orchestrator_evaluation.task_files import read_tasks
+from orchestrator_evaluation.tasks import Tasks
 from tests.tiny import make_model
 
 EXAMPLE = Path(__file__).parents[1] / "flows" / "specs" / "tasks" / "cloze"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from orchestrator.bootstrap import Samples
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.conformance.findings import Findings
 from orchestrator.conformance.laboratory import Laboratory
 from orchestrator.conformance.surroundings import left_alone
+from orchestrator.gates import base_of
 from orchestrator.method import Evaluator, Measured
 
 # A metric with one of these in its name is of the machine, not of the model, and differs from run to run.
@@ -17,7 +19,7 @@ TWIN = "dense_"
 
 
 def check_evaluator(method: Evaluator, laboratory: Laboratory, findings: Findings) -> None:
-    """The checks E1 to E5, C7 and C8."""
+    """The checks E1 to E6, C7 and C8."""
     first = _measure(method, laboratory.pruned, laboratory, 0, findings)
     if first is None:
         return
@@ -47,14 +49,15 @@ def _measure(
 ) -> Mapping[str, float] | None:
     """Measure against the dense model; None if that failed or what came out is no mapping of declared numbers."""
     context = laboratory.context(0, laboratory.calibration(), lambda fraction, message: None)
-    measured = None
+    measured: Mapping[str, float] | Measured | None = None
+    samples: Sequence[Samples] = ()
     with findings.attempt("E1 runs", "`measure`"), left_alone(findings, "`measure`", seed=global_seed):
         measured = method.measure(candidate, laboratory.dense, context)
     if findings.failed("E1 runs"):
         return None
     if isinstance(measured, Measured):
         _check_curves(measured, findings)
-        measured = measured.metrics
+        samples, measured = measured.samples, measured.metrics
     if not isinstance(measured, Mapping):
         findings.fail("E1 runs", f"`measure` returned {type(measured).__name__}; return a dict of name to number")
         return None
@@ -69,7 +72,10 @@ def _measure(
     bad = sorted(name for name, value in measured.items() if not _finite(value))
     for name in bad:
         findings.fail("E3 finite", f"{name} is {measured[name]!r}; return a finite int or float, or raise StepError")
-    return None if missing or bad else measured
+    if missing or bad:
+        return None
+    _check_samples(method, measured, samples, findings)
+    return measured
 
 
 def _check_curves(measured: Measured, findings: Findings) -> None:
@@ -82,6 +88,17 @@ def _check_curves(measured: Measured, findings: Findings) -> None:
         )
         bad = [place for place, value in curve if not _finite(value)]
         findings.expect("E5 curves", not bad, f"the curve {name} is not finite at {bad[:3]}")
+
+
+def _check_samples(
+    method: Evaluator, metrics: Mapping[str, float], given: Sequence[Samples], findings: Findings
+) -> None:
+    """Samples give the metrics that they are said to, and every metric that is declared to have some."""
+    faults = [fault for samples in given for fault in samples.faults(metrics)]
+    findings.expect("E6 samples", not faults, f"the samples do not fit the metrics: {'; '.join(faults)}")
+    sampled = {metric for samples in given for metric in samples.quotients}
+    lacking = sorted(name for name in method.declared() if base_of(name) in method.sampled and name not in sampled)
+    findings.expect("E6 samples", not lacking, f"{', '.join(lacking)} declared in `sampled`, but no samples give them")
 
 
 def _finite(value: object) -> bool:

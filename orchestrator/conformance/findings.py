@@ -48,6 +48,7 @@ CHECKS: Mapping[str, str] = {
     "E3 finite": "every metric is a finite number",
     "E4 fair": "a model measured against itself gets the same value as its `dense_` twin (timings and memory aside)",
     "E5 curves": "curves beside the metrics have rising whole places and finite values",
+    "E6 samples": "samples give the metrics that they are said to, and all that are declared to have some",
     "K1 runs": "`attached` gives a cache through which streams of any length are read, for a Llama",
     "K2 finite": "every logit is a finite number",
     "K3 bytes": "after any stream `held_bytes` is what `planned_bytes` said",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,28 +28,17 @@ from orchestrator.api import (
     PreflightError,
     Quotient,
     Samples,
-    SpecError,
     Stage,
     StepError,
     TierFolders,
     Work,
 )
 from orchestrator_evaluation.forward import load_float32
+from orchestrator_evaluation.task_files import TaskFile, read_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-GRADES = ("acc", "acc_norm", "exact_match")  # what lm-eval calls the metrics that are right or wrong for each question
-READERS = ("json", "csv", "parquet", "text")  # of `datasets`, for local files
-OUTPUTS = ("multiple_choice", "loglikelihood", "generate_until")
-KEYS = frozenset(
-    {
-        *("task", "output_type", "description", "metadata"),
-        *("dataset_path", "dataset_kwargs", "test_split", "validation_split", "training_split", "fewshot_split"),
-        *("doc_to_text", "doc_to_choice", "doc_to_target", "target_delimiter", "fewshot_delimiter", "num_fewshot"),
-        *("generation_kwargs", "metric_list", "filter_list"),
-    }
-)
 _MEASURED = {
     "accuracy": "share of questions that the compressed model answers right, 0 to 1",
     "dense_accuracy": "the same of the dense model",
@@ -58,14 +48,6 @@ _MEASURED = {
     "won": "share of questions that only the compressed model answers right, 0 to 1",
     "questions": "number of questions",
 }
-
-
-@dataclass(frozen=True)
-class TaskFile:
-    """One task: the configuration for lm-eval, paths made absolute, and which of its metrics says right or wrong."""
-
-    config: Mapping[str, Any]
-    grade: str
 
 
 @dataclass(frozen=True)
@@ -182,21 +164,22 @@ class Tasks(Evaluator):
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
-        asked = HFLM(
-            pretrained=model,
-            tokenizer=tokenizer,
-            device=str(model.device),
-            batch_size=self.batch,
-            max_length=length,
-            trust_remote_code=False,
-        )
+        with _quiet():
+            asked = HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                device=str(model.device),
+                batch_size=self.batch,
+                max_length=length,
+                trust_remote_code=False,
+            )
         cache = str(context.scratch / "datasets")
         answers: list[Answer] = []
         for task in tasks:
             config = dict(task.config)
             config["dataset_kwargs"] = {**config["dataset_kwargs"], "cache_dir": cache}
             try:
-                with _untouched_generators(), _sandboxed_templates(), contextlib.redirect_stderr(io.StringIO()):  # bars
+                with _untouched_generators(), _sandboxed_templates(), _quiet():
                     result: Any = simple_evaluate(
                         model=asked,
                         tasks=[config],
@@ -213,66 +196,6 @@ class Tasks(Evaluator):
                 ) from error
             answers += _answers(result["samples"][config["task"]], task)
         return answers
-
-
-def read_tasks(tier: str, folder: Path) -> list[TaskFile]:
-    """Return the tasks of a folder, in the order of their files' names. Raises `SpecError` for what is refused."""
-    files = sorted({*folder.glob("*.yaml"), *folder.glob("*.yml")})
-    if not files:
-        raise SpecError(f"task_files.{tier}: {folder} holds no task file", remedy="put lm-eval's *.yaml files in it")
-    tasks = [_read_task(path, folder) for path in files]
-    names = [task.config["task"] for task in tasks]
-    if len(set(names)) < len(names):
-        raise SpecError(f"task_files.{tier}: two files of {folder} name the same task", remedy="rename one `task:`")
-    return tasks
-
-
-def _read_task(path: Path, folder: Path) -> TaskFile:
-    import yaml
-
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:  # `!function` too: no constructor for it
-        raise SpecError(
-            f"{path} is no task file: {' '.join(str(error).split())}",
-            remedy="write plain YAML with templates; code beside a task file is not run",
-        ) from None
-    if not isinstance(config, dict) or not isinstance(config.get("task"), str):
-        raise SpecError(f"{path} is no task file: it names no `task`", remedy="see lm-eval's guide to new tasks")
-    refused = sorted(str(key) for key in config if key not in KEYS)
-    if refused:
-        raise SpecError(
-            f"{path}: {', '.join(refused)} is not read here", remedy=f"keys that are: {', '.join(sorted(KEYS))}"
-        )
-    for key, allowed in (("dataset_path", READERS), ("output_type", OUTPUTS)):
-        if config.get(key) not in allowed:
-            raise SpecError(
-                f"{path}: {key} is {config.get(key)!r}", remedy=f"one of {', '.join(allowed)}: nothing is fetched"
-            )
-    kwargs = config.get("dataset_kwargs")
-    if not isinstance(kwargs, dict) or set(kwargs) != {"data_files"} or not isinstance(kwargs["data_files"], dict):
-        raise SpecError(
-            f"{path}: dataset_kwargs does not hold data_files alone",
-            remedy="write dataset_kwargs: {data_files: {test: data.jsonl}}",
-        )
-    data = {str(split): _inside(path, folder, name) for split, name in kwargs["data_files"].items()}
-    metrics: Any = config.get("metric_list")
-    grades = [entry.get("metric") for entry in metrics if isinstance(entry, dict)] if isinstance(metrics, list) else []
-    if len(grades) != 1 or grades[0] not in GRADES:
-        raise SpecError(f"{path}: metric_list does not hold one metric", remedy=f"one of {', '.join(GRADES)}")
-    if set(metrics[0]) - {"metric", "aggregation", "higher_is_better", "ignore_case", "ignore_punctuation"}:
-        raise SpecError(f"{path}: metric_list holds more than a metric", remedy="leave out what fetches or runs code")
-    return TaskFile({**config, "dataset_kwargs": {"data_files": data}}, grades[0])
-
-
-def _inside(path: Path, folder: Path, name: object) -> str:
-    """The absolute path of a data file, which must be inside the folder, also behind links."""
-    found = (folder / str(name)).resolve()
-    if not found.is_relative_to(folder.resolve()) or not found.is_file():
-        raise SpecError(
-            f"{path}: there is no data file {name} inside its folder", remedy="put the data beside the task file"
-        )
-    return str(found)
 
 
 def _answers(logged: Sequence[Mapping[str, Any]], task: TaskFile) -> list[Answer]:
@@ -318,6 +241,19 @@ def _samples(tier: str, dense: Sequence[Answer], compressed: Sequence[Answer]) -
         f"accuracy_ratio.{tier}": Quotient("right", "dense_right"),
     }
     return Samples("question", columns, quotients)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's bars and remarks; what goes wrong is raised."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
