@@ -140,12 +140,18 @@ class History:
         check_name(model)
         self.store, self.model = store, model
         self._folder = f"{model}/{FOLDER}/history"
-        self._newest: Stored | None = None  # of those seen; an entry never changes
+        self._seen: dict[int, Stored] = {}  # an entry never changes
+        self._newest: Stored | None = None
 
     @property
     def uri(self) -> str:
         """Where the entries are."""
         return f"{self.store.uri}/{self._folder}"
+
+    @property
+    def newest_seen(self) -> Stored | None:
+        """The newest entry that was read or written here; there may be newer ones."""
+        return self._newest
 
     def head(self) -> Stored | None:
         """Return the newest entry, checked against the one before it; None if nothing was ever promoted."""
@@ -178,11 +184,12 @@ class History:
             if stored.entry.previous_sha256 != expected:
                 raise self._broken(number, "does not follow the entry before it")
             entries.append(stored)
+        self._newest = entries[-1] if entries else None
         return entries
 
     def entry(self, sequence: int) -> Stored:
         """Return one entry; `PublishError` if it is not there."""
-        stored = self._read(sequence)
+        stored = self._seen.get(sequence) or self._read(sequence)
         if stored is None:
             raise self._broken(sequence, "is missing")
         return stored
@@ -200,6 +207,7 @@ class History:
             data = self._next(head, change)
             stored = self._parse(data, head.entry.sequence + 1 if head else 1)
             if self.store.create_record(self._key(stored.entry.sequence), data):
+                self._newest = stored
                 return stored
             head = self.entry(stored.entry.sequence)
             if [_placement(head, alias) for alias in watched] != expected:
@@ -248,7 +256,10 @@ class History:
 
     def _read(self, sequence: int) -> Stored | None:
         data = self.store.read_record(self._key(sequence))
-        return None if data is None else self._parse(data, sequence)
+        if data is None:
+            return None
+        self._seen[sequence] = self._parse(data, sequence)
+        return self._seen[sequence]
 
     def _parse(self, data: bytes, sequence: int) -> Stored:
         entry = parse_record(Entry, data)

@@ -242,7 +242,7 @@ class Promoter:
         Of two promotions the later may be shown first. Whoever writes looks again afterwards, so that the last write
         is always followed by somebody who sees the newest entry.
         """
-        head = self.history.head()
+        head = self.history.newest_seen or self.history.head()
         while head is not None:
             placed = head.entry.state[alias]
             try:
@@ -279,7 +279,7 @@ class Promoter:
     def _check_anchor(self, known: KnownModel, head: Stored | None) -> None:
         """Raise `PublishError` if the history no longer holds an entry that the registry remembers."""
         number, _, sha256 = known.tags.get(HEAD_TAG, "").partition(":")
-        if not (number.isascii() and number.isdigit() and 0 < int(number) < 10**12):
+        if not (number.isascii() and number.isdigit() and len(number) < 13 and int(number)):
             return
         if head is not None and head.entry.sequence >= int(number):
             if self.history.entry(int(number)).sha256 == sha256:
