@@ -54,7 +54,11 @@ def gate_row(gate: Gate) -> list[Child]:
     """A gate as cells of a row."""
     margin, name = gate.margin, _unit(gate)
     share = None if margin is None or not gate.limit else margin / abs(gate.limit)
-    of_bound = None if share is None else [" (", number("share", share, f"{share:+.1%}"), ")"]
+    of_bound = (
+        None
+        if share is None
+        else [" (", number("share", share, f"{share:+.1%}" if abs(share) < 10 else f"{share:+,.0%}"), ")"]
+    )
     return [
         gate_name(gate.metric, gate.step, gate.what),
         verdict(gate.word, gate.passed),
