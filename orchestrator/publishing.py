@@ -82,17 +82,18 @@ class Store(ReleaseReader):
             body = canonical_json({**manifest, "files": [asdict(file) for file in files]})
             self._prepare()
             self._take_up(name, items)
-            existing = self._read_listing(name)
+            there = set(self._list_tree(name))
+            existing = self._read_listing(name) if COMPLETE in there else None
             if existing is not None and parse(uri, existing).files != files:
                 raise PublishError(f"{uri} is already published with other files", remedy="publish under another name")
             # Also of a complete release: a file that got lost is put back.
-            there = set(self._list_tree(name))
             in_parallel(
                 lambda item: self._settle(f"{name}/{item.file.key}", item, meter, absent=item.file.key not in there),
                 items,
                 meter.stop,
             )
-            ours, body = body, self._settle_listing(f"{name}/{RELEASE}", body, files)
+            absent = RELEASE not in there
+            ours, body = body, self._settle_listing(f"{name}/{RELEASE}", body, files, absent=absent)
             release = parse(uri, body)
             if key:
                 self._settle_signature(name, release, key, ours=body == ours)
@@ -274,7 +275,7 @@ class Store(ReleaseReader):
                 self._create(place, Item.of_bytes(SIGNATURE, key.sign(release, name.rpartition("/")[2])), Meter())
         raise PublishError(f"{self.uri}/{place} is being written by others all the time", remedy="try again later")
 
-    def _settle_listing(self, key: str, body: bytes, files: tuple[StoredFile, ...]) -> bytes:
+    def _settle_listing(self, key: str, body: bytes, files: tuple[StoredFile, ...], *, absent: bool) -> bytes:
         """Store release.json and return it; one that is there already is adopted if it lists the same files."""
         kept = body
 
@@ -286,7 +287,7 @@ class Store(ReleaseReader):
             kept = found
             return parse(f"{self.uri}/{key}", found).files == files
 
-        self._create_unless(key, Item.of_bytes(RELEASE, body), Meter(), lists_ours)
+        self._create_unless(key, Item.of_bytes(RELEASE, body), Meter(), lists_ours, absent=absent)
         return kept
 
     def _create_unless(

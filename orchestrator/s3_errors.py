@@ -61,7 +61,7 @@ def explain_failure(error: Exception, endpoint: Callable[[], str]) -> tuple[str,
         return f"the AWS credentials cannot be read ({name})", _CREDENTIALS
     if "SSLError" in kinds:
         return f"no trusted connection to {endpoint()}", "set AWS_CA_BUNDLE to the file of the server's authority"
-    if kinds & {"ConnectionError", "HTTPClientError", "IncompleteReadError"}:
+    if kinds & {"ConnectionError", "HTTPClientError", "IncompleteReadError", "ResponseParserError"}:
         return (
             f"no answer, or half of one, from {endpoint()} ({name})",
             "see that the server runs, and that AWS_ENDPOINT_URL_S3 is its address",

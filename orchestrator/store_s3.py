@@ -310,6 +310,7 @@ class S3Store(Store):
     @contextmanager
     def _errors(self, failure: type[OrchestratorError], doing: str) -> Iterator[None]:
         from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
 
         with super()._errors(failure, doing):
             try:
@@ -320,7 +321,7 @@ class S3Store(Store):
             except RecursionError:  # botocore follows a redirect that names no region for ever
                 what = f"{self._endpoint()} redirects to somewhere else"
                 raise failure(f"{doing}: {what}", remedy=REDIRECT) from None
-            except BotoCoreError as error:
+            except (BotoCoreError, ResponseParserError) as error:
                 what, remedy = explain_failure(error, self._endpoint)
                 raise failure(f"{doing}: {what}", remedy=remedy) from None
 
@@ -358,10 +359,11 @@ def _code(error: Any) -> str:
 def _without_answer(error: BaseException) -> bool:
     """Whether the same upload may well succeed later: no answer, an overloaded server, an interrupt."""
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     if isinstance(error, ClientError):
         return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) >= 500
-    return isinstance(error, BotoCoreError | StoppedError | KeyboardInterrupt)
+    return isinstance(error, BotoCoreError | ResponseParserError | StoppedError | KeyboardInterrupt)
 
 
 def _is_part(part: Any, data: bytes) -> bool:

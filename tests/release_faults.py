@@ -33,8 +33,8 @@ FAULTS = (
 )
 # What of a publish and of a pull: the requests whose method and path these are parts of.
 PUBLISH = {
-    "look for it": ("GET", "/COMPLETE"),
-    "list it": ("GET", "list-type=2"),
+    "look for uploads": ("GET", "?uploads"),
+    "look for it": ("GET", "list-type=2"),
     "small file": ("PUT", "config.json"),
     "begin parts": ("POST", "?uploads"),
     "part 1": ("PUT", "partNumber=1"),
@@ -119,7 +119,9 @@ class Injector(FaultyProxy):
         if fault == "wrong etag":
             head = re.sub(rb'(?i)(etag: )"?[0-9a-f]+"?', rb'\1"00000000000000000000000000000000"', head)
         if fault == "garbled":
-            body = body[:-1] + bytes([body[-1] ^ 1]) if body else body
+            middle = len(body) // 2
+            flipped = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+            body = body.replace(b"<?xml", b"<<xml") if b"<?xml" in body else flipped
         whole = head + separator + body
         if fault == "cut":
             whole = head + separator + body[: len(body) // 2]
@@ -234,7 +236,7 @@ def cases() -> list[tuple[str, str, str]]:
 def _can_happen(what: str, request: str, fault: str) -> bool:
     method = (PUBLISH if what == "publish" else PULL)[request][0]
     if fault in ("cut", "short", "garbled"):
-        return method == "GET"
+        return method in ("GET", "POST")  # the answers to others are empty
     return fault != "wrong etag" or "partNumber" in PUBLISH.get(request, ("", ""))[1]
 
 

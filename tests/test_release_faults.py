@@ -22,6 +22,7 @@ from tests.test_signing import make_keys
 
 SAMPLE = [
     ("publish", "look for it", "garbled"),
+    ("publish", "begin parts", "garbled"),
     ("publish", "small file", "500 after the work was done"),
     ("publish", "part 2", "wrong etag"),
     ("publish", "part 2", "killed"),
