@@ -34,13 +34,13 @@ def scenes(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable
     folder = tmp_path_factory.mktemp("determinism")
     (folder / "text.txt").write_text("the quick brown fox reads a book of words. " * 400, encoding="utf-8")
 
-    def scene(width: str, chain: str) -> Scene:
+    def scene(width: str, chain: str, run_by: Zygote = zygote) -> Scene:
         hidden, inner = WIDTHS[width]
         if not (folder / width).exists():
             make_model(folder / width, layers=2, hidden_size=hidden, intermediate_size=inner)
         spec = folder / f"{width}-{chain.replace(' ', '-')}.yaml"
         spec.write_text(CHAINS[chain].replace("{id: model}", f"{{id: {width}}}"), encoding="utf-8")
-        return Scene(folder / f"scene {width} {chain}", spec, zygote, changes=[BATCHES])
+        return Scene(folder / f"scene {width} {chain}", spec, run_by, changes=[BATCHES])
 
     return scene
 
@@ -66,12 +66,13 @@ def test_bytes_do_not_depend_on_threads_and_workers(
         assert not scene.faults(scene.run(changes=changes, **more)), name
 
 
-def test_every_kind_of_step_gives_the_same_bytes_with_two_threads(
-    scenes: Callable[[str, str], Scene], two_threads: Zygote
+def test_every_kind_of_step_gives_the_same_bytes_again_with_the_same_two_threads(
+    scenes: Callable[..., Scene], two_threads: Zygote
 ) -> None:
-    scene = scenes("wide", "every kind")
+    """Of training the README promises no more: torch sums gradients of this width otherwise with another number."""
+    scene = scenes("wide", "every kind", two_threads)
     scene.start_again()
-    assert not scene.faults(scene.run(zygote=two_threads))
+    assert not scene.faults(scene.run())
 
 
 def test_the_second_process_does_have_two_threads(two_threads: Zygote, tmp_path: Path) -> None:
