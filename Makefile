@@ -52,6 +52,8 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.hybrid --save
 	$(BIN)/python -m benchmarks.paging --save
 	$(BIN)/python -m benchmarks.engines.parsers --save
+	$(BIN)/python -m benchmarks.release_speed --save
+	$(BIN)/python -m benchmarks.release_faults --save
 	$(BIN)/python -m benchmarks.streaming --save
 
 # Kills runs at 200 moments and more.

@@ -209,6 +209,8 @@ def check_against_model(draft: Draft, model: Checkpoint, note: Note) -> None:
             _check_layers(draft, method, model, note)
         if draft.policy:
             _check_policy(draft, *draft.policy, model, note)
+        if isinstance(method, Evaluator):
+            _check_evaluator(draft, method, model, note)
     except PluginFaultError as error:
         note(error, draft.place)
     except PreflightError as error:
@@ -225,6 +227,16 @@ def _check_policy(draft: Draft, installed: InstalledMethod, policy: CachePolicy,
         raise
     except OrchestratorError as error:
         note(error, (*draft.location, "policy", policy.name))
+
+
+def _check_evaluator(draft: Draft, method: Evaluator, model: Checkpoint, note: Note) -> None:
+    try:
+        with plugin_fault(draft.installed, "check_model"):
+            method.check_model(model, draft.policy[1] if draft.policy else None)
+    except PluginFaultError:
+        raise
+    except OrchestratorError as error:
+        note(error, (*draft.location, "with"))
 
 
 def _check_layers(draft: Draft, method: LayerMethod, source: Checkpoint, note: Note) -> None:

@@ -54,9 +54,7 @@ def serve_config(
     explain: Annotated[bool, typer.Option("--explain", help="Print the arithmetic instead of the files.")] = False,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", metavar="DIR", help="Root of a release; the files go to DIR/serving/ENGINE."
-        ),
+        typer.Option("--output", metavar="DIR", help="Root of a release; the files go to DIR/serving/ENGINE."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

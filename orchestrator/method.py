@@ -278,6 +278,12 @@ class Evaluator(Method):
         """What is measured with these parameters: name -> meaning with unit."""
         return self.metrics
 
+    def check_model(self, model: Checkpoint, policy: CachePolicy | None) -> None:
+        """Refuse, while planning, a model that `measure` would refuse, as far as config and tensors show.
+
+        model: as the step will read it. Raises `OrchestratorError`.
+        """
+
     def reads_calibration(self) -> bool:
         """Whether, with these parameters, the calibration set is looked at, if a step before made one."""
         return False

@@ -221,3 +221,15 @@ def test_the_catalogue_says_where_a_policy_belongs(methods: Methods) -> None:
     assert names.index("plain") < names.index("picky")  # steps first, then what they list
     assert "no step of its own: it is listed under `policy:` of a validate step" in show_method(methods, "picky")
     assert "no step of its own" not in show_method(methods, "curious")
+
+
+def test_a_stream_beyond_learned_positions_is_refused_while_planning(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "gpt2")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        HEAD + "  - validate: streaming\n    with: {source: text.txt, stream_tokens: 512}\n", encoding="utf-8"
+    )
+    with pytest.raises(SpecError, match=r"spec\.yaml:6: steps\[0\]\.with: .*positions") as caught:
+        make_plan(spec, discover(), tmp_path / "home")
+    assert "set stream_tokens to at most 128" in str(caught.value)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from orchestrator.api import (
+    CachePolicy,
     Checkpoint,
     Context,
     Evaluator,
@@ -149,6 +150,12 @@ class Streaming(Evaluator):
         where = Distances.of(self.passage_tokens, max(8, window))
         asked = model.forward(self._passages(where, length) * where.read(), window, PIECE, head=True)
         return whole.then(decoded).then(asked)
+
+    def check_model(self, model: Checkpoint, policy: CachePolicy | None) -> None:
+        """Refuse a stream that goes beyond the last learned position of the model. Raises `StepError`."""
+        window = self._window(model)
+        reach = min((policy.reach_tokens() if policy else None) or window, window)
+        self._refuse_positions(model, self.stream_tokens or WINDOWS * window, window, reach)
 
     def measure(self, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Measured:
         """Read the streams.
