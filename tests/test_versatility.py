@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
 import torch
@@ -338,7 +337,9 @@ def test_a_bound_on_the_worse_end_refuses_and_leaves_the_evidence(
     with pytest.raises(SpecError):
         ModelRegistry(tracking_uri).resolve("models:/refused@candidate")
 
-    client = mlflow.MlflowClient(tracking_uri)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri)
     experiment = client.get_experiment_by_name("orchestrator")
     (run,) = client.search_runs(
         [experiment.experiment_id], f"tags.`orchestrator.artifact` = '{watcher.finished[-1].digest}'"
