@@ -35,6 +35,10 @@ _NAME = re.compile(r"[^/:@'\"`\s][^/:@'\"`\n]*")
 T = TypeVar("T")
 
 
+class OverwrittenError(PublishError):
+    """Somebody else wrote to the registry between our writing and our reading."""
+
+
 @dataclass(frozen=True)
 class RegisteredVersion:
     """A version of a registered model. source: the address of its release."""
@@ -190,9 +194,10 @@ class ModelRegistry:
     def show_promotion(
         self, name: str, alias: str, version: str, *, version_tags: Mapping[str, str], model_tags: Mapping[str, str]
     ) -> None:
-        """Point `alias` at `version`, tag that version and the model, and read all of it back. Raises `PublishError`.
+        """Point `alias` at `version`, tag that version and the model, and read all of it back.
 
-        Model tags that are addresses of folders are written as sources are.
+        Raises `PublishError`, `OverwrittenError` if somebody else wrote at the same time. Model tags that are addresses
+        of folders are written as sources are.
         """
         with translated(self.uri, PublishError, f"could not show version {version} of {name!r} as {alias}"):
             client = connect(self.uri)
@@ -204,7 +209,7 @@ class ModelRegistry:
             seen = client.get_model_version_by_alias(name, alias)
             tags = {key: seen.tags.get(key) for key in version_tags}
             if (str(seen.version), tags) != (version, dict(version_tags)):
-                raise PublishError(
+                raise OverwrittenError(
                     f"alias {alias!r} of {name!r} is at version {seen.version} with the tags {tags}, which is not what "
                     "was written",
                     remedy=f"another promotion may have followed; `orchestrator reconcile {name}` sees to it",

@@ -10,6 +10,7 @@ and the history about the other two.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +37,12 @@ from orchestrator.promotion.rules import (
     reference,
     split,
 )
-from orchestrator.registry import DIGEST_TAG, KnownModel, ModelRegistry, RegisteredVersion
+from orchestrator.registry import DIGEST_TAG, KnownModel, ModelRegistry, OverwrittenError, RegisteredVersion
 from orchestrator.store import Progress, Store, open_store
 
 STORE_TAG = "orchestrator.promotions"  # of a model: the root of the store that holds its history
 HEAD_TAG = "orchestrator.promotions.head"  # of a model: SEQUENCE:SHA256 of an entry, so that a shortened history shows
+SHOWINGS, PAUSE_SECONDS = 8, 0.1  # how often what the history says is shown while others write to the registry too
 VERSION_TAG = "orchestrator.promotion."  # of a version, and the alias: the entry that put it there
 
 
@@ -243,6 +245,7 @@ class Promoter:
         is always followed by somebody who sees the newest entry.
         """
         head = self.history.newest_seen or self.history.head()
+        again = SHOWINGS
         while head is not None:
             placed = head.entry.state[alias]
             try:
@@ -254,10 +257,13 @@ class Promoter:
                     model_tags={STORE_TAG: self.history.store.uri, HEAD_TAG: f"{head.entry.sequence}:{head.sha256}"},
                 )
                 shown = True
-            except PublishError:
+            except PublishError as error:
+                again -= 1
                 if self.history.head() == head:
-                    raise
-                shown = False  # a later promotion was shown in between
+                    if not again or not isinstance(error, OverwrittenError):
+                        raise
+                    time.sleep(PAUSE_SECONDS)  # an earlier promotion is being shown late: what counts is shown again
+                shown = False
             newest = self.history.head()
             if shown and newest == head:
                 return
