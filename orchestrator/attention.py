@@ -18,12 +18,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from orchestrator.config_entries import count, layer_index
 from orchestrator.errors import SpecError
 from orchestrator.kv_scales import DENSE_ENTRY, KV_CACHE_SCHEME
 from orchestrator.quantized import read_groups
+from orchestrator.recurrent import STATES, RecurrentState
 from orchestrator.scheme import QuantScheme
 
-MOST_COUNT = 2**40
 LEAVE_OUT = "leave the serving configuration out of the specification"
 AttentionKind = Literal["full", "sliding", "chunked", "latent", "state"]
 _KINDS: Mapping[str, AttentionKind | None] = {
@@ -107,42 +108,6 @@ STATING_FAMILIES = frozenset(
 MLA_FAMILIES = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite"})
 _PLAIN = frozenset({"gpt2", "gpt_neox", "opt"})  # one KV head for each attention head, whatever the file says
 FAMILIES = DIVIDING_FAMILIES | STATING_FAMILIES | MLA_FAMILIES
-# Other names of the same entries.
-_ALIASES: Mapping[str, tuple[str, ...]] = {
-    "num_hidden_layers": ("n_layer",),
-    "num_attention_heads": ("n_head",),
-    "hidden_size": ("n_embd",),
-    "max_position_embeddings": ("n_positions", "max_seq_len"),
-    "num_key_value_heads": ("num_kv_heads",),
-}
-
-
-@dataclass(frozen=True)
-class RecurrentState:
-    """What a layer with a recurrent state keeps of one sequence, elements.
-
-    taps: inputs that the convolution looks back on. channels: of the convolution, beside the grouped ones.
-    grouped: channels of one group (keys and queries of Mamba 2, which all heads of a group share). recurrent: of the
-    recurrent state itself, heads x head dimension x state dimension. float32: whether the recurrent state is kept in
-    float32 even where the model computes in 16 bits.
-    """
-
-    kind: Literal["gated_delta_net", "mamba", "mamba2", "short_conv"]
-    taps: int
-    channels: int
-    recurrent: int
-    groups: int = 0
-    grouped: int = 0
-    float32: bool = False
-
-    def convolution(self, devices: int = 1) -> int:
-        """Elements of the convolution's state on one device; a group that several devices need is on all of them."""
-        groups = self.groups if self.groups % devices == 0 else devices
-        return -(-(self.channels + groups * self.grouped) // devices) * self.taps
-
-    def elements(self, devices: int = 1) -> int:
-        """Elements of both on one device."""
-        return self.convolution(devices) - (-self.recurrent // devices)
 
 
 @dataclass(frozen=True)
@@ -209,10 +174,10 @@ class ModelShape:
         return cls(
             model_type=family,
             num_layers=num_layers,
-            num_attention_heads=_count(config, "num_attention_heads"),
+            num_attention_heads=count(config, "num_attention_heads"),
             caches=_caches(config, family, num_layers),
-            max_position_embeddings=_count(config, "max_position_embeddings"),
-            vocab_size=_count(config, "vocab_size"),
+            max_position_embeddings=count(config, "max_position_embeddings"),
+            vocab_size=count(config, "vocab_size"),
             dtype=str(next((dtype for dtype in dtypes if dtype), "float32")),
             tied_embeddings=bool(config.get("tie_word_embeddings", family.startswith("gemma"))),
             quantization=tuple(dict.fromkeys(scheme for _, scheme in read_groups(config) or ())),
@@ -266,20 +231,20 @@ def _brings_scales(config: Mapping[str, Any]) -> bool:
 def _num_layers(config: Mapping[str, Any], family: str) -> int:
     if family == "nemotron_h" and config.get("num_hidden_layers") is None:
         pattern = config.get("hybrid_override_pattern") or config.get("layers_block_type") or ()
-        return len(pattern) or _count(config, "num_hidden_layers")
-    return _count(config, "num_hidden_layers")
+        return len(pattern) or count(config, "num_hidden_layers")
+    return count(config, "num_hidden_layers")
 
 
 def _caches(config: Mapping[str, Any], family: str, num_layers: int) -> tuple[LayerCache, ...]:
     kinds = _kinds(config, family, num_layers)
     if family in MLA_FAMILIES:
-        latent = _count(config, "kv_lora_rank") + _count(config, "qk_rope_head_dim")
+        latent = count(config, "kv_lora_rank") + count(config, "qk_rope_head_dim")
         return tuple(LayerCache("latent", layer, 1, latent) for layer in range(num_layers))
-    heads = _count(config, "num_attention_heads")
+    heads = count(config, "num_attention_heads")
     kv_heads = _kv_heads(config, family, heads)
     by_division = None
     if family in DIVIDING_FAMILIES and (family in _PLAIN or config.get("head_dim") is None):
-        by_division, rest = divmod(_count(config, "hidden_size"), heads)
+        by_division, rest = divmod(count(config, "hidden_size"), heads)
         if rest:
             raise SpecError(
                 f"config.json gives {heads} attention heads, which do not divide hidden_size {config['hidden_size']}",
@@ -293,16 +258,16 @@ def _caches(config: Mapping[str, Any], family: str, num_layers: int) -> tuple[La
     if family in _PLAIN or family in ("gpt_bigcode", "falcon"):  # a head_dim there would mean nothing
         head_dim = by_division or 0
     else:
-        head_dim = _count(config, "head_dim", by_division)
+        head_dim = count(config, "head_dim", by_division)
     caches: list[LayerCache] = []
     for layer, kind in enumerate(kinds):
         if kind in ("full", "hybrid"):
             caches.append(LayerCache("full", layer, kv_heads, head_dim, head_dim))
         elif kind in ("sliding", "chunked"):
-            width = _count(config, "sliding_window" if kind == "sliding" else "attention_chunk_size")
+            width = count(config, "sliding_window" if kind == "sliding" else "attention_chunk_size")
             caches.append(LayerCache(kind, layer, kv_heads, head_dim, head_dim, width))
         if kind in ("state", "hybrid"):
-            caches.append(LayerCache("state", layer, state=_STATES[family](config)))
+            caches.append(LayerCache("state", layer, state=STATES[family](config)))
     return tuple(caches)
 
 
@@ -313,7 +278,7 @@ def _kv_heads(config: Mapping[str, Any], family: str, heads: int) -> int:
         return 1 if config.get("multi_query", True) else heads
     if family == "falcon" and not config.get("new_decoder_architecture"):
         return 1 if config.get("multi_query", True) else heads
-    return _count(config, "num_key_value_heads", heads if family in ONE_KV_HEAD_PER_HEAD else None)
+    return count(config, "num_key_value_heads", heads if family in ONE_KV_HEAD_PER_HEAD else None)
 
 
 def _kinds(config: Mapping[str, Any], family: str, num_layers: int) -> list[AttentionKind | Literal["hybrid"] | None]:
@@ -329,7 +294,7 @@ def _kinds(config: Mapping[str, Any], family: str, num_layers: int) -> list[Atte
     if named is not None:
         unknown = sorted({str(kind) for kind in named} - _KINDS.keys())
         states = any(_KINDS.get(str(kind)) == "state" for kind in named)
-        if states and family not in _STATES:
+        if states and family not in STATES:
             unknown = sorted({str(kind) for kind in named if _KINDS.get(str(kind)) == "state"})
         if unknown or len(named) != num_layers:
             what = f"layers of type {', '.join(unknown)}" if unknown else f"{len(named)} types for {num_layers} layers"
@@ -356,12 +321,12 @@ def _qwen(config: Mapping[str, Any], num_layers: int) -> list[Any]:
         raise SpecError(
             f"config.json of this {config['model_type']} must give layer_types", remedy="complete config.json"
         )
-    first = _index(config, "max_window_layers")
+    first = layer_index(config, "max_window_layers")
     return ["sliding" if config.get("use_sliding_window") and i >= first else "full" for i in range(num_layers)]
 
 
 def _gemma3(config: Mapping[str, Any], num_layers: int) -> list[Any]:
-    period = _count(config, "sliding_window_pattern", 6)
+    period = count(config, "sliding_window_pattern", 6)
     return _every(period, period - 1, "full", "sliding", num_layers)
 
 
@@ -374,7 +339,7 @@ def _llama4(config: Mapping[str, Any], num_layers: int) -> list[Any]:
 
 
 def _gated_delta(config: Mapping[str, Any], num_layers: int) -> list[Any]:
-    period = _count(config, "full_attention_interval", 4)
+    period = count(config, "full_attention_interval", 4)
     return _every(period, period - 1, "full", "state", num_layers)
 
 
@@ -386,77 +351,17 @@ def _bamba(config: Mapping[str, Any], num_layers: int) -> list[Any]:
 
 
 def _jamba(config: Mapping[str, Any], num_layers: int) -> list[Any]:
-    period, offset = _count(config, "attn_layer_period"), _index(config, "attn_layer_offset")
+    period, offset = count(config, "attn_layer_period"), layer_index(config, "attn_layer_offset")
     return _every(period, offset, "full", "state", num_layers)
 
 
 # What config.json leaves to the model's code where it gives no layer_types.
 _UNNAMED: Mapping[str, Callable[[Mapping[str, Any], int], list[Any]]] = {
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), _qwen),
-    **dict.fromkeys(("gemma2", "gpt_oss"), lambda config, count: _every(2, 1, "full", "sliding", count)),
+    **dict.fromkeys(("gemma2", "gpt_oss"), lambda config, num_layers: _every(2, 1, "full", "sliding", num_layers)),
     "gemma3_text": _gemma3,
     "llama4_text": _llama4,
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _gated_delta),
     "bamba": _bamba,
     "jamba": _jamba,
 }
-
-
-def _gated_delta_net(config: Mapping[str, Any]) -> RecurrentState:
-    key_heads, value_heads = _count(config, "linear_num_key_heads"), _count(config, "linear_num_value_heads")
-    key_dim, value_dim = _count(config, "linear_key_head_dim"), _count(config, "linear_value_head_dim")
-    channels = 2 * key_heads * key_dim + value_heads * value_dim
-    taps = _count(config, "linear_conv_kernel_dim") - 1
-    wide = config["model_type"] != "qwen3_next" and config.get("mamba_ssm_dtype", "float32") == "float32"
-    return RecurrentState("gated_delta_net", taps, channels, value_heads * value_dim * key_dim, float32=wide)
-
-
-def _mamba1(config: Mapping[str, Any]) -> RecurrentState:
-    inner = _count(config, "mamba_expand") * _count(config, "hidden_size")
-    return RecurrentState("mamba", _count(config, "mamba_d_conv") - 1, inner, inner * _count(config, "mamba_d_state"))
-
-
-def _mamba2(
-    heads: str = "mamba_n_heads",
-    head_dim: str = "mamba_d_head",
-    groups: str = "mamba_n_groups",
-    state: str = "mamba_d_state",
-    kernel: str = "mamba_d_conv",
-    default: str | None = None,
-) -> Callable[[Mapping[str, Any]], RecurrentState]:
-    def read(config: Mapping[str, Any]) -> RecurrentState:
-        inner, size = _count(config, heads) * _count(config, head_dim), _count(config, state)
-        taps = _count(config, kernel) - 1
-        wide = (config.get("mamba_ssm_cache_dtype") or default) == "float32"
-        return RecurrentState("mamba2", taps, inner, inner * size, _count(config, groups), 2 * size, wide)
-
-    return read
-
-
-def _short_convolution(config: Mapping[str, Any]) -> RecurrentState:
-    return RecurrentState("short_conv", _count(config, "conv_L_cache") - 1, _count(config, "hidden_size"), 0)
-
-
-_STATES: Mapping[str, Callable[[Mapping[str, Any]], RecurrentState]] = {
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _gated_delta_net),
-    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid"), _mamba2()),
-    "nemotron_h": _mamba2("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "float32"),
-    "jamba": _mamba1,
-    "lfm2": _short_convolution,
-}
-
-
-def _index(config: Mapping[str, Any], key: str) -> int:
-    """Return the number of a layer, 0 where there is none."""
-    return 0 if not config.get(key) else _count(config, key)
-
-
-def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """Return a positive integer of the configuration."""
-    value = next((config[name] for name in (key, *_ALIASES.get(key, ())) if config.get(name) is not None), default)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_COUNT:
-        raise SpecError(
-            f"config.json must give {key} as a positive integer, not {str(value)[:40]}",
-            remedy="complete the model's config.json",
-        )
-    return value
