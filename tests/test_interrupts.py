@@ -11,6 +11,12 @@ import pytest
 from orchestrator.interrupts import check_interrupt, interruptible, interrupts_later
 
 
+@pytest.fixture(autouse=True)
+def pythons_own_handler() -> None:
+    """Libraries that other tests of this process load (llama.cpp) put a handler of their own in its place."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def press() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
