@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from orchestrator.errors import OrchestratorError
 from orchestrator.html_report.charts import line_chart, pair_bars
 from orchestrator.html_report.facts import CURVES_FILE, Missing, RunView, StepView, read_json
 from orchestrator.html_report.findings import (
@@ -154,8 +155,8 @@ def zeros_sentence(step: StepView) -> str | None:
 
     try:
         return zeros_of(step.artifact)
-    except Exception:  # the folder is damaged: what is said of zeros is a courtesy
-        return None
+    except (OrchestratorError, OSError) as error:
+        return f"What its zeros are worth cannot be said: {error}"
 
 
 def curve_section(run: RunView) -> Html:
