@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +11,7 @@ from orchestrator.cli_output import print_json, print_text, results_only, say
 from orchestrator.errors import PublishError
 
 if TYPE_CHECKING:
-    from orchestrator.promotion.history import Entry
+    from orchestrator.promotion.history import Entry, SignatureRef
     from orchestrator.promotion.promoter import Promoter, Promotion
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A registered model, by its name.")]
@@ -23,6 +24,15 @@ ExpectOption = Annotated[
 StoreOption = Annotated[
     str | None,
     typer.Option("--store", metavar="URI", help="Root of the store with the history; else the registry knows it."),
+]
+VerifyKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--verify-key",
+        metavar="KEY",
+        envvar="ORCHESTRATOR_VERIFY_KEY",
+        help="Refuse what this public key (PEM) has not signed.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
@@ -44,12 +54,19 @@ def promote(
         bool, typer.Option("--require-approval", help="Only with an approval that holds, whatever the policy says.")
     ] = False,
     expect: ExpectOption = None,
+    verify_key: VerifyKeyOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Put a version into staging or production: bytes verified, recorded in the store, shown by the registry."""
     promotion = _promoter(model, store).promote(
-        version, to, reason=reason, force=force, expect=expect, require_approval=require_approval
+        version,
+        to,
+        reason=reason,
+        force=force,
+        expect=expect,
+        require_approval=require_approval,
+        verify_key=verify_key,
     )
     _print(model, promotion, as_json)
 
@@ -63,11 +80,13 @@ def rollback(
     ] = None,
     reason: ReasonOption = None,
     expect: ExpectOption = None,
+    verify_key: VerifyKeyOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Put back what was in production before. No byte of a model is moved or read."""
-    _print(model, _promoter(model, store).rollback(alias, to=to, reason=reason, expect=expect), as_json)
+    promotion = _promoter(model, store).rollback(alias, to=to, reason=reason, expect=expect, verify_key=verify_key)
+    _print(model, promotion, as_json)
 
 
 @results_only
@@ -208,9 +227,14 @@ def _print(model: str, promotion: Promotion, as_json: bool) -> None:
 def _line(entry: Entry) -> str:
     previous = f" (was {entry.previous.version})" if entry.previous else ""
     notes = [f"approved by {entry.approval.by}"] if entry.approval else []
+    notes += [_signed(entry.signature)] if entry.signature else []
     notes += [f"forced: {', '.join(entry.forced)}"] if entry.forced else []
     notes += [entry.reason] if entry.reason else []
     return (
         f"{entry.sequence:>4}  {entry.time}  {entry.kind:<8}  {entry.alias:<10}  version {entry.version}{previous}  "
         f"{entry.release.digest[:12]}  {entry.actor}" + (f"  {'; '.join(notes)}" if notes else "")
     )
+
+
+def _signed(signature: SignatureRef) -> str:
+    return f"signed by {signature.signed_by[:16]}{'' if signature.verified else ', not verified'}"

@@ -48,11 +48,7 @@ class ReleaseReader(ABC):
         with self._errors(PublishError, f"cannot fetch {self.uri}/{name}"):
             if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
                 raise SpecError(f"{target} exists and is not an empty folder", remedy="choose another folder")
-            body = self._read_listing(name)
-            if body is None:
-                raise PublishError(
-                    f"there is no complete release {self.uri}/{name}", remedy="check the address, or publish it first"
-                )
+            body = self._need_listing(name)
             release = parse(f"{self.uri}/{name}", body)
             signature = self._get(f"{name}/{SIGNATURE}")
             check_signature(release, signature, key)
@@ -68,6 +64,15 @@ class ReleaseReader(ABC):
                 part.replace(target)
                 sync_folder(target.parent)
             return release
+
+    def read_signed(self, name: str) -> tuple[Release, bytes | None]:
+        """Return what the release `name` lists, and the content of its model.sig, unchecked; None if it is unsigned.
+
+        Raises PublishError if there is no such release.
+        """
+        check_name(name)
+        with self._errors(PublishError, f"cannot read {self.uri}/{name}"):
+            return parse(f"{self.uri}/{name}", self._need_listing(name)), self._get(f"{name}/{SIGNATURE}")
 
     def _fill(self, name: str, release: Release, part: Path) -> None:
         meter = Meter()
@@ -138,6 +143,14 @@ class ReleaseReader(ABC):
         except MissingError:
             return None
         return bytes(data)
+
+    def _need_listing(self, name: str) -> bytes:
+        body = self._read_listing(name)
+        if body is None:
+            raise PublishError(
+                f"there is no complete release {self.uri}/{name}", remedy="check the address, or publish it first"
+            )
+        return body
 
     def _read_listing(self, name: str) -> bytes | None:
         """Return the release.json that COMPLETE vouches for; None without COMPLETE."""

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
 
 SIGNING_KEY_VARIABLE = "ORCHESTRATOR_SIGNING_KEY"
 PASSWORD_VARIABLE = "ORCHESTRATOR_SIGNING_KEY_PASSWORD"
+VERIFY_KEY_VARIABLE = "ORCHESTRATOR_VERIFY_KEY"
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD = "application/vnd.in-toto+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
 _GIT = (".git", ".gitattributes", ".github", ".gitignore")  # what model-signing leaves out; release.json lists them
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _MAKE_ONE = "make one with: openssl ecparam -name prime256v1 -genkey -noout -out signing.key"
 _MAKE_PUBLIC = "make one with: openssl ec -in signing.key -pubout -out signing.pub"
@@ -141,6 +144,8 @@ def check_signature(release: Release, signature: bytes | None, key: VerifyKey | 
         (first,) = envelope["signatures"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise PublishError(f"the {SIGNATURE} of {release.uri} is no signature", remedy=_again(release)) from None
+    if not _FINGERPRINT.fullmatch(signer):  # shown to people, and recorded
+        raise PublishError(f"the {SIGNATURE} of {release.uri} names no key", remedy=_again(release))
     if kinds != (_PAYLOAD, _STATEMENT, _PREDICATE) or hashes != {"sha256"} or listed != _resources(release):
         raise PublishError(
             f"the {SIGNATURE} of {release.uri} is about other files than those published", remedy=_again(release)

@@ -14,7 +14,9 @@ import pytest
 from orchestrator.home import Settings
 from orchestrator.promotion.history import History
 from orchestrator.promotion.promoter import Promoter
+from orchestrator.promotion.signature import SIGNED_BY_TAG
 from orchestrator.registry import DIGEST_TAG, ModelRegistry
+from orchestrator.signing import key_fingerprint
 from orchestrator.store import Release, Store, open_store
 from orchestrator.tracking import connect
 
@@ -53,23 +55,26 @@ class Scene:
     def client(self) -> Any:
         return connect(self.tracking_uri)
 
-    def publish(self, content: str) -> Release:
+    def publish(self, content: str, signing_key: Path | None = None) -> Release:
         bundle = self.folder / f"bundle-{content}"
         bundle.mkdir()
         (bundle / "model.safetensors").write_bytes(content.encode() * 1000)
         (bundle / "config.json").write_text("{}")
-        release = self.store.publish(f"{self.model}/{content}", bundle, {"pipeline": self.model})
+        release = self.store.publish(
+            f"{self.model}/{content}", bundle, {"pipeline": self.model}, signing_key=signing_key
+        )
         shutil.rmtree(bundle)
         return release
 
-    def register(self, content: str, alias: str | None = None) -> str:
-        """Publish a release and register it; return its version."""
-        release = self.publish(content)
+    def register(self, content: str, alias: str | None = None, signing_key: Path | None = None) -> str:
+        """Publish a release and register it, as a run does; return its version."""
+        release = self.publish(content, signing_key)
+        signed = {SIGNED_BY_TAG: key_fingerprint(str(signing_key))} if signing_key else {}
         version = ModelRegistry(self.tracking_uri).register(
             self.model,
             source=release.uri,
             run_id=None,
-            tags={DIGEST_TAG: release.digest},
+            tags={DIGEST_TAG: release.digest, **signed},
             alias=alias,
             description="a test",
         )

@@ -6,6 +6,7 @@ of `orchestrator approve`: no flow waits for anybody.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow, get_client, get_run_logger
@@ -28,15 +29,23 @@ async def promote_model(
     require_approval: bool = False,
     expect: str | None = None,
     force: bool = False,
+    verify_key: str | None = None,
 ) -> dict[str, Any]:
     """Put a version of a registered model into staging or production, as `orchestrator promote` does.
 
-    version: a number or an alias. Returns the document of `orchestrator promote --json`. Raises `OrchestratorError`.
+    version: a number or an alias. verify_key: a file on the worker; else what ORCHESTRATOR_VERIFY_KEY says there.
+    Returns the document of `orchestrator promote --json`. Raises `OrchestratorError`.
     """
     promoter = Promoter(model, Settings.from_environment())
     promotion = await in_thread(
         lambda: promoter.promote(
-            version, to, reason=reason, require_approval=require_approval, expect=expect, force=force
+            version,
+            to,
+            reason=reason,
+            require_approval=require_approval,
+            expect=expect,
+            force=force,
+            verify_key=None if verify_key is None else Path(verify_key),
         )
     )
     return await _shown(model, promotion)
@@ -49,13 +58,15 @@ async def rollback_model(
     to: str | None = None,
     reason: str | None = None,
     expect: str | None = None,
+    verify_key: str | None = None,
 ) -> dict[str, Any]:
     """Put back what an alias named before, or version `to`, as `orchestrator rollback` does.
 
     Returns the document of `orchestrator rollback --json`. Raises `OrchestratorError`.
     """
     promoter = Promoter(model, Settings.from_environment())
-    promotion = await in_thread(lambda: promoter.rollback(alias, to=to, reason=reason, expect=expect))
+    key = None if verify_key is None else Path(verify_key)
+    promotion = await in_thread(lambda: promoter.rollback(alias, to=to, reason=reason, expect=expect, verify_key=key))
     return await _shown(model, promotion)
 
 

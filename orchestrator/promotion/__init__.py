@@ -9,6 +9,7 @@ and follow it; `reconcile` makes up for a crash in between.
     timeline      what an alias stood at at a given time, although clocks disagree
     approval      decisions of people, with identity and expiry
     policy        promotion.yaml: who has to approve what, and who is told
+    signature     whose signature is demanded, and whether it is there
     notify        a signed webhook, a command
     rules         candidate, staging, production
     promoter      promote, roll back, reconcile

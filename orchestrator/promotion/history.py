@@ -76,8 +76,16 @@ class ApprovalRef(Record):
     by: str
 
 
+class SignatureRef(Record):
+    """The signature of a release. signed_by: the key's fingerprint. verified: with that key; else model.sig says so."""
+
+    signed_by: Digest
+    verified: bool
+
+
 class Entry(Record):
-    """One step of one alias. forced: the rules that did not hold. state: of all aliases, after this entry."""
+    """One step of one alias. forced: the rules that did not hold. signature: None of an unsigned release. state: of
+    all aliases, after this entry."""
 
     layout: Literal[1] = 1
     sequence: Sequence
@@ -92,6 +100,7 @@ class Entry(Record):
     reason: str | None
     forced: tuple[str, ...] = Field((), strict=False)
     approval: ApprovalRef | None
+    signature: SignatureRef | None = None
     previous_sha256: Digest | None
     state: dict[str, Placement]
     nonce: str  # two entries are never the same bytes, so that whoever wrote one knows it
@@ -129,6 +138,7 @@ class Change:
     reason: str | None = None
     forced: tuple[str, ...] = ()
     approval: ApprovalRef | None = None
+    signature: SignatureRef | None = None
     promoted: int | None = None
     relies_on: str | None = None
 
@@ -241,6 +251,7 @@ class History:
             reason=change.reason,
             forced=change.forced,
             approval=change.approval,
+            signature=change.signature,
             previous_sha256=head.sha256 if head else None,
             state={**(head.entry.state if head else {}), change.alias: placement},
             nonce=secrets.token_hex(16),

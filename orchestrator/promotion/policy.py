@@ -4,6 +4,7 @@
       smollm2-*:                        # the first pattern that fits a model counts
         require_approval: [production]
         approvers: [ada, grace]         # left out: anybody
+        verify_keys: [signing.pub]      # one of these must have signed the release; beside this file, or absolute
         webhook: https://deploy.example.org/promotions
         command: [./deploy.sh]
 
@@ -22,20 +23,24 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.errors import PreflightError, Problem, SpecError
+from orchestrator.foreign import load_yaml, read_plain
 
 VARIABLE = "ORCHESTRATOR_PROMOTION_POLICY"
 FILE = "promotion.yaml"
+MOST_BYTES = 1 << 17
 
 Alias = Literal["candidate", "staging", "production"]
 
 
 class Policy(BaseModel):
-    """What holds for one model. webhook: an http(s) address that a signed POST goes to; command: run after it."""
+    """What holds for one model. verify_keys: files, as full paths once this was read. webhook: an http(s) address that
+    a signed POST goes to; command: run after it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     require_approval: tuple[Alias, ...] = ()
     approvers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    verify_keys: tuple[str, ...] = ()
     webhook: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] | None = None
     command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
 
@@ -53,12 +58,10 @@ def policy_for(model: str, home: Path, environment: Mapping[str, str] = os.envir
 
     Raises `SpecError` for a file that is wrong, `PreflightError` for one that is named but cannot be read.
     """
-    import yaml
-
     named = environment.get(VARIABLE)
     path = Path(named).expanduser() if named else home / FILE
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path, MOST_BYTES).decode("utf-8")
     except FileNotFoundError as error:
         if not named:
             return Policy()
@@ -67,15 +70,16 @@ def policy_for(model: str, home: Path, environment: Mapping[str, str] = os.envir
         raise _unreadable(path, error) from None
     except UnicodeDecodeError:
         raise SpecError("this is no text in UTF-8", where=str(path), remedy="write it as YAML") from None
+    except ValueError as error:
+        raise SpecError(f"this cannot be a policy: {error}", where=str(path), remedy="write it as YAML") from None
     try:
-        policies = PolicyFile.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise SpecError(f"not YAML: {' '.join(str(error).split())}", where=str(path), remedy="mend it") from None
-    except RecursionError:
-        raise SpecError("nested too deeply", where=str(path), remedy="write it flat") from None
+        policies = PolicyFile.model_validate(load_yaml(text))
     except ValidationError as error:
         raise SpecError([_problem(path, item) for item in error.errors(include_url=False)]) from None
-    return next((policy for pattern, policy in policies.models.items() if fnmatchcase(model, pattern)), Policy())
+    except ValueError as error:
+        raise SpecError(f"not YAML: {error}", where=str(path), remedy="mend it") from None
+    found = next((policy for pattern, policy in policies.models.items() if fnmatchcase(model, pattern)), Policy())
+    return found.model_copy(update={"verify_keys": tuple(str(path.parent / key) for key in found.verify_keys)})
 
 
 def _problem(path: Path, item: Mapping[str, object]) -> Problem:

@@ -11,7 +11,9 @@ and the history about the other two.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, Problem, PublishError, SpecError
@@ -22,8 +24,8 @@ from orchestrator.promotion.history import (
     ApprovalRef,
     Change,
     History,
-    Placement,
     ReleaseRef,
+    SignatureRef,
     Stored,
 )
 from orchestrator.promotion.notify import Notice, check_policy, notify
@@ -32,12 +34,14 @@ from orchestrator.promotion.rules import (
     broken_rules,
     check_alias,
     check_expected,
-    check_number,
     check_same,
+    earlier,
     reference,
     split,
 )
+from orchestrator.promotion.signature import SIGNED_BY_TAG, check_signed, demanded_keys
 from orchestrator.registry import DIGEST_TAG, KnownModel, ModelRegistry, OverwrittenError, RegisteredVersion
+from orchestrator.signing import VerifyKey
 from orchestrator.store import Progress, Store, open_store
 
 STORE_TAG = "orchestrator.promotions"  # of a model: the root of the store that holds its history
@@ -103,6 +107,7 @@ class Promoter:
         force: bool = False,
         expect: str | None = None,
         require_approval: bool = False,
+        verify_key: Path | None = None,
         progress: Progress | None = None,
     ) -> Promotion:
         """Let `alias` name the release of `version`, a number or another alias.
@@ -110,16 +115,19 @@ class Promoter:
         force: also where the version does not come from the rung below, which the entry then says.
         expect: the version that the alias has to be at before, or ``none``; else `ConflictError`.
         require_approval: whatever the policy says.
+        verify_key: a public key (PEM) that must have signed the release; None: what the environment and the policy say.
         """
         check_alias(alias)
         policy = policy_for(self.model, self._settings.home)
         check_policy(policy)
+        keys = demanded_keys(policy, verify_key)
         known, head = self._look()
         candidate = self._resolve(version)
         release = reference(candidate)
         now = head.entry.state.get(alias) if head else None
         check_expected(self.model, alias, now, expect)
         if now is not None and (now.version, now.release) == (candidate.version, release):
+            self._signature(candidate, release, keys)
             self._show(alias)
             return Promotion(alias, candidate.version, None)
         broken = broken_rules(candidate.version, alias, head, known)
@@ -130,6 +138,7 @@ class Promoter:
             )
         needs_approval = require_approval or alias in policy.require_approval
         self._approval(policy, release, alias, needed=needs_approval)
+        signature = self._signature(candidate, release, keys)
         self._verify(release, progress)
         change = Change(
             kind="promote",
@@ -139,20 +148,29 @@ class Promoter:
             reason=reason,
             forced=tuple(broken),
             approval=self._approval(policy, release, alias, needed=needs_approval),  # verifying may have taken hours
+            signature=signature,
             relies_on=None if broken or alias == LADDER[0] else LADDER[LADDER.index(alias) - 1],
         )
         return self._commit(head, change, policy)
 
     def rollback(
-        self, alias: str = LADDER[-1], *, to: str | None = None, reason: str | None = None, expect: str | None = None
+        self,
+        alias: str = LADDER[-1],
+        *,
+        to: str | None = None,
+        reason: str | None = None,
+        expect: str | None = None,
+        verify_key: Path | None = None,
     ) -> Promotion:
         """Let `alias` name the release that it named before, or that of version `to`, which it must have named once.
 
-        The bytes stay where they are; that the files are all there is looked at, but they are not read.
+        The bytes stay where they are; that the files are all there is looked at, but they are not read. The signature
+        is verified as it is by `promote`: it covers the listing, which is small.
         """
         check_alias(alias)
         policy = policy_for(self.model, self._settings.home)
         check_policy(policy)
+        keys = demanded_keys(policy, verify_key)
         _, head = self._look()
         now = head.entry.state.get(alias) if head else None
         if head is None or now is None:
@@ -161,19 +179,22 @@ class Promoter:
         if to == now.version:
             self._show(alias)
             return Promotion(alias, now.version, None)
-        target = self._earlier(alias, now, to)
-        if self._resolve(target.version).tags[DIGEST_TAG] != target.release.digest:
+        target = earlier(self.history, alias, now, to)
+        registered = self._resolve(target.version)
+        if registered.tags[DIGEST_TAG] != target.release.digest:
             raise PublishError(
                 f"version {target.version} of {self.model!r} is registered for another release than was in {alias}",
                 remedy="see who changed it in the registry, or name another version with --to",
             )
         self._look_at(target.release)
+        signature = self._signature(registered, target.release, keys)
         change = Change(
             kind="rollback",
             alias=alias,
             version=target.version,
             release=target.release,
             reason=reason,
+            signature=signature,
             promoted=target.promoted,
         )
         return self._commit(head, change, policy)
@@ -339,6 +360,15 @@ class Promoter:
         store, name = self._locate(release)
         check_same(release, store.verify(name, progress))
 
+    def _signature(
+        self, version: RegisteredVersion, release: ReleaseRef, keys: Sequence[VerifyKey]
+    ) -> SignatureRef | None:
+        """Check the signature of a release, of which no file is read. Raises `PublishError`."""
+        store, name = self._locate(release)
+        found, signature = store.read_signed(name)
+        check_same(release, found)
+        return check_signed(found, signature, keys, version.tags.get(SIGNED_BY_TAG))
+
     def _look_at(self, release: ReleaseRef) -> None:
         store, name = self._locate(release)
         found = store.read_release(name)
@@ -352,24 +382,3 @@ class Promoter:
         """Return the store of a release, which is seldom another than the history's, and its name there."""
         root, name = split(release.uri)
         return (self.history.store if root == self.history.store.uri else open_store(root)), name
-
-    def _earlier(self, alias: str, now: Placement, to: str | None) -> Placement:
-        if to is None:
-            before = self.history.entry(now.promoted).entry.previous
-            if before is None:
-                raise SpecError(
-                    f"version {now.version} is the first of {self.model!r} in {alias}", remedy="nothing to roll back to"
-                )
-            return before
-        check_number(to)
-        held = [
-            stored.entry.state[alias]
-            for stored in self.history.entries()
-            if (stored.entry.alias, stored.entry.version) == (alias, to)
-        ]
-        if not held:
-            raise SpecError(
-                f"version {to} of {self.model!r} never was in {alias}",
-                remedy=f"`orchestrator history {self.model}` lists those that were; to put it there, promote it",
-            )
-        return held[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.errors import ConflictError, PublishError, SpecError
-from orchestrator.promotion.history import LADDER, Placement, ReleaseRef, Stored
+from orchestrator.promotion.history import LADDER, History, Placement, ReleaseRef, Stored
 from orchestrator.registry import DIGEST_TAG, KnownModel, RegisteredVersion
 from orchestrator.release import Release
 
@@ -44,6 +44,29 @@ def check_expected(model: str, alias: str, now: Placement | None, expect: str | 
             f"{alias} of {model!r} is at version {at}{since}, not at {expect}",
             remedy=f"look at `orchestrator history {model}` and decide again",
         )
+
+
+def earlier(history: History, alias: str, now: Placement, to: str | None) -> Placement:
+    """Return what `alias` stood at before `now`, or last at version `to`. Raises `SpecError` if there is no such."""
+    if to is None:
+        before = history.entry(now.promoted).entry.previous
+        if before is None:
+            raise SpecError(
+                f"version {now.version} is the first of {history.model!r} in {alias}", remedy="nothing to roll back to"
+            )
+        return before
+    check_number(to)
+    held = [
+        stored.entry.state[alias]
+        for stored in history.entries()
+        if (stored.entry.alias, stored.entry.version) == (alias, to)
+    ]
+    if not held:
+        raise SpecError(
+            f"version {to} of {history.model!r} never was in {alias}",
+            remedy=f"`orchestrator history {history.model}` lists those that were; to put it there, promote it",
+        )
+    return held[-1]
 
 
 def check_same(release: ReleaseRef, found: Release) -> None:
