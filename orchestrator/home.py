@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
+from orchestrator.addresses import without_password
 from orchestrator.errors import PreflightError
 
 HOME_VARIABLE = "ORCHESTRATOR_HOME"
@@ -32,10 +32,7 @@ class Settings:
     @property
     def public_tracking_uri(self) -> str:
         """The tracking address without user and password."""
-        parts = urlsplit(self.tracking_uri)
-        if "@" not in parts.netloc:
-            return self.tracking_uri
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        return without_password(self.tracking_uri)
 
     def make_home(self) -> None:
         """Create the home folder. Raises `PreflightError` if that cannot be done."""

@@ -87,8 +87,9 @@ class ModelRegistry:
     ) -> str:
         """Make a version of `name` for the release at `source`, point `alias` at it, and return its number.
 
-        A version with the same source and the same tag ``orchestrator.digest`` is used again. What was written is
-        read back. Raises `PublishError` if the registry refuses or shows something else, `SpecError` for a bad name.
+        A version with the same source and the same tag ``orchestrator.digest`` is used again, also one that another
+        process made at the same time. What was written is read back. Raises `PublishError` if the registry refuses or
+        shows something else, `SpecError` for a bad name.
         """
         if not _NAME.fullmatch(name):
             raise SpecError(
@@ -105,7 +106,7 @@ class ModelRegistry:
                 made = client.create_model_version(
                     name, address, run_id, dict(tags), description=description, await_creation_for=READY_SECONDS
                 )
-                version = str(made.version)
+                version = self._first_of(name, address, tags[DIGEST_TAG], str(made.version))
             if alias is not None:
                 client.set_registered_model_alias(name, alias, version)
             self._verify(name, version, address, tags[DIGEST_TAG], alias)
@@ -257,6 +258,17 @@ class ModelRegistry:
             if known.source == address and known.tags.get(DIGEST_TAG) == digest
         ]
         return str(min(same)) if same else None
+
+    def _first_of(self, name: str, address: str, digest: str, made: str) -> str:
+        """Return the one version that all who register the same release at once agree on, and take back `made`.
+
+        MLflow has no "create unless there is one". It numbers versions in the order in which they become visible, so
+        that whoever made a later one sees the first.
+        """
+        first = self._find(name, address, digest) or made
+        if first != made:
+            connect(self.uri).delete_model_version(name, made)
+        return first
 
     def _verify(self, name: str, version: str, address: str, digest: str, alias: str | None) -> None:
         client = connect(self.uri)

@@ -13,7 +13,6 @@ import fcntl
 import http.client
 import json
 import os
-import re
 import socket
 import sqlite3
 import threading
@@ -26,6 +25,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestrator.addresses import without_password
 from orchestrator.canonical import canonical_json
 from orchestrator.errors import OrchestratorError, PreflightError, StepError
 
@@ -43,6 +43,11 @@ MAX_TAG_CHARS = 8000
 PARAMS_PER_BATCH = 100
 METRICS_PER_BATCH = 900  # beside 100 parameters: a batch holds 1000 things
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+REFUSED_CODES = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
+CREDENTIALS_REMEDY = (
+    "give both in MLFLOW_TRACKING_URI (http://USER:PASSWORD@HOST; in a password @ is %40 and / is %2F) or in "
+    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and see that the user may do this"
+)
 # Defaults of ours; a user's own setting wins. mlflow reads all of them when it is imported or later.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -205,21 +210,19 @@ def translated(uri: str, kind: type[OrchestratorError], what: str) -> Iterator[N
             raise
         if _disk_is_full(error):
             raise _full(uri, kind) from error
+        shown = f"MLflow at {without_password(uri)} {what}"
+        if getattr(error, "error_code", None) in REFUSED_CODES:
+            raise kind(f"{shown}: it refuses this user or password", remedy=CREDENTIALS_REMEDY) from error
         first_line = without_password(str(error)).strip().splitlines()[0:1] or [type(error).__name__]
         raise kind(
-            f"MLflow at {without_password(uri)} {what}: {first_line[0]}",
-            remedy="check MLFLOW_TRACKING_URI and that the server or database there works",
+            f"{shown}: {first_line[0]}",
+            remedy="check MLFLOW_TRACKING_URI and that the server or database there works, then run again",
         ) from error
 
 
 def is_server(uri: str) -> bool:
     """Whether `uri` is a tracking server, as opposed to a database that this process opens itself."""
     return urllib.parse.urlsplit(uri).scheme in ("http", "https")
-
-
-def without_password(text: str) -> str:
-    """Return `text` with the user and password of any address in it removed."""
-    return re.sub(r"(?<=://)[^/\s@]+@", "", text)
 
 
 def _is_foreign(error: Exception) -> bool:
@@ -245,8 +248,10 @@ def _probe(uri: str) -> None:
     try:
         parts = urllib.parse.urlsplit(uri)
         port = parts.port
-    except ValueError as error:
-        raise PreflightError(f"{shown} is not an address: {error}", remedy="correct MLFLOW_TRACKING_URI") from None
+    except ValueError:  # whose message may hold a part of the password
+        raise PreflightError(
+            f"{shown} is not an address", remedy="correct MLFLOW_TRACKING_URI; in a password @ is %40 and / is %2F"
+        ) from None
     database = parts.scheme.partition("+")[0]
     try:
         if is_server(uri):
@@ -256,6 +261,7 @@ def _probe(uri: str) -> None:
         elif database in DATABASE_PORTS:
             address = (parts.hostname or "localhost", port or DATABASE_PORTS[database])
             socket.create_connection(address, PROBE_SECONDS).close()
+            _probe_database(uri)
         else:
             raise PreflightError(
                 f"{shown} is no MLflow tracking address",
@@ -277,6 +283,27 @@ def _probe_server(url: str) -> None:
         urllib.request.urlopen(url, timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError as error:
         error.close()
+
+
+def _probe_database(uri: str) -> None:
+    """Log in once: mlflow tries for two minutes, with a wrong password and without the driver too."""
+    import sqlalchemy
+
+    shown = without_password(uri)
+    try:
+        engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+        engine.connect().close()
+    except (ModuleNotFoundError, sqlalchemy.exc.NoSuchModuleError) as error:
+        raise PreflightError(
+            f"the driver for MLflow's database at {shown} is not installed: {error}",
+            remedy="install it, or name one that is: postgresql+psycopg2://… is of the package psycopg2-binary",
+        ) from None
+    except sqlalchemy.exc.DBAPIError as error:
+        reason = without_password(str(error.orig)).strip().splitlines()[0:1] or [type(error).__name__]
+        raise PreflightError(
+            f"MLflow's database at {shown} refuses: {reason[0]}",
+            remedy="check user and password in MLFLOW_TRACKING_URI",
+        ) from None
 
 
 def _probe_sqlite(path: Path) -> None:

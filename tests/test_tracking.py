@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 
 from orchestrator import tracking
+from orchestrator.addresses import without_password
 from orchestrator.errors import PreflightError, StepError
+from orchestrator.home import Settings
 from orchestrator.registry import DIGEST_TAG, ModelRegistry
-from orchestrator.tracking import Tracker, connect, translated, without_password
+from orchestrator.tracking import Tracker, connect, translated
 from tests.mlflow_server import make_database, serve_mlflow
 
 MANIFEST = {"method": "wanda", "parameters": {"pattern": "2:4", "note": "x" * 9000}, "outputs": ["abc"]}
@@ -262,6 +264,12 @@ def test_a_deleted_experiment_is_refused_with_the_way_out(database: str) -> None
 def test_passwords_are_not_shown() -> None:
     text = "cannot open postgresql://user:p%40ss@host/db or http://h/x"
     assert without_password(text) == "cannot open postgresql://host/db or http://h/x"
+    for unquoted in ("http://user:p@ss@host:80/x", "http://user:p/@ss@host:80/x", "http://p@ss@host:80/x"):
+        assert without_password(unquoted) == "http://host:80/x"
+        assert Settings(Path("home"), unquoted).public_tracking_uri == "http://host:80/x"
+    assert without_password("postgresql://h/db?user=u&password=p@/s&x=1") == "postgresql://h/db?user=u&password=…&x=1"
+    message = refused("http://user:p/qq@host:80/x")
+    assert "qq" not in message and "is not an address" in message and "%2F" in message
 
 
 def test_a_bug_of_ours_is_not_dressed_up_as_a_failure_of_mlflow(database: str) -> None:

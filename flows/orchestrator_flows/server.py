@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
-from urllib.parse import urlsplit, urlunsplit
 
+from orchestrator.addresses import without_password
 from orchestrator.errors import PreflightError
 
 WITHOUT_PREFECT = "use --local to run without Prefect"
@@ -119,5 +119,4 @@ async def check_api(url: str) -> None:
 
 def public(url: str) -> str:
     """The address without user and password."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return without_password(url)

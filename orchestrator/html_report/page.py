@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
+from orchestrator.addresses import without_password
 from orchestrator.html_report import layer_sections, release_sections, sections
 from orchestrator.html_report.facts import RunView
 from orchestrator.html_report.findings import Gate, Measured, Verdict, gates_of, measured_of, verdict_of
@@ -17,7 +18,6 @@ from orchestrator.html_report.markup import Child, Html, element, trusted
 from orchestrator.html_report.palette import LEVELS, variables
 from orchestrator.html_report.tables import facts, number, seconds_text, verdict
 from orchestrator.report import shown
-from orchestrator.tracking import without_password
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 MOST_TILES = 4
