@@ -12,10 +12,12 @@ an artifact is there in whole or not at all, and what a killed step left behind 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import shutil
+import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,13 +27,14 @@ from typing import Any
 from orchestrator.canonical import canonical_json, file_sha256, sync_folder, sync_tree, write_atomically
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import SpecError, StepError
+from orchestrator.foreign import read_plain
 from orchestrator.journal import lease_if_free
+from orchestrator.manifest import MOST_BYTES, read_manifest
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 ABANDONED_DAYS = 7
 CACHE = "cache"  # what methods keep for each other; every entry is a folder
-_KEYS = {"stage", "method", "fingerprint", "identity", "inputs", "invariants", "metrics", "files"}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -56,7 +59,13 @@ class Artifact:
     def damage(self) -> str | None:
         """Read every byte; return what differs from the manifest, or None."""
         expected = self.manifest["files"]
-        present = {path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()}
+        present = set()
+        for path in self.path.rglob("*"):
+            mode = path.lstat().st_mode
+            if stat.S_ISREG(mode):
+                present.add(path.relative_to(self.path).as_posix())
+            elif not stat.S_ISDIR(mode):  # a link leads elsewhere, a pipe never ends
+                return f"{path.relative_to(self.path).as_posix()} is no plain file"
         present.discard(MANIFEST)
         for name in sorted(present.symmetric_difference(expected)):
             return f"{name} is {'missing' if name in expected else 'not part of the artifact'}"
@@ -89,7 +98,7 @@ class ArtifactStore:
             data = json.loads((self.home / "steps" / f"{fingerprint}.json").read_text(encoding="utf-8"))
             took = float(data["seconds"]), int(data["peak_memory_bytes"])
             return StepRecord(str(data["digest"]), *took, data.get("predicted"))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return None
 
     def lookup(self, fingerprint: str) -> Artifact | None:
@@ -237,15 +246,14 @@ def _open_folder(path: Path) -> Artifact:
     """The artifact at a path that the user gave."""
     manifest = path / MANIFEST
     if not manifest.is_file():
-        raise SpecError(f"{path} is no artifact: it holds no {MANIFEST}")
+        raise SpecError(f"{path} is no artifact: it holds no {MANIFEST}", remedy="give the folder of an artifact")
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-        missing = _KEYS - set(content)
-        if missing:
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise SpecError(f"{manifest} cannot be read: {error}") from None
-    return Artifact(file_sha256(manifest), path, content)
+        data = read_plain(manifest, MOST_BYTES)
+        content = read_manifest(data)
+    except (OSError, ValueError) as error:
+        remedy = "name another artifact, or run again what made it"
+        raise SpecError(f"{manifest} is no manifest: {error}", remedy=remedy) from None
+    return Artifact(hashlib.sha256(data).hexdigest(), path, content)
 
 
 def _abandoned(folders: list[Path]) -> bool:

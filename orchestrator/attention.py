@@ -25,6 +25,7 @@ from orchestrator.quantized import read_groups
 from orchestrator.recurrent import STATES, RecurrentState
 from orchestrator.scheme import QuantScheme
 
+MOST_LAYERS = 10_000
 LEAVE_OUT = "leave the serving configuration out of the specification"
 AttentionKind = Literal["full", "sliding", "chunked", "latent", "state"]
 _KINDS: Mapping[str, AttentionKind | None] = {
@@ -232,7 +233,10 @@ def _num_layers(config: Mapping[str, Any], family: str) -> int:
     if family == "nemotron_h" and config.get("num_hidden_layers") is None:
         pattern = config.get("hybrid_override_pattern") or config.get("layers_block_type") or ()
         return len(pattern) or count(config, "num_hidden_layers")
-    return count(config, "num_hidden_layers")
+    layers = count(config, "num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise SpecError(f"config.json gives {layers} layers, which no model has", remedy="copy the model again")
+    return layers
 
 
 def _caches(config: Mapping[str, Any], family: str, num_layers: int) -> tuple[LayerCache, ...]:

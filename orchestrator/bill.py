@@ -57,7 +57,7 @@ def check_bill(uri: str, data: bytes, files: Sequence[StoredFile]) -> None:
     remedy = "do not use this release: whoever made it can publish another with a bill that fits"
     try:
         listed = {
-            component["name"]: entry["content"]
+            str(component["name"]): entry["content"]
             for component in json.loads(data)["components"]
             if component["type"] == "file"
             for entry in component["hashes"]

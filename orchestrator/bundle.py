@@ -58,6 +58,6 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
-        os.link(source, target)  # the bytes of a model are not copied where the file system allows it
+        os.link(source.resolve(), target)  # the bytes of a model are not copied where the file system allows it
     except OSError:
         shutil.copyfile(source, target)

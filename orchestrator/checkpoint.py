@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.canonical import digest_of, file_sha256
 from orchestrator.errors import PreflightError
+from orchestrator.foreign import read_plain
 from orchestrator.layers import is_embedding, is_router, stores_transposed
 from orchestrator.quantized import quantizes_weights, schemes_of
 from orchestrator.scheme import QuantScheme
@@ -43,6 +44,8 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 # Bytes of one element, for the dtypes that have whole ones.
 _ELEMENT_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _ELEMENT_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+_MAX_RANK = 64  # torch's own limit
+_MAX_NAME = 1000  # characters; what the numbers in it stand for is calculated with
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
 
@@ -89,7 +92,7 @@ class Checkpoint:
         """The content of config.json."""
         path = self.path / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(read_plain(path))
         except FileNotFoundError:
             raise PreflightError(
                 f"{self.path} has no config.json", remedy="give a folder in Hugging Face layout"
@@ -114,11 +117,12 @@ class Checkpoint:
         index = self.path / WEIGHT_INDEX
         if index.is_file():
             try:
-                files = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                files = list(json.loads(read_plain(index))["weight_map"].values())
                 if not all(isinstance(name, str) for name in files):
                     raise ValueError("weight_map must give a file name for each tensor")
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise PreflightError(f"{index} cannot be read: {error!r}", remedy="copy the model again") from None
+                reason = f"{type(error).__name__}: {error}"
+                raise PreflightError(f"{index} cannot be read: {reason}", remedy="copy the model again") from None
             names = sorted(set(files))
             present = {entry.name for entry in self.path.iterdir() if entry.is_file()}
             for name in names:
@@ -181,7 +185,8 @@ class Checkpoint:
     def positions(self) -> int | None:
         """How many positions the model was made for, if its configuration says so plainly."""
         positions = self.config.get("max_position_embeddings", self.config.get("n_positions"))
-        scaling = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        scaling = self.config.get("rope_parameters") or self.config.get("rope_scaling")
+        scaling = scaling if isinstance(scaling, dict) else {}
         # These reach farther than max_position_embeddings, by a factor that not all of them apply at every length.
         stretched = scaling.get("rope_type", scaling.get("type")) in ("linear", "dynamic", "yarn")
         return positions if isinstance(positions, int) and not stretched else None
@@ -342,7 +347,10 @@ def _tensor_info(file: str, name: str, entry: Any, base: int) -> TensorInfo:
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not isinstance(shape, list):
         raise ValueError(f"the header gives no dtype and shape for {name!r}")
-    if not all(type(size) is int and size >= 0 for size in (*shape, start, end)) or end < start:
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"the header has a name of {len(name)} characters")
+    sizes = (*shape, start, end)
+    if len(shape) > _MAX_RANK or not all(type(size) is int and 0 <= size < 2**63 for size in sizes) or end < start:
         raise ValueError(f"the header gives {name!r} the shape {shape} at {entry['data_offsets']}")
     element = _ELEMENT_BYTES.get(dtype)
     if element is not None and math.prod(shape) * element != end - start:

@@ -214,11 +214,11 @@ def _engine(name: str, memory: float | None, length: int | None, settings: list[
 
 
 def _parsed(text: str) -> Any:
-    import yaml
+    from orchestrator.foreign import load_yaml
 
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return load_yaml(text)
+    except ValueError:
         return text
 
 

@@ -24,8 +24,9 @@ class FileDigests:
         self._changed = False
         if self._path and self._path.is_file():
             try:
-                self._known = dict(json.loads(self._path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError):
+                known = json.loads(self._path.read_text(encoding="utf-8"))
+                self._known = {str(name): entry for name, entry in known.items() if isinstance(entry, list)}
+            except (OSError, ValueError, AttributeError, RecursionError):
                 self._known = {}
 
     def sha256(self, path: Path) -> str:

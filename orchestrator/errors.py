@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.foreign import shown
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -17,6 +19,8 @@ class Problem:
     what: a sentence naming the fault and the offending value.
     where: the place, e.g. ``specs/llama.yaml:9: steps[1].prune``; None if there is no better place than `what`.
     remedy: what to do about it.
+
+    As text it can be shown: what a file said is shortened, and cannot steer the terminal.
     """
 
     what: str
@@ -24,9 +28,9 @@ class Problem:
     remedy: str | None = None
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        remedy = f"; {self.remedy}" if self.remedy else ""
-        return f"{place}{self.what}{remedy}"
+        place = f"{shown(self.where)}: " if self.where else ""
+        remedy = f"; {shown(self.remedy)}" if self.remedy else ""
+        return f"{place}{shown(self.what)}{remedy}"
 
 
 class OrchestratorError(Exception):
@@ -49,6 +53,10 @@ class PreflightError(OrchestratorError):
     """Something outside the specification is missing or unusable, found before any compute. Exit code 3."""
 
     exit_code = 3
+
+
+class OverlapError(PreflightError):
+    """Another run of the same pipeline is at work, and this one is not to wait for it. Exit code 3."""
 
 
 class StepError(OrchestratorError):

@@ -17,10 +17,10 @@ MOST_BYTES = 64 << 20  # of a file that is read as a whole
 def read_plain(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     """Return the bytes of a plain file; links to one are followed.
 
-    Raises `OSError` as opening does, `ValueError` for a pipe, device or the like, and for a file larger than `most_bytes`.
+    Raises `OSError` as opening does, `ValueError` for a pipe or device, and for more than `most_bytes`.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe does not wait either
-    with open(descriptor, "rb") as file:
+    with os.fdopen(descriptor, "rb") as file:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(21, os.strerror(21), str(path))

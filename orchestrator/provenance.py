@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from orchestrator.checkpoint import Checkpoint
+from orchestrator.foreign import load_yaml, read_plain
 
 CARD = "README.md"
 _OF_THE_MACHINE = re.compile("second|memory|latency|throughput")
 _SNAPSHOT = re.compile(r"models--(.+?)--(.+)")
+_MOST_CARD_BYTES = 8 << 20
+_MOST_HEAD = 1 << 17  # characters that are read as YAML, which is slow
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 
 
@@ -74,7 +75,8 @@ class Provenance:
 
 def describe_source(source: Checkpoint) -> tuple[str, str | None, str | None]:
     """Return (architecture, hub id, licence) of the model that was compressed; None for what is not known."""
-    architecture = str((source.config.get("architectures") or [source.config.get("model_type", "unknown")])[0])
+    named = source.config.get("architectures")
+    architecture = str(named[0] if isinstance(named, list) and named else source.config.get("model_type", "unknown"))
     hub_id = None
     for part in source.path.parts:
         if match := _SNAPSHOT.fullmatch(part):
@@ -86,9 +88,9 @@ def describe_source(source: Checkpoint) -> tuple[str, str | None, str | None]:
 def front_matter(card: Path) -> dict[str, Any]:
     """Return the YAML block at the head of a model card; empty if there is no card, or none that can be read."""
     try:
-        match = _FRONT_MATTER.match(card.read_text(encoding="utf-8"))
-        values = yaml.safe_load(match[1]) if match else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        match = _FRONT_MATTER.match(read_plain(card, _MOST_CARD_BYTES).decode("utf-8"))
+        values = load_yaml(match[1]) if match and len(match[1]) <= _MOST_HEAD else None
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 

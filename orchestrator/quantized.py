@@ -120,14 +120,31 @@ def read_groups(config: Mapping[str, Any]) -> list[tuple[list[str], QuantScheme]
         scheme = _scheme(group) if isinstance(group, dict) else None
         if scheme is None or (group.get("format") or entry.get("format")) != scheme.format:
             return None
-        found.append(([str(target) for target in group.get("targets") or ()], scheme))
+        targets = group.get("targets") or []
+        if not isinstance(targets, list) or not all(isinstance(one, str) and _is_cheap(one) for one in targets):
+            return None
+        found.append((targets, scheme))
     return found
+
+
+def _is_cheap(target: str) -> bool:
+    """Whether a target is a name, or a pattern that cannot take for ever: few repetitions, none of them of a group."""
+    if not target.startswith("re:"):
+        return True
+    try:
+        re.compile(target[3:])
+    except (re.error, RecursionError, OverflowError):
+        return False
+    repeated = sum(target.count(sign) for sign in "*+{")
+    return len(target) <= 500 and repeated <= 3 and not re.search(r"\)[*+{]", target)
 
 
 def _scheme(group: Mapping[str, Any]) -> QuantScheme | None:
     if group.get("output_activations"):
         return None
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    if not isinstance(weights, dict) or not isinstance(inputs, dict | None):
+        return None
     # Files by others spell out defaults that are not carried here (observer, block_structure).
     known = {name: value for name, value in weights.items() if name in QuantScheme.model_fields}
     if known.get("actorder") == "weight":

@@ -226,6 +226,10 @@ def plan_kv(
 def every_layer_in_full(shape: ModelShape, dtype: CacheDtype, block_size: int, devices: int, length: int) -> Layout:
     """One block table for all layers, every token of a sequence in every layer; states in float32, beside the pool."""
     caches = shape.attending
+    if not caches:
+        raise SpecError(
+            f"no layer of this {shape.model_type} model keeps keys and values", remedy="there is no cache to plan"
+        )
     per_token = sum(heads_bytes(cache, dtype, devices) for cache in caches)
     steps = [
         *token_steps(shape, dtype, devices),

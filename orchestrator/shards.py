@@ -172,4 +172,4 @@ class Shards:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """A sort key in which layers.10 comes after layers.9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in name.split(".")]

@@ -17,9 +17,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from orchestrator.errors import Problem, SpecError
+from orchestrator.foreign import read_plain
 from orchestrator.method import Stage
 
 Location = tuple[str | int, ...]
+MAX_BYTES = 1 << 17  # of a specification; PyYAML takes some 20 s for a MiB
 MAX_NODES = 10_000  # values in a specification, aliases written out; a few lines of aliases can stand for billions
 M = TypeVar("M", bound=BaseModel)
 
@@ -241,11 +243,11 @@ def _without_faults(step: Any) -> Any:
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int], list[Problem]]:
     """Return the mapping with text as keys only, the line of every value, and what is wrong with its keys."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path, MAX_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise SpecError(f"there is no specification {path}", remedy="give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{path} cannot be read: {error}", remedy="give a YAML file in UTF-8") from None
     try:
         node = yaml.compose(text, Loader=_Loader)
         index = _Index(path)

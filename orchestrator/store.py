@@ -6,6 +6,7 @@ special about buckets, in store_s3.py.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -79,15 +80,22 @@ class FileStore(Store):
 
     def _prepare(self) -> None:
         """Make the staging folder, and remove what killed publishers left there: nobody holds its lock any more."""
+        self._check_inside(self._staging)  # what is in it is going to be removed
         _make_folder(self._staging)
         for path in self._staging.iterdir():
             with suppress(BlockingIOError, FileNotFoundError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 
+    def _check_inside(self, folder: Path) -> None:
+        """Raise OSError if a link that somebody put into the store leads out of it."""
+        if not folder.resolve().is_relative_to(self._root.resolve()):
+            raise OSError(errno.ELOOP, "a link leads out of the store", str(folder))
+
     def _read(self, key: str, offset: int = 0) -> Iterator[bytes]:
         try:
-            file = (self._root / key).open("rb")
+            # Where a pipe stands in a file's place, this does not wait for somebody to write to it.
+            file = os.fdopen(os.open(self._root / key, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
         except (FileNotFoundError, NotADirectoryError):
             raise MissingError from None
         with file:
@@ -114,6 +122,7 @@ class FileStore(Store):
 
     def _create(self, key: str, item: Item, meter: Meter) -> None:
         path, part = self._root / key, self._staging / uuid.uuid4().hex
+        self._check_inside(path.parent)
         _make_folder(path.parent)
         digest = hashlib.sha256()
         with part.open("xb") as file:

@@ -14,7 +14,16 @@ from orchestrator.artifact import Artifact, ArtifactStore
 from orchestrator.errors import SpecError, StepError
 from orchestrator.journal import Journal, lease
 
-FACTS = {"stage": "prune", "method": "none", "metrics": {"a": 1.0}, "identity": {}, "inputs": {}, "invariants": {}}
+IDENTITY = {"parameters": {}, "plugin": {"distribution": "tests", "version": "1"}}
+FACTS = {
+    "kind": "model",
+    "stage": "prune",
+    "method": "none",
+    "metrics": {"a": 1.0},
+    "identity": IDENTITY,
+    "inputs": {},
+    "invariants": {},
+}
 
 
 def commit(store: ArtifactStore, fingerprint: str = "f" * 64, text: str = "weights") -> Artifact:

@@ -47,7 +47,8 @@ def _read_task(path: Path, folder: Path) -> TaskFile:
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:  # `!function` too: no constructor for it
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        # `!function` too: there is no constructor for it. PyYAML's own let other errors through, on odd tags and dates.
         raise SpecError(
             f"{path} is no task file: {' '.join(str(error).split())}",
             remedy="write plain YAML with templates; code beside a task file is not run",
