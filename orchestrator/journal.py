@@ -41,10 +41,10 @@ class Journal:
         """All events of the run; a line torn by a crash is left out."""
         events = []
         if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_bytes().split(b"\n"):  # texts in it may hold what else ends a line
                 try:
                     events.append(json.loads(line))
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
         return events
 

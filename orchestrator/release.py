@@ -137,7 +137,7 @@ def parse(uri: str, body: bytes) -> Release:
                 raise ValueError
             if type(file.bytes) is not int or file.bytes < 0:
                 raise ValueError
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise PublishError(
             f"the {RELEASE} of {uri} is not one", remedy="delete this release and publish it again"
         ) from None
