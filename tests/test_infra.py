@@ -132,6 +132,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def released(account: Account, model: Path) -> str:
+    """Where there is a release ``a/1`` already."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        account.act(monkeypatch, "publisher")
+        open_store(f"s3://{RELEASES}/released").publish("a/1", model, {"schema": 1})
+    return "released"
+
+
 def begin(client: Any, key: str, body: bytes) -> None:
     """Do what a publisher does before it is killed: send one part."""
     upload = client.create_multipart_upload(Bucket=RELEASES, Key=key, ChecksumAlgorithm="SHA256")["UploadId"]
@@ -209,17 +218,12 @@ def test_no_action_can_be_left_out(
     action: str,
     account: Account,
     model: Path,
+    released: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    user, root = f"{role} without {action}", f"{role}-{action[3:]}"
-    if role != "publisher":
-        account.act(monkeypatch, "publisher")
-        small = tmp_path / "small"
-        small.mkdir()
-        (small / "config.json").write_text("{}", encoding="utf-8")
-        open_store(f"s3://{RELEASES}/{root}").publish("a/1", small, {"schema": 1})
+    user, root = f"{role} without {action}", f"publisher-{action[3:]}" if role == "publisher" else released
     work: dict[str, Callable[[], None]] = {
         "publisher": lambda: publish(account, monkeypatch, user, model, root),
         "reader": lambda: pull(account, monkeypatch, user, tmp_path / "pulled", root),
