@@ -368,6 +368,7 @@ def test_pods_may_do_little_and_say_how_they_are() -> None:
         assert context["runAsNonRoot"] is True and context["runAsUser"] > 0, name
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
         assert pod["automountServiceAccountToken"] is False, name
+        assert pod["enableServiceLinks"] is False, name  # a Service called mlflow would set MLFLOW_PORT=tcp://…
         assert all(set(volume) & {"emptyDir", "configMap", "persistentVolumeClaim"} for volume in pod["volumes"]), name
         for container in pod["containers"]:
             assert container["securityContext"] == {
