@@ -56,6 +56,15 @@ class Database:
         finally:
             connection.close()
 
+    def dump(self) -> bytes:
+        """Everything that is in it, as text."""
+        return subprocess.run(
+            [str(_programs() / "pg_dump"), "--host=127.0.0.1", f"--port={self.port}", "-U", self.name, self.name],
+            env={**os.environ, "PGPASSWORD": self.password},
+            check=True,
+            capture_output=True,
+        ).stdout
+
 
 @contextmanager
 def serve_postgres(*names: str) -> Iterator[tuple[Database, ...]]:

@@ -231,6 +231,13 @@ def test_what_is_no_tracking_address_is_refused(uri: str) -> None:
     assert "MLFLOW_TRACKING_URI" in refused(uri)
 
 
+def test_a_database_without_its_driver_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as database:
+        message = refused(f"postgresql+nonsense://u:secret@127.0.0.1:{database.getsockname()[1]}/mlflow")
+    assert message.startswith("the driver for MLflow's database at postgresql+nonsense://127.0.0.1:")
+    assert "is not installed" in message and "psycopg2-binary" in message and "secret" not in message
+
+
 @pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:"])
 def test_a_database_that_would_be_lost_is_refused(uri: str) -> None:
     assert "lost with the process" in refused(uri)

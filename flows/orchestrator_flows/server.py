@@ -49,15 +49,14 @@ class EmbeddedServer:
                 f"the embedded Prefect server did not start within {timeout_seconds:g} s",
                 remedy=f"set PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS to more, or {WITHOUT_PREFECT}",
             )
-        from prefect.settings import get_current_settings
-
         self.process.wait(_STOP_SECONDS)
         self.log.seek(0)
         said = self.log.read().decode(errors="replace").splitlines()
         reasons = [line for line in said if _EXCEPTION.match(line)] or said or ["it said nothing"]
+        reason = without_password(reasons[-1])
         raise PreflightError(
-            f"the embedded Prefect server did not start (exit code {self.process.returncode}): {reasons[-1]}",
-            remedy=f"its database is in {get_current_settings().home}; {WITHOUT_PREFECT}",
+            f"the embedded Prefect server did not start (exit code {self.process.returncode}): {reason}",
+            remedy=f"{_where_its_database_is()}; {WITHOUT_PREFECT}",
         )
 
 
@@ -92,6 +91,17 @@ def embedded_server() -> Iterator[EmbeddedServer]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _where_its_database_is() -> str:
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    url = settings.server.database.connection_url
+    address = url.get_secret_value() if url else ""
+    if not address or address.startswith("sqlite"):
+        return f"its database is in {settings.home}"
+    return f"its database is {without_password(address)}: check PREFECT_API_DATABASE_CONNECTION_URL"
 
 
 async def check_api(url: str) -> None:
