@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.infra_files import KUBERNETES, Container, composed, deployed
 from tests.postgres_server import _programs, _unprivileged
 from tests.s3_server import free_port
-from tests.test_infra_deployment import KUBERNETES, Container, composed, deployed
 
 PASSWORDS = {"prefect": "pre'f@:/%+ \\$", "mlflow": 'ml"f@:/%+'}
 ADDRESSES = [
