@@ -281,7 +281,7 @@ def package_digest(package: str, without: tuple[str, ...] = ()) -> str:
 
     without: files and folders at the top of the package that decide no step's result.
     """
-    module: Any = sys.modules.get(package) or __import__(package)
+    module: Any = sys.modules.get(package) or importlib.import_module(package)
     roots = [Path(path) for path in getattr(module, "__path__", [])]
     digest = hashlib.sha256()
     if roots:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from orchestrator.addresses import without_password
 from orchestrator.canonical import digest_of, file_sha256
 from orchestrator.errors import PreflightError, SpecError, StepError
 
@@ -76,6 +77,9 @@ def resolve_source(source: str, base: Path) -> str:
     if source.startswith(PREFIX):
         folder = HubSource.parse(source).folder
         return source if folder is None else source.replace(folder, _absolute(folder, base), 1)
+    if "://" in source:  # what follows the path may be a signature: it is not repeated
+        shown = without_password(source.partition("?")[0])
+        raise SpecError(f"{shown} is an address, not a text file", remedy="download it, and name the file")
     return _absolute(source, base)
 
 
