@@ -77,7 +77,7 @@ class Store(ReleaseReader):
         meter = Meter(progress)
         key = None if signing_key is None else SigningKey.read(signing_key)
         with self._errors(PublishError, f"cannot publish {uri}"):
-            items = scan(folder)
+            items = scan(folder, self._part_bytes)
             files = tuple(item.file for item in items)
             body = canonical_json({**manifest, "files": [asdict(file) for file in files]})
             self._prepare()
@@ -208,6 +208,10 @@ class Store(ReleaseReader):
     @abstractmethod
     def _prepare(self) -> None:
         """Get ready to publish."""
+
+    def _part_bytes(self, size: int) -> int:
+        """Return the size of the parts in which a file of `size` bytes will be created; 0: in one."""
+        return 0
 
     @abstractmethod
     def _create(self, key: str, item: Item, meter: Meter) -> None:

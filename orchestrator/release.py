@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from orchestrator.errors import PublishError, SpecError
 RELEASE = "release.json"
 COMPLETE = "COMPLETE"
 SIGNATURE = "model.sig"
+HASHED_AT_ONCE = 256 << 10  # bytes
 LONGEST_KEY = 1024  # bytes; that of S3
 RESERVED = (RELEASE, COMPLETE, SIGNATURE)
 
@@ -50,10 +52,15 @@ class Release:
 
 @dataclass(frozen=True)
 class Item:
-    """What shall be stored under a key: bytes, or a file on this machine."""
+    """What shall be stored under a key: bytes, or a file on this machine.
+
+    parts: the sha256 of each of its parts, where the store asked for them. state: another once the file is written to.
+    """
 
     file: StoredFile
     data: Path | bytes
+    parts: tuple[bytes, ...] = ()
+    state: tuple[int, ...] = ()
 
     @classmethod
     def of_bytes(cls, key: str, data: bytes) -> Item:
@@ -76,10 +83,25 @@ class Item:
             file.seek(offset)
             return file.read(size)
 
+    def check_untouched(self) -> None:
+        """Raise PublishError if the file was written to since it was hashed."""
+        if isinstance(self.data, Path) and state_of(self.data) != self.state:
+            raise self.changed()
+
     def check_unchanged(self, sha256: str) -> None:
         """Raise PublishError if what was read just now is not what was promised."""
         if sha256 != self.file.sha256:
-            raise PublishError(f"{self.file.key!r} changed while it was being published", remedy="publish again")
+            raise self.changed()
+
+    def changed(self) -> PublishError:
+        """Return the error of a file that is not what it was."""
+        return PublishError(f"{self.file.key!r} changed while it was being published", remedy="publish again")
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    """Return what differs once a file was written to or replaced."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
 
 
 def check_name(name: str) -> None:
@@ -104,8 +126,11 @@ def check_key(key: str) -> str:
     return key
 
 
-def scan(folder: Path) -> list[Item]:
-    """Return every file below `folder`, hashed, sorted by key. Links to files count as files."""
+def scan(folder: Path, part_bytes: Callable[[int], int] | None = None) -> list[Item]:
+    """Return every file below `folder`, hashed, sorted by key. Links to files count as files.
+
+    part_bytes: into parts of what size a file of so many bytes will be cut; each is hashed, too. 0: into none.
+    """
 
     def unreadable(error: OSError) -> None:
         raise error
@@ -121,10 +146,37 @@ def scan(folder: Path) -> list[Item]:
         key = check_key(path.relative_to(folder).as_posix())
         if key in RESERVED:
             raise PublishError(f"{path} has a name that a release keeps for itself", remedy="rename the file")
-        items.append(Item(StoredFile(key, file_sha256(path), path.stat().st_size), path))
+        state = state_of(path)
+        digest, parts = _hash(path, part_bytes(state[0]) if part_bytes else 0)
+        items.append(Item(StoredFile(key, digest, path.stat().st_size), path, parts, state))
     if not items:
         raise PublishError(f"{folder} holds no files", remedy="check the path of the folder to publish")
     return sorted(items, key=lambda item: item.file.key)
+
+
+def _hash(path: Path, part_bytes: int) -> tuple[str, tuple[bytes, ...]]:
+    """Return the sha256 of a file (hex) and of each of its parts, taken on two cores if there are."""
+    if not part_bytes:
+        return file_sha256(path), ()
+
+    def hash_parts() -> tuple[bytes, ...]:
+        found, buffer = [], bytearray(HASHED_AT_ONCE)
+        view = memoryview(buffer)
+        with path.open("rb", buffering=0) as file:
+            digest, left = hashlib.sha256(), part_bytes
+            while count := file.readinto(view[: min(left, len(buffer))]):
+                digest.update(view[:count])
+                left -= count
+                if not left:
+                    found.append(digest.digest())
+                    digest, left = hashlib.sha256(), part_bytes
+            if left < part_bytes:
+                found.append(digest.digest())
+        return tuple(found)
+
+    with ThreadPoolExecutor(1) as other:
+        parts = other.submit(hash_parts)
+        return file_sha256(path), parts.result()
 
 
 def parse(uri: str, body: bytes) -> Release:

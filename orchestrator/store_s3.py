@@ -8,22 +8,26 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, suppress
-from functools import cache
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from orchestrator.errors import OrchestratorError, PreflightError
 from orchestrator.publishing import Store
 from orchestrator.release import Item
+from orchestrator.s3_direct import DirectPut, Piece
 from orchestrator.s3_errors import REDIRECT, explain_answer, explain_failure
 from orchestrator.transfer import ATTEMPTS, CHUNK_BYTES, FILES_AT_ONCE, Meter, MissingError, StoppedError, TakenError
 
 PART_BYTES = 8 << 20  # larger files go to S3 in parts of this size; S3 allows no part below 5 MiB but the last
 MAX_PARTS = 10_000  # of one S3 upload; beyond 80 GB the parts grow instead
+SILENCE_SECONDS = 20  # of a server that takes connections and has not said anything yet
 PARTS_AT_ONCE = 12  # of all files together; so many are in memory, no more
 _TRY_AGAIN = (  # what is there decides
     *("PreconditionFailed", "412", "ConditionalRequestConflict", "409"),
@@ -42,8 +46,10 @@ class S3Store(Store):
         self.uri = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         self._lock = threading.Lock()
         self._shared: Any = None
+        self._address = ""  # of the server, once there was a client
+        self._put: DirectPut | None = None
         self._uploads: list[tuple[str, str]] = []
-        self._room = threading.BoundedSemaphore(PARTS_AT_ONCE)
+        self._room = threading.Semaphore(PARTS_AT_ONCE)
 
     def check(self) -> None:
         """Also tries the permission to write, by starting an upload and aborting it: no object comes of it."""
@@ -59,8 +65,22 @@ class S3Store(Store):
     def _client(self) -> Any:
         with self._lock:
             if self._shared is None:
+                self._listen()
                 self._shared = self._connect(attempts=ATTEMPTS, connect_seconds=5, read_seconds=60)
+                self._put = _direct(self._shared)
             return self._shared
+
+    def _listen(self) -> None:
+        """Find out in seconds whether anything is ever said there; once it is, single answers may take their time."""
+        from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
+        from botocore.parsers import ResponseParserError
+
+        try:
+            self._connect(attempts=1, connect_seconds=5, read_seconds=SILENCE_SECONDS).head_bucket(Bucket=self._bucket)
+        except (ConnectTimeoutError, ReadTimeoutError):
+            raise
+        except (BotoCoreError, ClientError, ResponseParserError, RecursionError):
+            pass  # an answer, or a failure that comes at once: what is to be done here will meet it, and say so
 
     def _connect(self, *, attempts: int, connect_seconds: int, read_seconds: int) -> Any:
         from boto3.session import Session
@@ -80,8 +100,7 @@ class S3Store(Store):
         )
         try:
             client = Session().client("s3", config=config)
-            choose: Any = _signing_by_checksum  # handlers that choose return something, whatever the stubs say
-            client.meta.events.register_first("choose-signer.s3", choose)
+            self._address = client.meta.endpoint_url
             return client
         except ValueError:  # the address is not repeated: it may hold a secret
             raise PreflightError(
@@ -171,87 +190,88 @@ class S3Store(Store):
     def _create(self, key: str, item: Item, meter: Meter) -> None:
         from botocore.exceptions import ClientError
 
+        create = self._create_in_parts if item.file.bytes > PART_BYTES else self._create_whole
         try:
-            if item.file.bytes > PART_BYTES:
-                return self._create_in_parts(key, item, meter)
-            body = b"".join(item.chunks(CHUNK_BYTES))
-            item.check_unchanged(hashlib.sha256(body).hexdigest())
-            self._client.put_object(
-                Bucket=self._bucket,
-                Key=self._path(key),
-                Body=body,
-                IfNoneMatch="*",
-                ChecksumSHA256=_checksum(body),
-                Metadata={"sha256": item.file.sha256},
-            )
-            meter.advance(item.file, len(body))
+            create(key, item, meter)
         except ClientError as error:
             if _code(error) in _TRY_AGAIN:
                 raise TakenError from None
             raise
 
-    def _create_in_parts(self, key: str, item: Item, meter: Meter) -> None:
-        """Upload in parts; the object exists only once all are there and the whole has the sha256 that was promised.
+    def _create_whole(self, key: str, item: Item, meter: Meter) -> None:
+        body = b"".join(item.chunks(CHUNK_BYTES))
+        digest = hashlib.sha256(body)
+        item.check_unchanged(digest.hexdigest())
+        path, checksum, sha256 = self._path(key), _base64(digest.digest()), item.file.sha256
+        headers = {"if-none-match": "*", "x-amz-checksum-sha256": checksum, "x-amz-meta-sha256": sha256}
+        if not (self._put and self._put(path, "", headers, body, sha256)):
+            named = {"Bucket": self._bucket, "Key": path, "Metadata": {"sha256": sha256}}
+            self._client.put_object(**named, Body=body, IfNoneMatch="*", ChecksumSHA256=checksum)
+        meter.advance(item.file, len(body))
 
-        Parts that a killed publisher sent are not sent again. What fails for want of an answer leaves the parts for the
-        next publisher; any other failure frees them.
+    def _part_bytes(self, size: int) -> int:
+        return 0 if size <= PART_BYTES else max(PART_BYTES, -(-size // MAX_PARTS))
+
+    def _create_in_parts(self, key: str, item: Item, meter: Meter) -> None:
+        """Upload in parts; the object exists only once all are there and each has the sha256 that was promised.
+
+        Each part goes with the sha256 that it had when the whole was hashed, and the server compares. Parts that a
+        killed publisher sent are not sent again. What fails for want of an answer leaves the parts for the next
+        publisher; any other failure frees them.
         """
         place = {"Bucket": self._bucket, "Key": self._path(key)}
-        size = max(PART_BYTES, -(-item.file.bytes // MAX_PARTS))
-        upload, there = self._unfinished_upload(place, item, size)
+        upload, there = self._unfinished_upload(place, item)
         if not upload:
             metadata = {"sha256": item.file.sha256}
             begun = self._client.create_multipart_upload(**place, Metadata=metadata, ChecksumAlgorithm="SHA256")
             upload = begun["UploadId"]
         place["UploadId"] = upload
 
-        def send(number: int, data: bytes) -> dict[str, Any]:
-            checksum = _checksum(data)
-            sent = there.get(number) or self._client.upload_part(
-                **place, PartNumber=number, Body=data, ChecksumSHA256=checksum
-            )
-            meter.advance(item.file, len(data))
-            return {"PartNumber": number, "ETag": sent["ETag"], "ChecksumSHA256": checksum}
+        def send(number: int) -> dict[str, Any]:
+            with self._room:
+                etag = there[number]["ETag"] if number in there else self._send_part(place, item, number)
+            meter.advance(item.file, size)
+            return {"PartNumber": number, "ETag": etag, "ChecksumSHA256": _base64(item.parts[number - 1])}
 
-        digest, pool = hashlib.sha256(), ThreadPoolExecutor(PARTS_AT_ONCE)
-        sending: list[Future[dict[str, Any]]] = []
+        size, parts = self._part_bytes(item.file.bytes), []
         try:
-            for number, data in enumerate(self._roomy(item.chunks(size), sending), start=1):
-                sending.append(pool.submit(send, number, data))
-                sending[-1].add_done_callback(lambda _: self._room.release())
-                digest.update(data)
-            parts = [future.result() for future in sending]
-            item.check_unchanged(digest.hexdigest())
+            with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+                try:
+                    for part in as_completed([pool.submit(send, number + 1) for number in range(len(item.parts))]):
+                        parts.append(part.result())
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+            item.check_untouched()
+            parts.sort(key=itemgetter("PartNumber"))
             self._client.complete_multipart_upload(**place, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
         except BaseException as error:
-            pool.shutdown(cancel_futures=True)
             if not _without_answer(error):
                 self._abort(place)
             raise
-        finally:
-            pool.shutdown()
         # Older servers ignore IfNoneMatch here: make sure that nobody else's content won.
         if self._identify(key) != (item.file.sha256, item.file.bytes):
             raise TakenError
 
-    def _roomy(self, chunks: Iterator[bytes], sending: Sequence[Future[Any]]) -> Iterator[bytes]:
-        """Yield the chunks, each read only when there is room; raise what made one of `sending` fail."""
-        while True:
-            self._room.acquire()
-            try:
-                for future in sending:
-                    if future.done():
-                        future.result()
-                chunk = next(chunks, b"")
-            except BaseException:
-                self._room.release()
-                raise
-            if not chunk:
-                self._room.release()
-                return
-            yield chunk
+    def _send_part(self, place: dict[str, str], item: Item, number: int) -> str:
+        """Send one part; return its ETag."""
+        size = self._part_bytes(item.file.bytes)
+        offset = (number - 1) * size
+        length, checksum = min(size, item.file.bytes - offset), _base64(item.parts[number - 1])
+        if self._put and isinstance(item.data, Path):
+            query = f"partNumber={number}&uploadId={quote(place['UploadId'], safe='')}"
+            headers, sha256 = {"x-amz-checksum-sha256": checksum}, item.parts[number - 1].hex()
+            with closing(Piece(item.data, offset, length)) as piece:
+                answer = self._put(place["Key"], query, headers, piece, sha256)
+            if answer and "ETag" in answer:
+                return answer["ETag"]
+        body = item.piece(offset, length)
+        if _checksum(body) != checksum:
+            raise item.changed()
+        sent = self._client.upload_part(**place, PartNumber=number, Body=body, ChecksumSHA256=checksum)
+        return str(sent["ETag"])
 
-    def _unfinished_upload(self, place: dict[str, str], item: Item, size: int) -> tuple[str, dict[int, Any]]:
+    def _unfinished_upload(self, place: dict[str, str], item: Item) -> tuple[str, dict[int, Any]]:
         """Return an upload that was left for this object, and its parts by number; ("", {}) if there is none.
 
         One that holds a part of another content is somebody else's and is left alone.
@@ -268,8 +288,10 @@ class S3Store(Store):
                 if _code(error) == "NoSuchUpload":
                     continue
                 raise
-            pieces = ((part, item.piece((number - 1) * size, size)) for number, part in there.items())
-            if there and all(_is_part(part, data) for part, data in pieces):
+            size = self._part_bytes(item.file.bytes)
+            if there and all(
+                number <= len(item.parts) and _is_part(part, item, number, size) for number, part in there.items()
+            ):
                 return upload, there
         return "", {}
 
@@ -327,29 +349,19 @@ class S3Store(Store):
 
     def _endpoint(self) -> str:
         """The server's address, without credentials."""
-        address = urlsplit(self._client.meta.endpoint_url)
+        address = urlsplit(self._address)
         return f"{address.scheme}://{address.netloc.rpartition('@')[2]}"
 
 
-def _signing_by_checksum(**_: Any) -> str:
-    return _register_signing_by_checksum()
+def _direct(client: Any) -> DirectPut:
+    """Return a quicker way to put objects into the bucket, once `client` was seen to list it."""
+    from boto3.session import Session
+    from botocore.httpsession import get_cert_path
 
-
-@cache
-def _register_signing_by_checksum() -> str:
-    """Register, once, a signature that takes the SHA-256 of the content from the checksum that goes along with it.
-
-    botocore would calculate the same number for a second time.
-    """
-    from botocore.auth import AUTH_TYPE_MAPS, S3SigV4Auth
-
-    class ByChecksum(S3SigV4Auth):
-        def payload(self, request: Any) -> Any:
-            checksum = request.headers.get("x-amz-checksum-sha256")
-            return base64.b64decode(checksum).hex() if checksum else super().payload(request)
-
-    AUTH_TYPE_MAPS["orchestrator-s3v4"] = ByChecksum
-    return "orchestrator-s3v4"
+    bundle = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE") or get_cert_path(True)
+    put = DirectPut(Session().get_credentials(), connections=FILES_AT_ONCE + PARTS_AT_ONCE, ca_bundle=bundle)
+    client.meta.events.register("before-send.s3.ListObjectsV2", put.learn)
+    return put
 
 
 def _code(error: Any) -> str:
@@ -366,13 +378,18 @@ def _without_answer(error: BaseException) -> bool:
     return isinstance(error, BotoCoreError | ResponseParserError | StoppedError | KeyboardInterrupt)
 
 
-def _is_part(part: Any, data: bytes) -> bool:
-    """Whether an uploaded part holds `data`. Servers that keep no checksum of parts have an MD5 for an ETag."""
+def _is_part(part: Any, item: Item, number: int, size: int) -> bool:
+    """Whether an uploaded part holds what it should. Servers that keep no checksum of parts have an MD5 for an ETag."""
     if "ChecksumSHA256" in part:
-        return bool(part["ChecksumSHA256"] == _checksum(data))
+        return bool(part["ChecksumSHA256"] == _base64(item.parts[number - 1]))
+    data = item.piece((number - 1) * size, size)
     md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
     return bool(part["Size"] == len(data) and part["ETag"].strip('"') == md5)
 
 
 def _checksum(data: bytes) -> str:
-    return base64.b64encode(hashlib.sha256(data).digest()).decode()
+    return _base64(hashlib.sha256(data).digest())
+
+
+def _base64(digest: bytes) -> str:
+    return base64.b64encode(digest).decode()

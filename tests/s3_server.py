@@ -21,7 +21,7 @@ from functools import lru_cache
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import pytest
@@ -169,7 +169,7 @@ class FaultyProxy:
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
-    def __enter__(self) -> FaultyProxy:
+    def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -184,6 +184,10 @@ class FaultyProxy:
     def cut(self, path: str, *, after_bytes: int, times: int) -> None:
         """Break off the answers to so many matching GET requests."""
         self._faults.append(_Fault("GET", path, times, cut_bytes=after_bytes))
+
+    def alter(self, method: str, path: str, body: bytes) -> bytes:
+        """Return the content that is passed on. As it came; others may differ."""
+        return body
 
     def heal(self) -> None:
         """Behave from here on."""
@@ -214,7 +218,7 @@ class FaultyProxy:
         if fault is None or fault.after or fault.cut_bytes:
             connection = HTTPConnection(self._target.netloc, timeout=60)
             passed = {name: value for name, value in headers.items() if name not in {"expect", *self.dropped_headers}}
-            connection.request(method, path, body, passed)
+            connection.request(method, path, self.alter(method, path, body), passed)
             with connection.getresponse() as response:
                 status, data, length = response.status, response.read(), response.headers.get("Content-Length", "0")
                 answer = dict(response.headers.items())
