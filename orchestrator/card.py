@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from orchestrator.canonical import digest_of
+from orchestrator.foreign import leads_outside
 from orchestrator.provenance import CARD, Provenance
 
 SOURCE_CARD = "README.source.md"
@@ -20,7 +21,7 @@ SOURCE_CARD = "README.source.md"
 
 def write_card(folder: Path, source: Path, config: Mapping[str, Any], provenance: Provenance) -> None:
     """Write README.md into `folder`, and the card that the model in `source` came with, if any, beside it."""
-    if (source / CARD).is_file():
+    if (source / CARD).is_file() and not leads_outside(source / CARD, source):
         shutil.copyfile(source / CARD, folder / SOURCE_CARD)
     head = yaml.safe_dump(_front_matter(config, provenance), sort_keys=False, allow_unicode=True)
     body = "\n".join(_lines(folder, config, provenance))

@@ -13,9 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.addresses import without_password
 from orchestrator.canonical import digest_of, file_sha256
 from orchestrator.errors import PreflightError
-from orchestrator.foreign import read_plain
+from orchestrator.foreign import leads_outside, read_plain
 from orchestrator.layers import is_embedding, is_router, stores_transposed
 from orchestrator.quantized import quantizes_weights, schemes_of
 from orchestrator.scheme import QuantScheme
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 SINGLE_WEIGHT_FILE = "model.safetensors"
+_ADAPTER = "adapter_config.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # What travels with a model beside its weights and config.json.
 COMPANION_PATTERNS = (
@@ -104,10 +106,16 @@ class Checkpoint:
         for entry in ("quantization_config", "compression_config"):
             if not isinstance(config.get(entry, {}), dict | None):
                 raise PreflightError(f"{path} gives {entry} as no mapping", remedy="copy the model again")
-        if "auto_map" in config:
+        code = _code_asked_for(config)
+        if code is not None:
             raise PreflightError(
-                f"{path} asks to run code that comes with the model (auto_map)",
+                f"{path} asks to run code that comes with the model or from the hub ({code})",
                 remedy="remote code is never run here; use an architecture that Transformers ships",
+            )
+        if (self.path / _ADAPTER).exists():  # Transformers would load what it names in place of this model
+            raise PreflightError(
+                f"{self.path} is an adapter, not a model: it holds {_ADAPTER}",
+                remedy="merge it into its model (PEFT's `merge_and_unload`), or remove its files",
             )
         return config
 
@@ -230,8 +238,17 @@ class Checkpoint:
         return max(sorted(count), key=lambda name: count[name], default="float32")
 
     def companion_files(self) -> list[str]:
-        """Names of the tokenizer, generation and licence files, sorted."""
+        """Names of the tokenizer, generation and licence files, sorted. They travel with the model, as they are.
+
+        Raises `PreflightError` for a link to a file that is not the model's: it would be published with it.
+        """
         found = {p.name for pattern in COMPANION_PATTERNS for p in self.path.glob(pattern) if p.is_file()}
+        for name in sorted(found):
+            if leads_outside(self.path / name, self.path):
+                raise PreflightError(
+                    f"{self.path / name} is a link to a file outside of the model's folder",
+                    remedy="copy the file into the folder if it belongs to the model, else remove the link",
+                )
         return sorted(name for name in found if Path(name).suffix not in PICKLE_SUFFIXES)
 
     def model_files(self) -> list[str]:
@@ -281,6 +298,11 @@ def locate_model(model_id: str, revision: str, base: Path, dtype: str = "auto") 
     A hub id is taken from the local hub cache, or downloaded: safetensors, configuration and tokenizer only.
     Raises `PreflightError` when it cannot be had.
     """
+    if "://" in model_id:  # what follows the path may be a signature: it is not repeated
+        raise PreflightError(
+            f"{without_password(model_id.partition('?')[0])} is an address, not a model",
+            remedy="name a model of the hub as OWNER/NAME, or download it into a folder and name that",
+        )
     folder = base / expand_home(model_id)
     if _is_folder(folder) or model_id.startswith((".", "/", "~")) or not _HUB_ID.match(model_id):
         return Checkpoint(folder, dtype=dtype)
@@ -307,6 +329,20 @@ def expand_home(path: str) -> Path:
     except RuntimeError:
         user = path.partition("/")[0]
         raise PreflightError(f"{user} is nobody's home folder here", remedy="write the whole path") from None
+
+
+def _code_asked_for(config: Mapping[str, Any]) -> str | None:
+    """Which entry of a config.json, at any depth, makes Transformers run code that it does not ship; None for none.
+
+    `auto_map` names classes in files beside it; OWNER/NAME as an implementation is a kernel of the hub.
+    """
+    for key, value in config.items():
+        kernel = key.endswith(("attn_implementation", "experts_implementation")) and "/" in json.dumps(value)
+        if kernel or key == "auto_map":
+            return key
+        if isinstance(value, dict) and (code := _code_asked_for(value)):
+            return code
+    return None
 
 
 def _is_folder(path: Path) -> bool:

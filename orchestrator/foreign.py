@@ -32,6 +32,18 @@ def read_plain(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     return data
 
 
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Whether a file of a folder is a link out of it: what it leads to is nothing that came with the folder.
+
+    The cache of the Hugging Face hub keeps the files of `snapshots/REVISION` in `blobs` beside it.
+    """
+    if not path.is_symlink():
+        return False
+    target, home = path.resolve(), folder.resolve()
+    cached = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    return not (target.is_relative_to(home) or target.is_relative_to(cached))
+
+
 def load_yaml(text: str) -> Any:
     """Return what a YAML document says, without objects of any kind. Raises `ValueError` for what is none."""
     import yaml

@@ -18,7 +18,7 @@ CARD = "README.md"
 _OF_THE_MACHINE = re.compile("second|memory|latency|throughput")
 _SNAPSHOT = re.compile(r"models--(.+?)--(.+)")
 _MOST_CARD_BYTES = 8 << 20
-_MOST_HEAD = 1 << 17  # characters that are read as YAML, which is slow
+_MOST_HEAD = 1 << 16  # characters that are read as YAML, which is slow
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 
 

@@ -382,6 +382,8 @@ def _problems(
             near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
             message = "there is no such key"
             remedy = f'did you mean "{near[0]}"?' if near else f"allowed here: {', '.join(allowed) or 'none'}"
+            if name == "trust_remote_code":
+                message, remedy = "code that comes with a model is never run", "use an architecture of Transformers"
         elif item["type"] == "missing":
             message, location_above = f"the key {item['loc'][-1]!r} is missing", (*prefix, *item["loc"][:-1])
             location = location_above
