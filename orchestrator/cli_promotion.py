@@ -135,15 +135,27 @@ def history(
     """List what was promoted when, by whom and why; with --at, what was in production at a time."""
     from orchestrator.promotion import timeline
     from orchestrator.promotion.history import History
-    from orchestrator.promotion.rules import check_alias
+    from orchestrator.promotion.rules import check_alias, differences
     from orchestrator.store import open_store
 
     if alias is not None:
         check_alias(alias)
     when = timeline.parse_moment(at) if at is not None else None
-    log = History(open_store(store), model) if store is not None else _promoter(model, None).history
-    stored = log.entries()
+    if store is not None:
+        log, known = History(open_store(store), model), None
+        stored = log.entries()
+    else:
+        promoter = _promoter(model, None)
+        known, stored = promoter.read()
+        log = promoter.history
     entries = [one.entry for one in stored]
+    for line in differences(entries[-1].state, known) if entries and known else ():
+        say(f"note: {line}")
+    for entry in timeline.from_the_future(entries):
+        say(
+            f"note: clocks disagree: entry {entry.sequence} ({entry.actor}) is of {entry.time}, which has not come "
+            "on this machine"
+        )
     for one, after in timeline.disagreements(entries):
         say(
             f"note: clocks disagreed: entry {after.sequence} ({after.actor}) is of {after.time}, before entry "

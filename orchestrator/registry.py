@@ -163,8 +163,7 @@ class ModelRegistry:
             client = connect(self.uri)
             model = _unless_absent(lambda: client.get_registered_model(name))
             if model is None:
-                names = [str(known.name) for known in client.search_registered_models()]
-                raise SpecError(f"there is no registered model {name!r}", remedy=_suggestion(name, names, "names"))
+                raise self._unknown(name)
             if alias is not None:
                 found = _unless_absent(lambda: client.get_model_version_by_alias(name, alias))
                 choices, kind = sorted(model.aliases), "aliases"
@@ -186,6 +185,19 @@ class ModelRegistry:
                 return None
             aliases = {str(alias): str(version) for alias, version in found.aliases.items()}
             return KnownModel(name, aliases, dict(found.tags))
+
+    def need_model(self, name: str) -> KnownModel:
+        """Return the aliases and tags of a registered model; `SpecError` with the nearest name if there is none."""
+        found = self.model(name)
+        if found is None:
+            with translated(self.uri, PublishError, f"could not look up {name!r}"):
+                raise self._unknown(name)
+        return found
+
+    def _unknown(self, name: str) -> SpecError:
+        names = [str(known.name) for known in connect(self.uri).search_registered_models()]
+        remedy = _suggestion(name, names, "names") if names else "`orchestrator run` registers one"
+        return SpecError(f"there is no registered model {name!r}", remedy=remedy)
 
     def sources(self, name: str) -> list[str]:
         """Return the addresses of all releases of `name`, each once."""

@@ -36,6 +36,16 @@ _ANSWERS = (  # error codes (HEAD answers carry only a number), what they mean, 
         "set AWS_DEFAULT_REGION to the bucket's region",
     ),
     (("RequestTimeTooSkewed",), "{endpoint} says that this machine's clock is wrong", "set the clock"),
+    (  # a HEAD answer has no code: an expired token looks like another region
+        ("400",),
+        "{endpoint} refused {operation} on bucket {bucket!r} without saying why",
+        "check the AWS credentials, whether AWS_SESSION_TOKEN has expired, and AWS_DEFAULT_REGION",
+    ),
+    (
+        ("QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "507"),
+        "{endpoint} has no room left for bucket {bucket!r}",
+        "free space there or raise the quota, then run again",
+    ),
     (("SlowDown", "ServiceUnavailable", "503"), "{endpoint} is overloaded", "try again later"),
 )
 

@@ -72,7 +72,7 @@ class FileStore(Store):
             probe = folder / f".orchestrator-check-{uuid.uuid4().hex}"
             twin = probe.with_name(f"{probe.name}-link")
             try:
-                probe.touch()
+                probe.write_bytes(bytes(4096))  # a full disk still takes empty files
                 os.link(probe, twin)
             finally:
                 probe.unlink(missing_ok=True)

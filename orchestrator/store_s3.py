@@ -45,6 +45,7 @@ class S3Store(Store):
         self._bucket, self._prefix, self._create_bucket = bucket, prefix, create_bucket
         self.uri = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         self._lock = threading.Lock()
+        self._session: Any = None
         self._shared: Any = None
         self._address = ""  # of the server, once there was a client
         self._put: DirectPut | None = None
@@ -99,7 +100,8 @@ class S3Store(Store):
             s3={"payload_signing_enabled": True},
         )
         try:
-            client = Session().client("s3", config=config)
+            self._session = self._session or Session()  # it keeps what it has read of S3's description
+            client = self._session.client("s3", config=config)
             self._address = client.meta.endpoint_url
             return client
         except ValueError:  # the address is not repeated: it may hold a secret

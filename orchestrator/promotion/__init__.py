@@ -11,6 +11,7 @@ and follow it; `reconcile` makes up for a crash in between.
     policy        promotion.yaml: who has to approve what, and who is told
     signature     whose signature is demanded, and whether it is there
     notify        a signed webhook, a command
+    place         the store that has the history
     rules         candidate, staging, production
     promoter      promote, roll back, reconcile
 """

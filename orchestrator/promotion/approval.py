@@ -1,15 +1,15 @@
 """Decisions of people about a release: recorded once, in the store, with who decided and until when it counts.
 
-An approval holds for one release (its digest, not its version number) and one alias. The newest decision counts, so
-that a rejection takes an approval back. Nothing here proves who somebody is: whoever may write to the store may
-approve, which is a matter of the store's permissions.
+An approval holds for one release (its digest, not its version number), one alias and one promotion. The newest decision
+counts, so that a rejection takes an approval back. Nothing here proves who somebody is: whoever may write to the store
+may approve, which is a matter of the store's permissions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -27,10 +27,10 @@ from orchestrator.promotion.history import (
     parse_time,
     written,
 )
+from orchestrator.promotion.timeline import CLOCK_TOLERANCE
 from orchestrator.publishing import Store
 from orchestrator.release import check_name
 
-CLOCK_TOLERANCE = timedelta(minutes=5)
 _NAME = re.compile(r"\d{6}\.json")
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _LONGEST = timedelta(weeks=520)
@@ -117,10 +117,14 @@ class Approvals:
             filed.append(Filed(approval, key, hashlib.sha256(data).hexdigest()))
         return filed
 
-    def require(self, digest: str, alias: str, approvers: Sequence[str] | None = None) -> ApprovalRef:
+    def require(
+        self, digest: str, alias: str, approvers: Sequence[str] | None = None, used: Mapping[str, int] | None = None
+    ) -> ApprovalRef:
         """Return the approval that stands now. Raises `GateError` if there is none, or it does not hold.
 
         approvers: who may approve; None: anybody. What others decided is not looked at.
+        used: by the sha256 of an approval, the entry of the history that relied on it. Whoever let a release pass has
+            not said that it may return after it was rolled back.
         """
         remedy = f"`orchestrator approve {self.model} VERSION --for {alias} --by NAME`"
         everybody = self.decisions(digest, alias)
@@ -143,7 +147,12 @@ class Approvals:
             )
         if parse_time(newest.expires) <= now:
             raise GateError(f"the approval by {newest.by} expired at {newest.expires}", remedy=remedy)
-        return ApprovalRef(key=filed[-1].key, sha256=filed[-1].sha256, by=newest.by)
+        if used and (entry := used.get(filed[-1].sha256)):
+            raise GateError(
+                f"the approval by {newest.by} of {newest.time} was for one promotion: entry {entry} of the history",
+                remedy=remedy,
+            )
+        return ApprovalRef(key=filed[-1].key, sha256=filed[-1].sha256, by=newest.by, expires=newest.expires)
 
     def _names(self, digest: str, alias: str) -> list[str]:
         return [name for name in self.store.list_records(self._folder(digest, alias)) if _NAME.fullmatch(name)]

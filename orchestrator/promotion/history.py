@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.canonical import canonical_json
-from orchestrator.errors import ConflictError, PublishError, SpecError
+from orchestrator.errors import ConflictError, GateError, PublishError, SpecError
 from orchestrator.publishing import Store
 from orchestrator.release import check_name
 
@@ -69,11 +69,12 @@ class Placement(Record):
 
 
 class ApprovalRef(Record):
-    """The approval that a promotion relied on: its key, and the sha256 of it."""
+    """The approval that a promotion relied on: its key, the sha256 of it, and until when it holds."""
 
     key: str
     sha256: Digest
     by: str
+    expires: str | None = None
 
 
 class SignatureRef(Record):
@@ -180,12 +181,13 @@ class History:
 
     def entries(self) -> list[Stored]:
         """Return every entry, oldest first; `PublishError` if one is missing, foreign, or was changed afterwards."""
-        numbers = self._numbers()
+        head = self.head()  # a list may be older
+        numbers = sorted({*self._numbers(), *({head.entry.sequence} if head else ())})
         if numbers != list(range(1, len(numbers) + 1)):
             missing = min(set(range(1, numbers[-1])) - set(numbers))
             raise self._broken(missing, "is missing")
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            found = list(pool.map(self._read, numbers))
+            found = list(pool.map(lambda number: self._seen.get(number) or self._read(number), numbers))
         entries: list[Stored] = []
         for number, stored in zip(numbers, found, strict=True):
             if stored is None:
@@ -194,7 +196,6 @@ class History:
             if stored.entry.previous_sha256 != expected:
                 raise self._broken(number, "does not follow the entry before it")
             entries.append(stored)
-        self._newest = entries[-1] if entries else None
         return entries
 
     def entry(self, sequence: int) -> Stored:
@@ -208,7 +209,8 @@ class History:
         """Append an entry to a history whose newest entry is `head`; this is when a promotion happens.
 
         Where somebody else was faster with an alias that does not matter here, the entry follows theirs.
-        `ConflictError` if they moved this alias, or the one it relies on: then nothing has been done.
+        `ConflictError` if they moved this alias, or the one it relies on, `GateError` if the approval it relies on
+        has just expired: then nothing has been done.
         """
         watched = [change.alias, *filter(None, [change.relies_on])]
         expected = [_placement(head, alias) for alias in watched]
@@ -216,6 +218,11 @@ class History:
         while True:
             data = self._next(head, change)
             stored = self._parse(data, head.entry.sequence + 1 if head else 1)
+            if change.approval and change.approval.expires and stored.entry.time >= change.approval.expires:
+                raise GateError(
+                    f"the approval by {change.approval.by} expired at {change.approval.expires}, a moment ago",
+                    remedy="ask for another",
+                )
             if self.store.create_record(self._key(stored.entry.sequence), data):
                 self._newest = stored
                 return stored

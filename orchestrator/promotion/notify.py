@@ -13,7 +13,9 @@ import hashlib
 import hmac
 import http.client
 import os
+import signal
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +32,7 @@ from orchestrator.promotion.policy import Policy
 SECRET_VARIABLE = "ORCHESTRATOR_WEBHOOK_SECRET"
 ATTEMPTS = 3
 REQUEST_SECONDS = 5.0
+DELIVERY_SECONDS = 30.0  # all attempts together, also where a receiver answers a byte at a time
 PAUSE_SECONDS = 0.5  # before the second attempt; twice that before the third
 COMMAND_SECONDS = 60.0
 
@@ -67,6 +70,14 @@ def as_document(stored: Stored) -> dict[str, Any]:
 
 def post(url: str, document: Mapping[str, Any], delivery: str, secret: bytes) -> str | None:
     """POST the document; return why it did not arrive, or None. Repeats what may pass: no answer, 5xx, 429."""
+    outcome: list[str | None] = []
+    thread = threading.Thread(target=lambda: outcome.append(_post(url, document, delivery, secret)), daemon=True)
+    thread.start()
+    thread.join(DELIVERY_SECONDS)
+    return outcome[0] if outcome else f"no whole answer within {DELIVERY_SECONDS:g} s"
+
+
+def _post(url: str, document: Mapping[str, Any], delivery: str, secret: bytes) -> str | None:
     body = canonical_json(document)
     opener = urllib.request.build_opener(_NoRedirect)
     problem = None
@@ -126,12 +137,19 @@ def _run(command: tuple[str, ...], document: Mapping[str, Any], environment: Map
     """Run the command with the document on its stdin; return why it failed, or None. The secret is not handed on."""
     given = {name: value for name, value in environment.items() if name != SECRET_VARIABLE}
     try:
-        done = subprocess.run(command, input=canonical_json(document), env=given, timeout=COMMAND_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return f"it took more than {COMMAND_SECONDS:g} s and was ended"
+        # A session of its own, so that what the command started can be ended with it.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=given, start_new_session=True)
     except (OSError, ValueError) as error:
         return getattr(error, "strerror", None) or str(error)
-    return f"exit code {done.returncode}" if done.returncode else None
+    try:
+        process.communicate(canonical_json(document), COMMAND_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"it took more than {COMMAND_SECONDS:g} s and was ended"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return f"exit code {process.returncode}" if process.returncode else None
 
 
 def _shown(url: str) -> str:

@@ -15,6 +15,7 @@ get around is the store's own permissions.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -77,7 +78,9 @@ def policy_for(model: str, home: Path, environment: Mapping[str, str] = os.envir
     except ValidationError as error:
         raise SpecError([_problem(path, item) for item in error.errors(include_url=False)]) from None
     except ValueError as error:
-        raise SpecError(f"not YAML: {error}", where=str(path), remedy="mend it") from None
+        lines = re.findall(r"line (\d+)", str(error))[-1:]  # the rest may quote an address with a secret in it
+        where = f"{path}:{lines[0]}" if lines else str(path)
+        raise SpecError("this is not YAML", where=where, remedy="mend it") from None
     found = next((policy for pattern, policy in policies.models.items() if fnmatchcase(model, pattern)), Policy())
     return found.model_copy(update={"verify_keys": tuple(str(path.parent / key) for key in found.verify_keys)})
 

@@ -29,6 +29,8 @@ from orchestrator.promotion.history import (
     Stored,
 )
 from orchestrator.promotion.notify import Notice, check_policy, notify
+from orchestrator.promotion.place import STORE_TAG as STORE_TAG
+from orchestrator.promotion.place import find_store
 from orchestrator.promotion.policy import Policy, policy_for
 from orchestrator.promotion.rules import (
     broken_rules,
@@ -44,7 +46,6 @@ from orchestrator.registry import DIGEST_TAG, KnownModel, ModelRegistry, Overwri
 from orchestrator.signing import VerifyKey
 from orchestrator.store import Progress, Store, open_store
 
-STORE_TAG = "orchestrator.promotions"  # of a model: the root of the store that holds its history
 HEAD_TAG = "orchestrator.promotions.head"  # of a model: SEQUENCE:SHA256 of an entry, so that a shortened history shows
 SHOWINGS, PAUSE_SECONDS = 8, 0.1  # how often what the history says is shown while others write to the registry too
 VERSION_TAG = "orchestrator.promotion."  # of a version, and the alias: the entry that put it there
@@ -95,7 +96,9 @@ class Promoter:
     def history(self) -> History:
         """The history, found on first use."""
         if self._history is None:
-            self._history = History(self._find_store(), self.model)
+            self._history = History(
+                find_store(self.registry, self.registry.need_model(self.model), self._given), self.model
+            )
         return self._history
 
     def promote(
@@ -138,6 +141,7 @@ class Promoter:
             )
         needs_approval = require_approval or alias in policy.require_approval
         self._approval(policy, release, alias, needed=needs_approval)
+        self.history.entries()  # all of it is sound
         signature = self._signature(candidate, release, keys)
         self._verify(release, progress)
         change = Change(
@@ -201,9 +205,7 @@ class Promoter:
 
     def reconcile(self) -> Reconciliation:
         """Make the registry say what the history says, after checking the whole of it."""
-        known = self._known()
-        entries = self.history.entries()
-        self._check_anchor(known, entries[-1] if entries else None)
+        known, entries = self.read()
         state = entries[-1].entry.state if entries else {}
         repaired: list[str] = []
         problems: list[Problem] = []
@@ -235,6 +237,13 @@ class Promoter:
             if alias in known.aliases and alias not in state
         ]
         return Reconciliation(tuple(repaired), tuple(problems), tuple(unrecorded))
+
+    def read(self) -> tuple[KnownModel, list[Stored]]:
+        """Return what the registry says, and every entry of the history, which holds all that the registry knows of."""
+        known = self.registry.need_model(self.model)
+        entries = self.history.entries()
+        self._check_anchor(known, entries[-1] if entries else None)
+        return known, entries
 
     def resolve(self, version: str) -> tuple[str, ReleaseRef]:
         """Return the number of a version, given as a number or an alias, and its release."""
@@ -292,16 +301,10 @@ class Promoter:
 
     def _look(self) -> tuple[KnownModel, Stored | None]:
         """What the registry and the history say now. The registry first: it can only be behind."""
-        known = self._known()
+        known = self.registry.need_model(self.model)
         head = self.history.head()
         self._check_anchor(known, head)
         return known, head
-
-    def _known(self) -> KnownModel:
-        known = self.registry.model(self.model)
-        if known is None:
-            raise SpecError(f"there is no registered model {self.model!r}", remedy="`orchestrator run` registers one")
-        return known
 
     def _check_anchor(self, known: KnownModel, head: Stored | None) -> None:
         """Raise `PublishError` if the history no longer holds an entry that the registry remembers."""
@@ -320,27 +323,10 @@ class Promoter:
             f"the tag {HEAD_TAG} of the registered model",
         )
 
-    def _find_store(self) -> Store:
-        if self._given is not None:
-            return open_store(self._given)
-        known = self._known()
-        uri = known.address(STORE_TAG)
-        if uri is not None:
-            return open_store(uri)
-        roots = list(dict.fromkeys(split(source)[0] for source in self.registry.sources(self.model)))
-        stores = [open_store(root) for root in roots]
-        with_history = [store for store in stores if History(store, self.model).head()]
-        found = with_history or stores
-        if len(found) != 1:
-            listed = f": {', '.join(store.uri for store in found)}" if found else ""
-            raise SpecError(
-                f"{self.model!r} has releases in {len(found)} stores{listed}",
-                remedy="say with --store which of them keeps its history",
-            )
-        return found[0]
-
     def _resolve(self, version: str) -> RegisteredVersion:
         version = version.removeprefix("@")
+        if version in LADDER[1:] and (head := self.history.head()) and (placed := head.entry.state.get(version)):
+            version = placed.version  # decided here, wherever the registry's alias is
         mark = "/" if version.isascii() and version.isdigit() else "@"
         found = self.registry.resolve(f"models:/{self.model}{mark}{version}")
         if DIGEST_TAG not in found.tags:
@@ -353,12 +339,14 @@ class Promoter:
     def _approval(self, policy: Policy, release: ReleaseRef, alias: str, *, needed: bool) -> ApprovalRef | None:
         if not needed:
             return None
-        return Approvals(self.history.store, self.model).require(release.digest, alias, policy.approvers)
+        entries = [stored.entry for stored in self.history.entries()]
+        used = {entry.approval.sha256: entry.sequence for entry in entries if entry.approval}
+        return Approvals(self.history.store, self.model).require(release.digest, alias, policy.approvers, used)
 
     def _verify(self, release: ReleaseRef, progress: Progress | None) -> None:
         """Read every byte. Raises `PublishError` if one is not what was registered."""
         store, name = self._locate(release)
-        check_same(release, store.verify(name, progress))
+        check_same(release, store.verify(name, progress), self.model)
 
     def _signature(
         self, version: RegisteredVersion, release: ReleaseRef, keys: Sequence[VerifyKey]
@@ -366,7 +354,7 @@ class Promoter:
         """Check the signature of a release, of which no file is read. Raises `PublishError`."""
         store, name = self._locate(release)
         found, signature = store.read_signed(name)
-        check_same(release, found)
+        check_same(release, found, self.model)
         return check_signed(found, signature, keys, version.tags.get(SIGNED_BY_TAG))
 
     def _look_at(self, release: ReleaseRef) -> None:
@@ -376,7 +364,7 @@ class Promoter:
             raise PublishError(
                 f"{release.uri} is not complete", remedy="run again what published it, or name another version"
             )
-        check_same(release, found)
+        check_same(release, found, self.model)
 
     def _locate(self, release: ReleaseRef) -> tuple[Store, str]:
         """Return the store of a release, which is seldom another than the history's, and its name there."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from orchestrator.errors import ConflictError, PublishError, SpecError
 from orchestrator.promotion.history import LADDER, History, Placement, ReleaseRef, Stored
@@ -21,6 +22,16 @@ def broken_rules(version: str, alias: str, head: Stored | None, known: KnownMode
         broken.append(f"is not in {LADDER[rung - 1]}")
     broken += [f"is in {above} already" for above in LADDER[rung + 1 :] if at.get(above) == version]
     return broken
+
+
+def differences(state: Mapping[str, Placement], known: KnownModel) -> list[str]:
+    """Say where the registry does not show what the history says."""
+    return [
+        f"{alias} is at version {known.aliases.get(alias, 'none')} in the registry, not at {placed.version}: "
+        f"`orchestrator reconcile {known.name}` mends that"
+        for alias, placed in state.items()
+        if alias != LADDER[0] and known.aliases.get(alias) != placed.version
+    ]
 
 
 def check_alias(alias: str) -> None:
@@ -69,19 +80,31 @@ def earlier(history: History, alias: str, now: Placement, to: str | None) -> Pla
     return held[-1]
 
 
-def check_same(release: ReleaseRef, found: Release) -> None:
-    """Raise `PublishError` if what lies there is another release."""
+def check_same(release: ReleaseRef, found: Release, model: str) -> None:
+    """Raise `PublishError` if what lies there is another release, or one of another model."""
     if found.digest != release.digest:
         raise PublishError(
             f"{release.uri} is not the release that was registered: its digest is {found.digest[:12]}, not "
             f"{release.digest[:12]}",
             remedy="do not use it; see who wrote there, and publish again under another name",
         )
+    of = found.manifest.get("pipeline", model)
+    if of != model:
+        raise PublishError(
+            f"{release.uri} is a release of {of!r}, not of {model!r}",
+            remedy="see who registered it here, and promote it under its own name",
+        )
 
 
 def reference(version: RegisteredVersion) -> ReleaseRef:
-    """Return the release of a version."""
-    return ReleaseRef(name=split(version.source)[1], uri=version.source, digest=version.tags[DIGEST_TAG])
+    """Return the release of a version. Raises `PublishError` if its tag is no digest."""
+    digest = version.tags[DIGEST_TAG]
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise PublishError(
+            f"version {version.version} of {version.name!r} has a tag {DIGEST_TAG} that is no digest: {digest[:80]!r}",
+            remedy="see who changed it in the registry; run its specification again to register the release anew",
+        )
+    return ReleaseRef(name=split(version.source)[1], uri=version.source, digest=digest)
 
 
 def split(uri: str) -> tuple[str, str]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import accumulate, pairwise
 
 from orchestrator.errors import SpecError
 from orchestrator.promotion.history import Entry
+
+CLOCK_TOLERANCE = timedelta(minutes=5)  # clocks of two machines that are kept right
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,16 @@ class Answer:
     others: tuple[Entry, ...] = ()
 
 
-def at(entries: Sequence[Entry], alias: str, when: datetime) -> Answer:
+def at(entries: Sequence[Entry], alias: str, when: datetime, now: datetime | None = None) -> Answer:
     """Say which of `entries` (all of a history, in order) decided where `alias` stood at `when`.
 
     Among several possible answers the first is that of the latest bounds: an entry counts from when no clock denies it.
+    now: by this machine's clock, when they were read: none of them was made later, whatever its writer's clock said.
     """
+    now = datetime.now(UTC) if now is None else now
     latest = list(accumulate((entry.at for entry in entries), max))
-    earliest = list(accumulate((entry.at for entry in reversed(entries)), min))[::-1]
-    certain = sum(time <= when for time in latest)  # both rise with the sequence
+    earliest = list(accumulate((entry.at for entry in reversed(entries)), min, initial=now))[:0:-1]
+    certain = sum(time <= when or now <= when for time in latest)  # both rise with the sequence
     possible = sum(time <= when for time in earliest)
     before = [entry for entry in entries[:certain] if entry.alias == alias]
     entry = before[-1] if before else None
@@ -44,6 +48,12 @@ def disagreements(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
     return [(one, after) for one, after in pairwise(entries) if after.at < one.at]
 
 
+def from_the_future(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries that were made later than now, if their writers' clocks and this machine's are right."""
+    now = datetime.now(UTC) + CLOCK_TOLERANCE
+    return [entry for entry in entries if entry.at > now]
+
+
 def parse_moment(text: str) -> datetime:
     """Read a time of the command line: ISO 8601; without an offset it is UTC. Raises `SpecError`."""
     try:
@@ -52,4 +62,7 @@ def parse_moment(text: str) -> datetime:
         raise SpecError(
             f"{text!r} is no time", remedy="write it as 2026-11-29T18:30, or with an offset, 2026-11-29T18:30+01:00"
         ) from None
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:
+        raise SpecError(f"{text!r} lies outside of the calendar", remedy="write another time") from None
