@@ -512,3 +512,71 @@ def test_an_artifact_cannot_name_its_page(scene: Scene) -> None:
     assert scene.call("report", str(folder)) == 0
     assert not list(scene.folder.rglob("*evil*"))
     assert len(list((scene.home / "runs").glob("*.html"))) == 1
+
+
+# --- Secrets stay where they are ------------------------------------------------------------------------------------
+
+SECRETS = {
+    "AWS_SESSION_TOKEN": "session-4f9a1c2e7b",
+    "MLFLOW_TRACKING_PASSWORD": "tracking-4f9a1c2e7b",
+    "PREFECT_API_KEY": "pnu_4f9a1c2e7b",
+    "HF_TOKEN": "hf_4f9a1c2e7b",
+    "ORCHESTRATOR_SIGNING_KEY_PASSWORD": "signing-4f9a1c2e7b",
+    "ORCHESTRATOR_WEBHOOK_SECRET": "webhook-4f9a1c2e7b",
+}
+MARK = b"4f9a1c2e7b"  # of every secret here
+
+
+def test_no_secret_is_written_anywhere(
+    scene: Scene, s3_bucket: str, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipeline to production in a bucket, signed, with a webhook that nobody answers; and what goes wrong."""
+    from tests.test_signing import make_keys
+
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    keys = scene.folder.parent / f"{scene.folder.name}-keys"
+    keys.mkdir()
+    private, _ = make_keys(keys, "signing")
+    monkeypatch.setenv("ORCHESTRATOR_SIGNING_KEY", str(private))
+    with monkeypatch.context() as patch:  # where the policy is that names the webhook: it is a file of the user's
+        patch.setenv("ORCHESTRATOR_PROMOTION_POLICY", str(keys / "promotion.yaml"))
+        (keys / "promotion.yaml").write_text(
+            f"models:\n  '*':\n    webhook: http://127.0.0.1:9/hooks/{MARK.decode()}?token={MARK.decode()}\n"
+        )
+        spec = scene.folder / "spec.yaml"
+        spec.write_text(SPEC.replace("register: release", f"register: release\n    with: {{uri: s3://{s3_bucket}}}"))
+        for command in ("plan SPEC", "run SPEC --local", "promote poisoned 1 --to candidate", "history poisoned"):
+            arguments = [str(spec) if word == "SPEC" else word for word in command.split()]
+            assert scene.call(*arguments) == 0, scene.outputs
+        for command in ("report models:/poisoned/1", "show models:/poisoned/1", "pull models:/poisoned/1 DIR"):
+            arguments = [str(scene.folder / "pulled") if word == "DIR" else word for word in command.split()]
+            assert scene.call(*arguments) == 0, scene.outputs
+        assert "127.0.0.1:9" in "".join(scene.outputs)  # the webhook was tried, and its failure told
+    assert json.loads((scene.folder / "pulled" / "model.sig").read_text())
+    mark = MARK.decode()
+    for faulty in (
+        SPEC.replace("{id: model}", f"{{id: 'https://u:{mark}@a.b/m?X-Amz-Signature={mark}'}}"),
+        SPEC.replace("text.txt", f"https://a.b/text.txt?X-Amz-Signature={mark}"),
+        SPEC.replace("register: release", f"register: release\n    with: {{uri: 's3://u:{mark}@bucket'}}"),
+        SPEC.replace(
+            "register: release", f"register: release\n    with: {{uri: 'https://a.b/c?X-Amz-Signature={mark}'}}"
+        ),
+    ):
+        (keys / "faulty.yaml").write_text(faulty.replace("{id: model}", f"{{id: {scene.model}}}"))
+        assert scene.call("plan", str(keys / "faulty.yaml")) in (2, 3)
+    for uri in (f"postgresql://u:{mark}@127.0.0.1:9/x", f"http://u:{mark}@127.0.0.1:9"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert scene.call("run", str(scene.folder / "spec.yaml"), "--local") == 3
+    assert mark not in "".join(scene.outputs)
+    key = b"".join(private.read_bytes().split(b"\n")[1:-2])[:40]
+    searched = 0
+    for root in (scene.folder, Path(tracking_uri.removeprefix("sqlite:///")).parent):
+        for path in root.rglob("*"):
+            if path.is_file():
+                searched += 1
+                data = path.read_bytes()
+                assert MARK not in data, path
+                assert key not in data, path
+                assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in data, path
+    assert searched > 50
