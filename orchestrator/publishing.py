@@ -10,8 +10,8 @@ import hashlib
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from orchestrator.release import (
     StoredFile,
     check_key,
     check_name,
+    hash_file,
     parse,
-    scan,
+    walk,
 )
 from orchestrator.signing import SigningKey, check_signature
 from orchestrator.transfer import (
@@ -77,27 +78,25 @@ class Store(ReleaseReader):
         meter = Meter(progress)
         key = None if signing_key is None else SigningKey.read(signing_key)
         with self._errors(PublishError, f"cannot publish {uri}"):
-            items = scan(folder, self._part_bytes)
-            files = tuple(item.file for item in items)
-            body = canonical_json({**manifest, "files": [asdict(file) for file in files]})
+            paths = walk(folder)
             self._prepare()
-            self._take_up(name, items)
+            self._take_up(name, paths)
             there = set(self._list_tree(name))
             existing = self._read_listing(name) if COMPLETE in there else None
-            if existing is not None and parse(uri, existing).files != files:
-                raise PublishError(f"{uri} is already published with other files", remedy="publish under another name")
-            # Also of a complete release: a file that got lost is put back.
-            in_parallel(
-                lambda item: self._settle(f"{name}/{item.file.key}", item, meter, absent=item.file.key not in there),
-                items,
-                meter.stop,
-            )
+            with ExitStack() as sent:
+                items = [self._hash(name, *entry, there, meter, sent) for entry in paths]
+                files = tuple(item.file for item in items)
+                body = canonical_json({**manifest, "files": [asdict(file) for file in files]})
+                if existing is not None and parse(uri, existing).files != files:
+                    remedy = "publish under another name"
+                    raise PublishError(f"{uri} is already published with other files", remedy=remedy)
+                self._settle_all(name, items, there, meter)
             absent = RELEASE not in there
             ours, body = body, self._settle_listing(f"{name}/{RELEASE}", body, files, absent=absent)
             release = parse(uri, body)
             if key:
                 self._settle_signature(name, release, key, ours=body == ours)
-            self._clear_up(name, items)
+            self._clear_up(name, paths)
             seal = f"{release.digest}\n".encode()
             self._settle(f"{name}/{COMPLETE}", Item.of_bytes(COMPLETE, seal), Meter(), absent=COMPLETE not in there)
             return release
@@ -209,9 +208,17 @@ class Store(ReleaseReader):
     def _prepare(self) -> None:
         """Get ready to publish."""
 
-    def _part_bytes(self, size: int) -> int:
-        """Return the size of the parts in which a file of `size` bytes will be created; 0: in one."""
-        return 0
+    def _hash(self, name: str, key: str, path: Path, there: Set[str], meter: Meter, sent: ExitStack) -> Item:
+        """Return a file as an item. A store may begin to send it meanwhile; `sent` takes that back if all fails."""
+        return hash_file(key, path, 0)
+
+    def _settle_all(self, name: str, items: Sequence[Item], there: Set[str], meter: Meter) -> None:
+        # Also of a complete release: a file that got lost is put back.
+        in_parallel(
+            lambda item: self._settle(f"{name}/{item.file.key}", item, meter, absent=item.file.key not in there),
+            items,
+            meter.stop,
+        )
 
     @abstractmethod
     def _create(self, key: str, item: Item, meter: Meter) -> None:
@@ -236,10 +243,15 @@ class Store(ReleaseReader):
             return None
         return digest.hexdigest(), size
 
-    def _take_up(self, name: str, items: Sequence[Item]) -> None:
+    def _holds(self, key: str, item: Item) -> bool | None:
+        """Whether `item` is what is at `key`; None if nothing is."""
+        found = self._identify(key)
+        return found and found == (item.file.sha256, item.file.bytes)
+
+    def _take_up(self, name: str, paths: Sequence[tuple[str, Path]]) -> None:
         """Look for what killed publishers of the release `name` left, to go on from it."""
 
-    def _clear_up(self, name: str, items: Sequence[Item]) -> None:
+    def _clear_up(self, name: str, paths: Sequence[tuple[str, Path]]) -> None:
         """Remove what they left and nobody needs any more: every file is there."""
 
     @abstractmethod
@@ -253,8 +265,7 @@ class Store(ReleaseReader):
         """
 
         def is_ours() -> bool | None:
-            found = self._identify(key)
-            return found and found == (item.file.sha256, item.file.bytes)
+            return self._holds(key, item)
 
         self._create_unless(key, item, meter, is_ours, absent=absent)
         meter.advance(item.file, item.file.bytes)

@@ -14,9 +14,10 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from orchestrator.errors import PublishError, SpecError
 RELEASE = "release.json"
 COMPLETE = "COMPLETE"
 SIGNATURE = "model.sig"
-HASHED_AT_ONCE = 256 << 10  # bytes
+BLOCK_BYTES = 256 << 10  # read at a time; stays in the processor's cache
+HASHED_AT_ONCE = 2
+PARTS_AT_ONCE = 12  # in which files are cut, of one file
 LONGEST_KEY = 1024  # bytes; that of S3
 RESERVED = (RELEASE, COMPLETE, SIGNATURE)
 
@@ -55,12 +58,14 @@ class Item:
     """What shall be stored under a key: bytes, or a file on this machine.
 
     parts: the sha256 of each of its parts, where the store asked for them. state: another once the file is written to.
+    ahead: what a store keeps about parts that it has sent already.
     """
 
     file: StoredFile
     data: Path | bytes
     parts: tuple[bytes, ...] = ()
     state: tuple[int, ...] = ()
+    ahead: list[Any] = field(default_factory=list)
 
     @classmethod
     def of_bytes(cls, key: str, data: bytes) -> Item:
@@ -79,9 +84,14 @@ class Item:
         """Return `size` bytes of the content from `offset` on, fewer at its end."""
         if isinstance(self.data, bytes):
             return self.data[offset : offset + size]
-        with self.data.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        return read_piece(self.data, offset, size)
+
+    @property
+    def path(self) -> Path:
+        """The file. TypeError if it is none."""
+        if isinstance(self.data, bytes):
+            raise TypeError(f"{self.file.key} is no file")
+        return self.data
 
     def check_untouched(self) -> None:
         """Raise PublishError if the file was written to since it was hashed."""
@@ -96,6 +106,13 @@ class Item:
     def changed(self) -> PublishError:
         """Return the error of a file that is not what it was."""
         return PublishError(f"{self.file.key!r} changed while it was being published", remedy="publish again")
+
+
+def read_piece(path: Path, offset: int, size: int) -> bytes:
+    """Return `size` bytes of a file from `offset` on, fewer at its end."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def state_of(path: Path) -> tuple[int, ...]:
@@ -126,11 +143,8 @@ def check_key(key: str) -> str:
     return key
 
 
-def scan(folder: Path, part_bytes: Callable[[int], int] | None = None) -> list[Item]:
-    """Return every file below `folder`, hashed, sorted by key. Links to files count as files.
-
-    part_bytes: into parts of what size a file of so many bytes will be cut; each is hashed, too. 0: into none.
-    """
+def walk(folder: Path) -> list[tuple[str, Path]]:
+    """Return key and path of every file below `folder`, sorted by key. Links to files count as files."""
 
     def unreadable(error: OSError) -> None:
         raise error
@@ -139,44 +153,57 @@ def scan(folder: Path, part_bytes: Callable[[int], int] | None = None) -> list[I
     for place, folders, names in os.walk(folder, onerror=unreadable):
         paths += [Path(place, name) for name in names]
         paths += [path for name in folders if (path := Path(place, name)).is_symlink()]
-    items = []
+    found = []
     for path in paths:
         if not path.is_file():
             raise PublishError(f"{path} is not a regular file", remedy="publish a folder of plain files")
         key = check_key(path.relative_to(folder).as_posix())
         if key in RESERVED:
             raise PublishError(f"{path} has a name that a release keeps for itself", remedy="rename the file")
-        state = state_of(path)
-        digest, parts = _hash(path, part_bytes(state[0]) if part_bytes else 0)
-        items.append(Item(StoredFile(key, digest, path.stat().st_size), path, parts, state))
-    if not items:
+        found.append((key, path))
+    if not found:
         raise PublishError(f"{folder} holds no files", remedy="check the path of the folder to publish")
-    return sorted(items, key=lambda item: item.file.key)
+    return sorted(found)
 
 
-def _hash(path: Path, part_bytes: int) -> tuple[str, tuple[bytes, ...]]:
-    """Return the sha256 of a file (hex) and of each of its parts, taken on two cores if there are."""
+def hash_file(key: str, path: Path, part_bytes: int, see: Callable[[int, bytes], None] | None = None) -> Item:
+    """Return a file as an item of a release.
+
+    part_bytes: into parts of what size it will be cut; each is hashed, too, several at once. 0: into none.
+    see: called with the number of each part, from 0 on, and its sha256, from the thread that hashed it.
+    """
+    state = state_of(path)
     if not part_bytes:
-        return file_sha256(path), ()
+        return Item(StoredFile(key, file_sha256(path), state[0]), path, (), state)
 
-    def hash_parts() -> tuple[bytes, ...]:
-        found, buffer = [], bytearray(HASHED_AT_ONCE)
-        view = memoryview(buffer)
-        with path.open("rb", buffering=0) as file:
-            digest, left = hashlib.sha256(), part_bytes
-            while count := file.readinto(view[: min(left, len(buffer))]):
-                digest.update(view[:count])
-                left -= count
-                if not left:
-                    found.append(digest.digest())
-                    digest, left = hashlib.sha256(), part_bytes
-            if left < part_bytes:
-                found.append(digest.digest())
-        return tuple(found)
+    def hash_part(number: int) -> bytes:
+        if stop.is_set():
+            return b""
+        digest = _hash_piece(path, number * part_bytes, part_bytes)
+        if see:
+            see(number, digest)
+        return digest
 
-    with ThreadPoolExecutor(1) as other:
-        parts = other.submit(hash_parts)
-        return file_sha256(path), parts.result()
+    stop, count = threading.Event(), -(-state[0] // part_bytes)
+    with ThreadPoolExecutor(PARTS_AT_ONCE if see else HASHED_AT_ONCE) as pool:
+        try:
+            parts = [pool.submit(hash_part, number) for number in range(count)]
+            digest = file_sha256(path)
+            done = tuple(part.result() for part in parts)
+        except BaseException:
+            stop.set()
+            raise
+    return Item(StoredFile(key, digest, state[0]), path, done, state)
+
+
+def _hash_piece(path: Path, offset: int, size: int) -> bytes:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while size and (count := file.readinto(buffer[: min(size, BLOCK_BYTES)])):
+            digest.update(buffer[:count])
+            size -= count
+    return digest.digest()
 
 
 def parse(uri: str, body: bytes) -> Release:

@@ -5,30 +5,28 @@ The only module that imports boto3, and it does so when the first request is mad
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager, suppress
-from operator import itemgetter
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from orchestrator.errors import OrchestratorError, PreflightError
+from orchestrator.errors import OrchestratorError, PreflightError, PublishError
 from orchestrator.publishing import Store
-from orchestrator.release import Item
+from orchestrator.release import COMPLETE, PARTS_AT_ONCE, Item, StoredFile, hash_file, read_piece
 from orchestrator.s3_direct import DirectPut, Piece
 from orchestrator.s3_errors import REDIRECT, explain_answer, explain_failure
+from orchestrator.s3_parts import base64_of, is_part, is_whole, joined, listed
 from orchestrator.transfer import ATTEMPTS, CHUNK_BYTES, FILES_AT_ONCE, Meter, MissingError, StoppedError, TakenError
 
 PART_BYTES = 8 << 20  # larger files go to S3 in parts of this size; S3 allows no part below 5 MiB but the last
 MAX_PARTS = 10_000  # of one S3 upload; beyond 80 GB the parts grow instead
 SILENCE_SECONDS = 20  # of a server that takes connections and has not said anything yet
-PARTS_AT_ONCE = 12  # of all files together; so many are in memory, no more
 _TRY_AGAIN = (  # what is there decides
     *("PreconditionFailed", "412", "ConditionalRequestConflict", "409"),
     "NoSuchUpload",  # completed by an attempt whose answer got lost, or by somebody who took it up
@@ -135,7 +133,7 @@ class S3Store(Store):
         from botocore.exceptions import ClientError
 
         try:
-            return self._client.head_object(Bucket=self._bucket, Key=self._path(key))
+            return self._client.head_object(Bucket=self._bucket, Key=self._path(key), ChecksumMode="ENABLED")
         except ClientError as error:
             if _code(error) in ("404", "NoSuchKey"):
                 return None
@@ -145,13 +143,16 @@ class S3Store(Store):
         head = self._head(key)
         return None if head is None else int(head["ContentLength"])
 
-    def _identify(self, key: str) -> tuple[str, int] | None:
+    def _holds(self, key: str, item: Item) -> bool | None:
         head = self._head(key)
         if head is None:
             return None
+        if head["ContentLength"] != item.file.bytes:
+            return False
         if digest := head["Metadata"].get("sha256"):
-            return digest, head["ContentLength"]
-        return super()._identify(key)  # somebody else put it there: read it
+            return bool(digest == item.file.sha256)
+        # Else somebody else put it there: read it.
+        return is_whole(head, item, self._part_bytes(item.file.bytes)) or super()._holds(key, item)
 
     def _read(self, key: str, offset: int = 0) -> Iterator[bytes]:
         from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
@@ -178,10 +179,8 @@ class S3Store(Store):
 
     def _list(self, folder: str) -> Iterator[str]:
         prefix = f"{self._path(folder)}/"
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self._bucket, Prefix=prefix, Delimiter="/"
-        )
-        for page in pages:
+        pages = self._client.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=self._bucket, Prefix=prefix, Delimiter="/"):
             yield from (entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ()))
 
     def _list_tree(self, name: str) -> Iterator[str]:
@@ -204,7 +203,7 @@ class S3Store(Store):
         body = b"".join(item.chunks(CHUNK_BYTES))
         digest = hashlib.sha256(body)
         item.check_unchanged(digest.hexdigest())
-        path, checksum, sha256 = self._path(key), _base64(digest.digest()), item.file.sha256
+        path, checksum, sha256 = self._path(key), base64_of(digest.digest()), item.file.sha256
         headers = {"if-none-match": "*", "x-amz-checksum-sha256": checksum, "x-amz-meta-sha256": sha256}
         if not (self._put and self._put(path, "", headers, body, sha256)):
             named = {"Bucket": self._bucket, "Key": path, "Metadata": {"sha256": sha256}}
@@ -214,6 +213,36 @@ class S3Store(Store):
     def _part_bytes(self, size: int) -> int:
         return 0 if size <= PART_BYTES else max(PART_BYTES, -(-size // MAX_PARTS))
 
+    def _hash(self, name: str, key: str, path: Path, there: Set[str], meter: Meter, sent: ExitStack) -> Item:
+        """Send the parts of a new file while it is hashed; the object comes to be once all of the release is known."""
+        from botocore.exceptions import ClientError
+
+        size, place = path.stat().st_size, {"Bucket": self._bucket, "Key": self._path(f"{name}/{key}")}
+        cut, taken = self._part_bytes(size), {key, COMPLETE} & there or place["Key"] in dict(self._uploads)
+        if not cut or taken:
+            return hash_file(key, path, cut)
+        place["UploadId"] = self._client.create_multipart_upload(**place, ChecksumAlgorithm="SHA256")["UploadId"]
+        etags: dict[int, str] = {}
+        file = StoredFile(key, "", size)
+
+        def abort(_: Any, error: BaseException | None, __: Any) -> None:
+            if error and not _without_answer(error):
+                self._abort(place)
+
+        def send(number: int, digest: bytes) -> None:
+            etags[number] = self._send_part(place, path, cut, digest, number)
+            meter.advance(file, cut)
+
+        sent.push(abort)
+        try:
+            item = hash_file(key, path, cut, send)
+        except (ClientError, TakenError) as error:
+            if isinstance(error, TakenError) or _code(error) in _TRY_AGAIN:  # somebody has published it and cleared up
+                return hash_file(key, path, cut)
+            raise
+        item.ahead.append((place, etags))
+        return item
+
     def _create_in_parts(self, key: str, item: Item, meter: Meter) -> None:
         """Upload in parts; the object exists only once all are there and each has the sha256 that was promised.
 
@@ -221,94 +250,85 @@ class S3Store(Store):
         killed publisher sent are not sent again. What fails for want of an answer leaves the parts for the next
         publisher; any other failure frees them.
         """
-        place = {"Bucket": self._bucket, "Key": self._path(key)}
-        upload, there = self._unfinished_upload(place, item)
-        if not upload:
-            metadata = {"sha256": item.file.sha256}
-            begun = self._client.create_multipart_upload(**place, Metadata=metadata, ChecksumAlgorithm="SHA256")
-            upload = begun["UploadId"]
-        place["UploadId"] = upload
+        size = self._part_bytes(item.file.bytes)
+        place, etags = item.ahead.pop() if item.ahead else self._unfinished_upload(key, item)
 
-        def send(number: int) -> dict[str, Any]:
+        def send(number: int, digest: bytes) -> None:
             with self._room:
-                etag = there[number]["ETag"] if number in there else self._send_part(place, item, number)
+                etags[number] = self._send_part(place, item.path, size, digest, number)
             meter.advance(item.file, size)
-            return {"PartNumber": number, "ETag": etag, "ChecksumSHA256": _base64(item.parts[number - 1])}
 
-        size, parts = self._part_bytes(item.file.bytes), []
         try:
+            missing = [(number, digest) for number, digest in enumerate(item.parts) if number not in etags]
             with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
                 try:
-                    for part in as_completed([pool.submit(send, number + 1) for number in range(len(item.parts))]):
-                        parts.append(part.result())
+                    for part in as_completed([pool.submit(send, *entry) for entry in missing]):
+                        part.result()
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
             item.check_untouched()
-            parts.sort(key=itemgetter("PartNumber"))
+            parts = listed(item, etags)
             self._client.complete_multipart_upload(**place, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
         except BaseException as error:
             if not _without_answer(error):
                 self._abort(place)
             raise
         # Older servers ignore IfNoneMatch here: make sure that nobody else's content won.
-        if self._identify(key) != (item.file.sha256, item.file.bytes):
+        etag = joined([part["ETag"] for part in parts])
+        if (self._head(key) or {}).get("ETag", "").strip('"') != etag and not self._holds(key, item):
             raise TakenError
 
-    def _send_part(self, place: dict[str, str], item: Item, number: int) -> str:
-        """Send one part; return its ETag."""
-        size = self._part_bytes(item.file.bytes)
-        offset = (number - 1) * size
-        length, checksum = min(size, item.file.bytes - offset), _base64(item.parts[number - 1])
-        if self._put and isinstance(item.data, Path):
-            query = f"partNumber={number}&uploadId={quote(place['UploadId'], safe='')}"
-            headers, sha256 = {"x-amz-checksum-sha256": checksum}, item.parts[number - 1].hex()
-            with closing(Piece(item.data, offset, length)) as piece:
-                answer = self._put(place["Key"], query, headers, piece, sha256)
+    def _send_part(self, place: dict[str, str], path: Path, size: int, digest: bytes, number: int) -> str:
+        """Send one part, which must have this sha256; return its ETag. number: from 0 on. size: of all but the last."""
+        checksum, offset = base64_of(digest), number * size
+        length = max(0, min(size, path.stat().st_size - offset))
+        if self._put:
+            query = f"partNumber={number + 1}&uploadId={quote(place['UploadId'], safe='')}"
+            with closing(Piece(path, offset, length)) as piece:
+                answer = self._put(place["Key"], query, {"x-amz-checksum-sha256": checksum}, piece, digest.hex())
             if answer and "ETag" in answer:
                 return answer["ETag"]
-        body = item.piece(offset, length)
-        if _checksum(body) != checksum:
-            raise item.changed()
-        sent = self._client.upload_part(**place, PartNumber=number, Body=body, ChecksumSHA256=checksum)
+        body = read_piece(path, offset, length)
+        if hashlib.sha256(body).digest() != digest:
+            raise PublishError(f"{path} changed while it was being published", remedy="publish again")
+        sent = self._client.upload_part(**place, PartNumber=number + 1, Body=body, ChecksumSHA256=checksum)
         return str(sent["ETag"])
 
-    def _unfinished_upload(self, place: dict[str, str], item: Item) -> tuple[str, dict[int, Any]]:
-        """Return an upload that was left for this object, and its parts by number; ("", {}) if there is none.
+    def _unfinished_upload(self, key: str, item: Item) -> tuple[dict[str, str], dict[int, str]]:
+        """Return an upload of this object, and the ETags of its parts: one that was left, or a new one.
 
         One that holds a part of another content is somebody else's and is left alone.
         """
         from botocore.exceptions import ClientError
 
-        for key, upload in self._uploads:
-            if key != place["Key"]:
-                continue
+        place, size = {"Bucket": self._bucket, "Key": self._path(key)}, self._part_bytes(item.file.bytes)
+        for upload in (upload for path, upload in self._uploads if path == place["Key"]):
             try:
-                pages = self._client.get_paginator("list_parts").paginate(**place | {"UploadId": upload})
-                there = {part["PartNumber"]: part for page in pages for part in page.get("Parts", ())}
+                pages = self._client.get_paginator("list_parts").paginate(**place, UploadId=upload)
+                there = {part["PartNumber"] - 1: part for page in pages for part in page.get("Parts", ())}
             except ClientError as error:
                 if _code(error) == "NoSuchUpload":
                     continue
                 raise
-            size = self._part_bytes(item.file.bytes)
-            if there and all(
-                number <= len(item.parts) and _is_part(part, item, number, size) for number, part in there.items()
-            ):
-                return upload, there
-        return "", {}
+            if there and all(is_part(part, item, number, size) for number, part in there.items()):
+                return place | {"UploadId": upload}, {number: part["ETag"] for number, part in there.items()}
+        metadata = {"sha256": item.file.sha256}
+        begun = self._client.create_multipart_upload(**place, Metadata=metadata, ChecksumAlgorithm="SHA256")
+        return place | {"UploadId": begun["UploadId"]}, {}
 
-    def _take_up(self, name: str, items: Sequence[Item]) -> None:
-        self._uploads = self._list_uploads(name, items)
+    def _take_up(self, name: str, paths: Sequence[tuple[str, Path]]) -> None:
+        self._uploads = self._list_uploads(name, paths)
 
-    def _clear_up(self, name: str, items: Sequence[Item]) -> None:
-        for key, upload in self._list_uploads(name, items):
+    def _clear_up(self, name: str, paths: Sequence[tuple[str, Path]]) -> None:
+        for key, upload in self._list_uploads(name, paths):
             self._abort({"Bucket": self._bucket, "Key": key, "UploadId": upload})
 
-    def _list_uploads(self, name: str, items: Sequence[Item]) -> list[tuple[str, str]]:
+    def _list_uploads(self, name: str, paths: Sequence[tuple[str, Path]]) -> list[tuple[str, str]]:
         """Return (key, id) of every upload below the release that was not completed."""
         from botocore.exceptions import ClientError
 
-        if all(item.file.bytes <= PART_BYTES for item in items):
+        if all(path.stat().st_size <= PART_BYTES for _, path in paths):
             return []
         pages = self._client.get_paginator("list_multipart_uploads").paginate(
             Bucket=self._bucket, Prefix=f"{self._path(name)}/"
@@ -378,20 +398,3 @@ def _without_answer(error: BaseException) -> bool:
     if isinstance(error, ClientError):
         return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) >= 500
     return isinstance(error, BotoCoreError | ResponseParserError | StoppedError | KeyboardInterrupt)
-
-
-def _is_part(part: Any, item: Item, number: int, size: int) -> bool:
-    """Whether an uploaded part holds what it should. Servers that keep no checksum of parts have an MD5 for an ETag."""
-    if "ChecksumSHA256" in part:
-        return bool(part["ChecksumSHA256"] == _base64(item.parts[number - 1]))
-    data = item.piece((number - 1) * size, size)
-    md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    return bool(part["Size"] == len(data) and part["ETag"].strip('"') == md5)
-
-
-def _checksum(data: bytes) -> str:
-    return _base64(hashlib.sha256(data).digest())
-
-
-def _base64(digest: bytes) -> str:
-    return base64.b64encode(digest).decode()
