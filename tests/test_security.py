@@ -580,3 +580,49 @@ def test_no_secret_is_written_anywhere(
                 assert key not in data, path
                 assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in data, path
     assert searched > 50
+
+
+# --- Changed bytes --------------------------------------------------------------------------------------------------
+
+KINDS = ("model.safetensors", "README.md", "bom.cdx.json", "serving/vllm/vllm.yaml", "release.json", "COMPLETE")
+
+
+@pytest.mark.parametrize("name", [*KINDS, "model.sig"])
+def test_a_release_with_one_changed_bit_is_neither_promoted_nor_pulled(tmp_path: Path, name: str) -> None:
+    from orchestrator.bill import BILL
+    from tests.test_signing import make_keys
+
+    private, public = make_keys(tmp_path, "mine")
+    bundle = tmp_path / "bundle"
+    for key in KINDS[:4]:
+        (bundle / key).parent.mkdir(parents=True, exist_ok=True)
+        (bundle / key).write_text(f"{key} as it was")
+    (bundle / BILL).write_text(json.dumps({"components": _listed(bundle)}))
+    store = open_store(str(tmp_path / "store"))
+    store.publish("model/1", bundle, {}, signing_key=private)
+    store.verify("model/1")
+    path = tmp_path / "store" / "model" / "1" / name
+    path.chmod(0o644)
+    data = path.read_bytes()
+    path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(PublishError) as error:  # exit code 6
+        store.fetch("model/1", tmp_path / "pulled", verify_key=public)
+    assert error.value.problems[0].remedy
+    assert not (tmp_path / "pulled").exists()
+    if name != "model.sig":  # whose key `promote` asks for where the policy demands one: tests/test_promotion.py
+        with pytest.raises(PublishError):
+            store.verify("model/1")
+
+
+def _listed(bundle: Path) -> list[dict[str, Any]]:
+    from orchestrator.canonical import file_sha256
+
+    return [
+        {
+            "type": "file",
+            "name": path.relative_to(bundle).as_posix(),
+            "hashes": [{"alg": "SHA-256", "content": file_sha256(path)}],
+        }
+        for path in bundle.rglob("*")
+        if path.is_file() and path.name != "bom.cdx.json"
+    ]
