@@ -14,9 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.canonical import canonical_json
+
+if TYPE_CHECKING:
+    from orchestrator.presence import Presence
 
 
 class Journal:
@@ -26,6 +29,28 @@ class Journal:
         self.run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
         self.path = home / "runs" / f"{self.run_id}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._home = home
+        self._presence: Presence | None = None
+
+    def begin(self, **facts: Any) -> None:
+        """Write that the run has started. From now on, whoever looks sees that it is at work (`presence`)."""
+        from orchestrator.presence import RUN, enter
+
+        known = {name: facts[name] for name in ("pipeline", "spec", "engine") if name in facts}
+        self._presence = enter(self._home, RUN, self.run_id, **known)
+        self.write("run started", **facts)
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Write the run's end in this block; once it is left without an error, there is nothing to heal."""
+        try:
+            yield
+        except BaseException:
+            if self._presence:
+                self._presence.give_up()
+            raise
+        if self._presence:
+            self._presence.leave()
 
     def write(self, event: str, **facts: Any) -> None:
         """Append one event; returns once it is on disk."""

@@ -54,3 +54,8 @@ class StepOutcome:
             **({} if self.zeros is None else {"zeros": self.zeros}),
             **({"gates": [gate.as_dict() for gate in self.gates]} if self.gates else {}),
         }
+
+
+def unchanged(outcomes: Mapping[int, StepOutcome]) -> bool:
+    """Whether every step was found in the store: nothing was computed, published or registered."""
+    return all(outcome.cached for outcome in outcomes.values())

@@ -7,13 +7,12 @@ computed again.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,12 +23,13 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import GateError, OrchestratorError, Problem, StepError
 from orchestrator.fit import check_fit, remember_fit
 from orchestrator.gates import gate_problems, gate_results
+from orchestrator.healing import heal_runs
 from orchestrator.home import Settings
 from orchestrator.journal import Journal, lease
 from orchestrator.layer_method import LayerMethod
 from orchestrator.method import ModelMethod, Publisher
 from orchestrator.model import import_libraries
-from orchestrator.outcome import StepOutcome
+from orchestrator.outcome import StepOutcome, unchanged
 from orchestrator.plan import SOURCE, Plan, Step, make_plan
 from orchestrator.planned import journal_facts
 from orchestrator.plugins import Methods
@@ -82,7 +82,7 @@ class Execution:
         self.record = RunRecord(self.plan, self.settings, self.journal.run_id, self.engine)
         self._import_seconds = 0.0  # of the libraries, in the step at work
         self._turn = threading.Lock()  # peak memory is the process's, so steps take turns
-        self.journal.write("run started", engine=self.engine, **journal_facts(self.plan))
+        self.journal.begin(engine=self.engine, **journal_facts(self.plan))
         self.observer.run_started(self.journal.run_id, self.plan)
 
     @property
@@ -295,13 +295,14 @@ class Execution:
             raise
         except (Exception, SystemExit) as error:  # a method that calls sys.exit has failed like any other
             path = self.journal.path.with_suffix(".traceback.txt")
-            message = f"{step.label} failed: {type(error).__name__}: {' '.join([str(error), *_notes(error)])}"
+            notes = (f"({note})" for note in getattr(error, "__notes__", ()))  # e.g. the layer at which it happened
+            message = f"{step.label} failed: {type(error).__name__}: {' '.join([str(error), *notes])}"
             remedy = f"the details are in {path}"
             if shutil.disk_usage(self.settings.home).free < _DISK_FULL_BYTES:
                 remedy = f"the disk that holds {self.settings.home} is full: free space and run again"
             elif _out_of_memory(error):
                 remedy = f"free memory and run again, or set max_memory_gib; the details are in {path}"
-            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+            with suppress(OSError):  # a full disk must not hide what happened
                 path.write_text(traceback.format_exc(), encoding="utf-8")
                 self._failed(step, message, started_ms)
             raise StepError(message, where=step.place, remedy=remedy) from error
@@ -312,14 +313,15 @@ class Execution:
 
     def finish(self, error: BaseException | None = None) -> None:
         """Close the journal and the tracked run."""
-        if error is None:
-            self.journal.write("run finished")
-            remember(self.plan, self.settings.home)
-        else:
-            kind = type(error).__name__
-            self.journal.write("run failed", kind=kind, error=str(error) or kind)
-        self._report()
-        self.record.finish(self.outcomes, failed=error is not None)
+        with self.journal.ending():
+            if error is None:
+                self.journal.write("run finished", unchanged=unchanged(self.outcomes))
+                remember(self.plan, self.settings.home)
+            else:
+                kind = type(error).__name__
+                self.journal.write("run failed", kind=kind, error=str(error) or kind)
+            self._report()
+            self.record.finish(self.outcomes, failed=error is not None)
 
     def _report(self) -> None:
         """Write the page of the run. It only shows: what goes wrong with it is a note."""
@@ -340,6 +342,7 @@ class Execution:
         return {
             "run": self.run_id,
             "pipeline": self.plan.name,
+            "unchanged": unchanged(self.outcomes),
             "mlflow_run": self.record.mlflow_run,
             "steps": [self.outcomes[index].as_dict() for index in sorted(self.outcomes)],
             "release": self.release,
@@ -357,11 +360,6 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or allocator or type(error).__name__ == "OutOfMemoryError"
 
 
-def _notes(error: BaseException) -> list[str]:
-    """What was added on the way up, e.g. the layer at which it happened."""
-    return [f"({note})" for note in getattr(error, "__notes__", ())]
-
-
 def start(spec_path: Path, methods: Methods, settings: Settings, observer: Observer, engine: str) -> Execution:
     """Plan a specification with every file read, and open an execution of it.
 
@@ -375,6 +373,7 @@ def start(spec_path: Path, methods: Methods, settings: Settings, observer: Obser
     fit = check_fit(plan, known, settings.home)
     estimates = foresee(plan, settings.home, known, engine=engine)
     settings.make_home()
+    heal_runs(settings, observer.note)
     remember_fit(settings.home, fit)
     store.sweep()
     return Execution(plan, settings, observer, engine, estimates)

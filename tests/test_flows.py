@@ -132,7 +132,7 @@ def test_a_run_with_the_embedded_server_is_recorded_and_leaves_neither_noise_nor
 
     name = f"Counted_twice-{document['run']}"
     assert workplace.query("select name, state_type, parameters from flow_run") == [
-        (name, "COMPLETED", json.dumps({"spec": str(spec)}))
+        (name, "COMPLETED", json.dumps({"spec": str(spec), "overlap": "wait"}))
     ]
     tasks = workplace.query("select name, state_type, tags, cache_key from task_run")
     assert tasks == [("validate count", "COMPLETED", '["validate"]', None)] * 2
@@ -302,8 +302,9 @@ def test_the_deployment_runs_on_a_process_worker(workplace: Workplace, server: s
     environment = workplace.with_prefect_home
     with process_worker(environment, workplace.folder, server) as (process, log), client(server) as api:
         deploy(environment, workplace.folder, server)
+        deployment = api.read_deployment_by_name("compress/nightly")
+        assert [schedule.active for schedule in deployment.schedules] == [False]  # somebody has to want it
         deployment = api.read_deployment_by_name("compress/compress")
-        assert [schedule.active for schedule in deployment.schedules] == [False]
         spec = workplace.spec("deployed").relative_to(workplace.folder)
         created = api.create_flow_run_from_deployment(deployment.id, parameters={"spec": str(spec)})
 

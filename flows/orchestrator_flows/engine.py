@@ -182,7 +182,8 @@ async def _flow(execution: Execution, conduct: Any) -> dict[str, Any]:
 
     with giving(execution, conduct):
         try:
-            return await compress(str(execution.plan.spec_path.absolute()))
+            document: dict[str, Any] = await compress(str(execution.plan.spec_path.absolute()))
+            return document
         finally:
             await _recorded(execution)
 

@@ -8,31 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import re
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from prefect import Task, flow, get_client, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, StateType
 from prefect.runtime import flow_run
 
-from orchestrator.errors import OrchestratorError
-from orchestrator.home import Settings
+from orchestrator.errors import OrchestratorError, OverlapError
+from orchestrator.home import HOME_VARIABLE, Settings
 from orchestrator.plan import Step
 from orchestrator.plugins import discover
+from orchestrator.presence import Presence, alone
 from orchestrator.record import REPORT_FILE
 from orchestrator.report import metric_rows, shown
 from orchestrator.run import Execution, finishing, start
+from orchestrator.spec import load_spec
 from orchestrator.tracking import is_server
+from orchestrator_flows.heal import arrive
+from orchestrator_flows.nights import REFUSED, give_way, watched
 from orchestrator_flows.observers import LogObserver, Relay
 
 T = TypeVar("T")
+UNCHANGED = "Unchanged"
+_DEFAULT_HOME = f", as {HOME_VARIABLE} is not set where the worker runs"
 
 
 class Conduct(Protocol):
@@ -48,6 +56,7 @@ class Given:
 
     execution: Execution
     conduct: Conduct
+    ended: ExitStack = field(default_factory=ExitStack)  # what to do once Prefect knows how the run ended
 
 
 _given: ContextVar[Given | None] = ContextVar("given", default=None)
@@ -56,29 +65,63 @@ _given: ContextVar[Given | None] = ContextVar("given", default=None)
 @contextmanager
 def giving(execution: Execution, conduct: Conduct) -> Iterator[None]:
     """Let `compress`, called in this block, run `execution`."""
-    token = _given.set(Given(execution, conduct))
+    given = Given(execution, conduct)
+    token = _given.set(given)
     try:
-        yield
+        with given.ended:
+            yield
     finally:
         _given.reset(token)
 
 
 @flow(name="compress", persist_result=True, result_serializer="json", retries=0, validate_parameters=True)
-async def compress(spec: str) -> dict[str, Any]:
+async def compress(spec: str, overlap: Literal["wait", "refuse"] = "wait") -> Any:
     """Compress a model as a specification says.
 
-    spec: path of the specification, relative to the working folder. Returns the document of `orchestrator run --json`.
-    Raises `OrchestratorError`.
+    spec: path of the specification, relative to the working folder. overlap: whether to wait for another run of the
+    same pipeline in this home, or to end at once and say who is at work. Returns the document of
+    `orchestrator run --json`. Raises `OrchestratorError`.
     """
     logger = get_run_logger()
     given = _given.get()
-    if given:
-        given.execution.observer = Relay(given.execution.observer, LogObserver(logger))
-        return await _run_steps(given.execution, given.conduct)
-    settings = Settings.from_environment()
-    execution = await in_thread(lambda: start(Path(spec), discover(), settings, LogObserver(logger), "prefect"))
-    with finishing(execution):
-        return await _run_steps(execution, in_thread)
+    settings = given.execution.settings if given else Settings.from_environment()
+    settings.make_home()
+    async with get_client() as client:
+        me = await client.read_flow_run(flow_run.id)
+        present = await arrive(client, settings.home, me, logger)
+        if given:
+            given.execution.observer = Relay(given.execution.observer, LogObserver(logger))
+            present.add(run=given.execution.run_id)
+            given.ended.callback(present.leave)
+            return await _run_steps(given.execution, given.conduct)
+        instead = await give_way(client, me)
+    if instead:
+        return instead
+    logger.info("the home is %s%s", settings.home, "" if os.environ.get(HOME_VARIABLE) else _DEFAULT_HOME)
+    who = f"process {present.facts['pid']} of {present.facts['user']} on {present.facts['host']}"
+    async with watched(me, who, logger):
+        return await _run(Path(spec), settings, present, overlap == "refuse")
+
+
+async def _run(spec: Path, settings: Settings, present: Presence, refuse: bool) -> Any:
+    """Run a specification in the process of a worker; return the document, or the state to end in."""
+    logger = get_run_logger()
+    with ExitStack() as stack:
+        if refuse:
+            pipeline = (await in_thread(lambda: load_spec(spec))).spec.name
+            present.add(pipeline=pipeline)
+            try:
+                stack.enter_context(alone(settings.home, pipeline))
+            except OverlapError as error:
+                return State(type=StateType.CANCELLED, name=REFUSED, message=f"refused: {error}")
+        execution = await in_thread(lambda: start(spec, discover(), settings, LogObserver(logger), "prefect"))
+        present.add(run=execution.run_id)
+        with finishing(execution):
+            document = await _run_steps(execution, in_thread)
+    if not document["unchanged"]:
+        return document
+    message = f"nothing has changed: all {len(document['steps'])} steps are in the store, nothing was released"
+    return State(type=StateType.COMPLETED, name=UNCHANGED, message=message, data=document)
 
 
 async def _run_steps(execution: Execution, conduct: Conduct) -> dict[str, Any]:
