@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.attention import LayerCache, ModelShape
 from orchestrator.blocks import decoder_blocks
-from orchestrator.bootstrap import Quotient, Samples
+from orchestrator.bootstrap import Quantile, Quotient, Samples
 from orchestrator.cache_dtypes import CacheDtype
 from orchestrator.cache_policy import CachePolicy
 from orchestrator.calibration import CalibrationSet
@@ -33,6 +33,7 @@ from orchestrator.layer_method import (
 )
 from orchestrator.method import (
     DENSE,
+    CalibrationSources,
     Calibrator,
     Context,
     Evaluator,
@@ -53,6 +54,7 @@ from orchestrator.packing import unpack
 from orchestrator.parallel import in_parallel
 from orchestrator.plugins import API_VERSION, hookimpl
 from orchestrator.reader import TensorReader
+from orchestrator.recalibration import Recalibration, Remade, Variant
 from orchestrator.scheme import FLOAT8_MAX, InputScheme, QuantizedWeight, QuantScheme
 from orchestrator.serving import KVGroup, KVPlan, Layout, LayoutRule, every_layer_in_full, heads_bytes, token_steps
 from orchestrator.serving_engine import ServingEngine, UnsupportedPolicyError
@@ -71,6 +73,7 @@ __all__ = [
     "CacheDtype",
     "CachePolicy",
     "CalibrationSet",
+    "CalibrationSources",
     "Calibrator",
     "Checkpoint",
     "Context",
@@ -107,9 +110,12 @@ __all__ = [
     "PublishError",
     "Publisher",
     "QuantScheme",
+    "Quantile",
     "QuantizedWeight",
     "Quotient",
+    "Recalibration",
     "Release",
+    "Remade",
     "Removal",
     "SaliencyMask",
     "Samples",
@@ -123,6 +129,7 @@ __all__ = [
     "TextSource",
     "TierFolders",
     "UnsupportedPolicyError",
+    "Variant",
     "WeightedModels",
     "Work",
     "check_source",

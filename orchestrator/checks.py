@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.allocation import planned_schemes
 from orchestrator.cache_policy import CachePolicy
@@ -30,6 +30,9 @@ from orchestrator.plugins import InstalledMethod
 from orchestrator.scheme import QuantScheme
 from orchestrator.serving_engine import ServingEngine
 from orchestrator.spec import Location, StepSpec
+
+if TYPE_CHECKING:
+    from orchestrator.recalibration import Recalibrated
 
 OUTPUT_HEAD = "lm_head"  # never compressed, so naming it in `skip` is right, if needless
 # Sizes in config.json that are counts wherever they are given.
@@ -70,6 +73,7 @@ class Draft:
     formats: list[tuple[InstalledMethod, ExportFormat]] = field(default_factory=list)
     policy: tuple[InstalledMethod, CachePolicy] | None = None
     gates: Gates = field(default_factory=lambda: Gates({}))
+    recalibrated: tuple[Recalibrated, ...] = ()
 
     @property
     def place(self) -> Location:

@@ -111,6 +111,7 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
     from orchestrator.preflight import foresee
     from orchestrator.report import foreseen
     from orchestrator.status import statuses
+    from orchestrator.variants import models_to_make
 
     settings = Settings.from_environment()
     made = make_plan(spec, discover(), settings.home, tracking_uri=settings.public_tracking_uri)
@@ -132,6 +133,7 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
                         "why": status.why,
                         "artifact": _reference(status.artifact) if status.artifact else None,
                         "predicted": None if status.artifact else estimate.as_dict(),
+                        **({"models_to_make": len(models_to_make(step, made.steps))} if step.variants else {}),
                     }
                     for step, status, estimate in zip(made.steps, found, estimates, strict=True)
                 ],
@@ -142,6 +144,8 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
     for step, status, estimate in zip(made.steps, found, estimates, strict=True):
         state = f"cached, artifact {status.artifact.digest[:12]}" if status.artifact else f"to do: {status.why}"
         if not status.artifact:
+            making = len(models_to_make(step, made.steps))
+            state += f"; makes the model {making} times more" if making else ""
             state += f"; about {foreseen(estimate.as_dict())}"
         print_text(f"{step.index + 1:>3}  {step.label:<22} {step.fingerprint[:12]}  {state}")
 

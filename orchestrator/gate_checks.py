@@ -4,9 +4,11 @@ they are measured on is not what the model was calibrated or trained on. Imports
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from orchestrator.bootstrap import CONFIDENCE, FEWEST_UNITS, RESAMPLES
 from orchestrator.checks import Draft, Gates, Note, PluginFaultError, plugin_fault
 from orchestrator.deployment import KV_METRICS
 from orchestrator.errors import SpecError
@@ -19,6 +21,8 @@ from orchestrator.sources import HeldOutFiles, InputFile
 from orchestrator.spec import Bound, Location, StepSpec
 
 KL = "kl_"
+LEAST_CONFIDENCE = 0.5  # below, somebody means 1 - confidence
+MOST_CONFIDENCE = 0.998  # of 10,000 resamples, ten are beyond each end
 
 
 def gates_of(
@@ -43,16 +47,22 @@ def gates_of(
         if method is None and pattern not in declared and ("." in pattern or "*" in pattern):
             continue  # whether it is measured depends on parameters, and those are wrong
         for name in _matching(pattern, declared, step.method, place, note):
-            fault = _unheld(installed.cls, name, bound, declared)
+            fault = _unheld(installed.cls, name, bound, declared) or _unsure(method, bound.confidence)
             if fault:
                 note(fault, place)
-            given = bound.model_dump(exclude_none=True)
-            require[name] = {**require[name], **given} if name in require else given
+            given = {**require.get(name, {}), **bound.model_dump(exclude_none=True)}
+            if given.get("min", -math.inf) > given.get("max", math.inf):  # each by itself can be held
+                note(
+                    SpecError(f"together with another bound, {name} has min {given['min']} above max {given['max']}"),
+                    place,
+                )
+            require[name] = given
     fallen: list[str] = []
     for index, pattern in enumerate(step.must_not_fall if method else ()):
         place = (*location, "must_not_fall", index)
         for name in _matching(pattern, declared, step.method, place, note):
             fault = _no_twin(installed.cls, name, declared) or _no_interval(installed.cls, (name, dense_of(name)))
+            fault = fault or _unsure(method, CONFIDENCE)
             if fault:
                 note(fault, place)
             fallen.append(name)
@@ -87,6 +97,22 @@ def _unheld(cls: type[Method], name: str, bound: Bound, declared: set[str]) -> S
             return fault
         return _no_interval(cls, (ratio_of(name), *(() if bound.min is bound.max is None else (name,))))
     return None if bound.confidence is None else _no_interval(cls, (name,))
+
+
+def _unsure(method: Method | None, confidence: float | None) -> SpecError | None:
+    """Why an interval of this confidence could not be had, or would say nothing."""
+    if confidence is None:
+        return None
+    if not LEAST_CONFIDENCE <= confidence <= MOST_CONFIDENCE:
+        remedy = f"give {LEAST_CONFIDENCE} to {MOST_CONFIDENCE}, for instance 0.95 for an interval of 95 %"
+        return SpecError(f"a confidence of {confidence:g} cannot be had from {RESAMPLES:,} resamples", remedy=remedy)
+    units = method.most_units() if isinstance(method, Evaluator) else None
+    if units is not None and units < FEWEST_UNITS:
+        return SpecError(
+            f"an interval takes {FEWEST_UNITS} units, and this step measures {units}",
+            remedy="measure more (`windows`), or leave out `confidence` and `must_not_fall`",
+        )
+    return None
 
 
 def _no_twin(cls: type[Method], name: str, declared: set[str]) -> SpecError | None:
@@ -152,12 +178,20 @@ def check_gated(drafts: Sequence[Draft], note: Note) -> None:
 
 
 def _of_quality(name: str, owner: Draft) -> bool:
-    """Whether the metric says how good the model is, other than by KL; of a plugin that grades none, any may."""
+    """Whether a gate says how good the model is, other than by KL; of a plugin that grades no metric, any may.
+
+    A bound on the better side of a metric says nothing, nor does a smallest value that every model has.
+    """
     method = owner.method
     if not isinstance(method, Evaluator) or not method.quality:
         return False
     base = base_of(name).removesuffix("_ratio")
-    return not base.startswith(KL) and (base in method.better or not method.better)
+    if base.startswith(KL) or (method.better and base not in method.better):
+        return False
+    bound = owner.gates.require.get(name, {})
+    if not method.better or name in owner.gates.must_not_fall or "retain" in bound:
+        return True
+    return "max" in bound if method.better[base] == "lower" else bound.get("min", 0.0) > 0
 
 
 def _texts(draft: Draft, mark: type) -> Iterator[tuple[str, str]]:

@@ -125,8 +125,8 @@ class _Measurement:
             lower = self.better[base_of(name)] == "lower"
             ratio, found = self.metrics[ratio_of(name)], self._interval(ratio_of(name), confidence)
             if isinstance(found, tuple) and lower:
-                found = 1 / found[1], 1 / found[0]
-            kept = 1 / ratio if lower else ratio
+                found = _inverse(found[1]), _inverse(found[0])
+            kept = _inverse(ratio) if lower else ratio
             said = (
                 f"{name} retains {kept:.6g} of the dense model's ({self.metrics[name]:.6g}, dense "
                 f"{self.metrics[dense_of(name)]:.6g})"
@@ -169,7 +169,7 @@ class _Measurement:
         return GateResult(name, side, limit, value, found, confidence, passed, f"{said}, {allowed}")
 
     def _samples_of(self, name: str) -> Samples:
-        return next(samples for samples in self.samples if name in samples.quotients)
+        return next(samples for samples in self.samples if name in samples.metrics)
 
     def _interval(self, name: str, confidence: float | None) -> tuple[float, float] | str | None:
         """The ends; why there are none; or None if none is asked for."""
@@ -179,7 +179,13 @@ class _Measurement:
         return _too_few(samples) or samples.interval(name, confidence, self.seed)
 
 
+def _inverse(ratio: float) -> float:
+    """1 / ratio; where nothing is left of what there should be little of, a number larger than any share asked for."""
+    return 1 / ratio if ratio > 1e-12 else 1e12
+
+
 def _too_few(samples: Samples) -> str:
     if samples.units >= FEWEST_UNITS:
         return ""
-    return f"{samples.units} {samples.unit}s are too few for an interval: it takes {FEWEST_UNITS}"
+    found = f"{samples.units} {samples.unit}s are" if samples.units != 1 else f"one {samples.unit} is"
+    return f"{found} too few for an interval: it takes {FEWEST_UNITS}"

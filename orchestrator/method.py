@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from orchestrator.bootstrap import Samples
-from orchestrator.sources import HeldOutFiles, InputFile, InputFolders, InputModels
+from orchestrator.recalibration import Recalibration, Variant
+from orchestrator.sources import CalibrationFiles, HeldOutFiles, InputFile, InputFolders, InputModels
 from orchestrator.work import ModelFacts, Work
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ TextSource = Annotated[str, InputFile()]
 TIER = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 TierName = Annotated[str, Field(pattern=TIER, max_length=60)]
 HeldOutSources = Annotated[Mapping[TierName, Annotated[str, Field(min_length=1)]], HeldOutFiles()]
+# Texts by name, on which an evaluator has the model calibrated again: each another one, and none that it measures on.
+CalibrationSources = Annotated[Mapping[TierName, Annotated[str, Field(min_length=1)]], CalibrationFiles()]
 # Folders by the name of the tier that each is; every file in them enters the fingerprint.
 TierFolders = Annotated[Mapping[TierName, Annotated[str, Field(min_length=1)]], InputFolders()]
 # Models with a weight each: a local folder, a hub id, or `DENSE` for the model that the pipeline started from. The plan
@@ -136,6 +139,7 @@ class Context:
     state: of a `ModelMethod` that is `resumable`, a folder that outlives a killed run, until the step has its result.
     cache: a folder that steps and runs share, for what is dear to compute; what it holds may be gone at any time.
     policy: how keys and values are kept, of an `Evaluator` that `takes_policy`; None where the step names none.
+    variants: the `recalibrations` of an `Evaluator`, in their order.
     """
 
     seed: int
@@ -148,6 +152,7 @@ class Context:
     state: Path | None = None
     cache: Path | None = None
     policy: CachePolicy | None = None
+    variants: tuple[Variant, ...] = ()
 
 
 class Method(BaseModel):
@@ -287,6 +292,17 @@ class Evaluator(Method):
     def reads_calibration(self) -> bool:
         """Whether, with these parameters, the calibration set is looked at, if a step before made one."""
         return False
+
+    def recalibrations(self) -> Sequence[Recalibration]:
+        """Return other calibrations that the model is to be made with; `measure` finds them in `Context.variants`.
+
+        Their fingerprints become part of the step's. What making them takes is added to `estimate`.
+        """
+        return ()
+
+    def most_units(self) -> int | None:
+        """The most units that samples of one metric can have with these parameters; None where that is not known."""
+        return None
 
     def expected_units(self) -> int:
         """About how many units `measure` gives samples of; the size of the report follows from it."""

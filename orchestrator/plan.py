@@ -41,6 +41,7 @@ from orchestrator.plugins import InstalledMethod, Methods, library_versions, pac
 from orchestrator.release_checks import check_listed
 from orchestrator.serving_engine import ServingEngine
 from orchestrator.spec import Location, ModelSpec, SpecFile, SpecText, StepSpec, read_spec
+from orchestrator.variants import VariantPlan, check_recalibrations, variant_plans
 
 SOURCE = -1  # stands for the source model where an input is the index of a step
 _SHOWING = (
@@ -80,6 +81,7 @@ class Step:
     calibrated_on: what a layer method's blocks see; None where it sees none. device: "cpu" or "cuda".
     inputs: role ("model", "dense", "calibration") -> index of the step that gives it, or `SOURCE`.
     reads, gives: the model before and after the step, as far as it is foreseen: configuration and dense shapes.
+    variants: other calibrations of the chain before, which an evaluator asks for.
     identity: everything that went into the fingerprint.
     """
 
@@ -99,6 +101,7 @@ class Step:
     gives: Checkpoint
     identity: Mapping[str, Any]
     fingerprint: str
+    variants: tuple[VariantPlan, ...] = ()
 
     @property
     def stage(self) -> Stage:
@@ -160,6 +163,7 @@ def make_plan(
     if file.spec and len(drafts) == len(file.spec.steps):
         check_chain(drafts, note)
         check_gated(drafts, note)
+        check_recalibrations(drafts, digests, note)
     reads: list[Checkpoint] = []
     if source:
         foresight = Foresight(home)
@@ -326,7 +330,7 @@ def _fingerprinted(
             "stage": method.stage.value,
             "method": method.name,
             "parameters": draft.parameters,
-            "plugin": _plugin_identity(draft.installed),
+            "plugin": draft.installed.identity,
             "core": core,
             "environment": library_versions(),
             "inputs": {role: reference(at) for role, at in inputs.items()},
@@ -345,7 +349,7 @@ def _fingerprinted(
                     {
                         "name": engine.name,
                         "parameters": engine.model_dump(mode="json"),
-                        "plugin": _plugin_identity(found),
+                        "plugin": found.identity,
                     }
                     for found, engine in draft.engines
                 ],
@@ -355,15 +359,16 @@ def _fingerprinted(
             identity["policy"] = {
                 "name": policy.name,
                 "parameters": policy.model_dump(mode="json"),
-                "plugin": _plugin_identity(found),
+                "plugin": found.identity,
             }
         if draft.formats:
             identity |= {
                 "seed": spec.seed,
-                "formats": [
-                    format_identity(export) | {"plugin": _plugin_identity(found)} for found, export in draft.formats
-                ],
+                "formats": [format_identity(export) | {"plugin": found.identity} for found, export in draft.formats],
             }
+        variants = variant_plans(draft, steps, model)
+        if variants:
+            identity["variants"] = {variant.asked.name: variant.steps[-1].fingerprint for variant in variants}
         steps.append(
             Step(
                 index=index,
@@ -382,6 +387,7 @@ def _fingerprinted(
                 gives=reads[index + 1],
                 identity=identity,
                 fingerprint=digest_of(identity),
+                variants=variants,
             )
         )
         if isinstance(method, Calibrator):
@@ -390,11 +396,3 @@ def _fingerprinted(
             model = index
     limit = None if spec.max_memory_gib is None else int(spec.max_memory_gib * 2**30)
     return Plan(spec.name, file.path, spec.seed, source, source_digest, tuple(steps), limit)
-
-
-def _plugin_identity(installed: InstalledMethod) -> dict[str, str]:
-    return {
-        "distribution": installed.origin.distribution,
-        "version": installed.origin.version,
-        "source": installed.source_digest,
-    }

@@ -94,6 +94,15 @@ class InstalledMethod:
         """sha256 over the sources of the import package (or module) that defines the class."""
         return package_digest(self.cls.__module__.partition(".")[0])
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What of the plugin decides a result, as it enters fingerprints."""
+        return {
+            "distribution": self.origin.distribution,
+            "version": self.origin.version,
+            "source": self.source_digest,
+        }
+
 
 class PluginError(Exception):
     """Why a plugin is excluded (internal to the host)."""

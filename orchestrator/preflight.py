@@ -40,6 +40,7 @@ from orchestrator.plan import Plan, Step
 from orchestrator.records import LIMIT_VARIABLE, limit_from
 from orchestrator.report import size_text
 from orchestrator.usage import has_torch, resident_bytes
+from orchestrator.variants import variant_work
 from orchestrator.work import ModelFacts, Work
 
 DEFAULT_CALIBRATION = (128, 512)  # where a calibrator does not say what it will give
@@ -135,7 +136,8 @@ def estimate_steps(
                 model = facts_of(step.reads)
                 if packed is not None:
                     model = replace(model, quantized=True, stored_bytes=packed)
-                estimate = _other(step, model, dense, calibration, machine, experience)
+                made = variant_work(step, plan.steps, [earlier.work for earlier in estimates])
+                estimate = _other(step, model, dense, calibration, machine, experience, made)
             if isinstance(method, ModelMethod) and packed is not None:
                 depth = len(facts_of(step.reads).blocks)
                 kept = Invariant.GRID in method.keeps
@@ -233,13 +235,14 @@ def _other(
     calibration: tuple[int, int],
     machine: Machine,
     experience: Experience,
+    variants: Work,
 ) -> Estimate:
     method = step.method
     work = method.estimate(model, dense, calibration)
     if isinstance(method, ModelMethod):
         work = replace(work, disk_bytes=model_bytes(step.gives), moved_bytes=work.moved_bytes + 20 * dense.stored_bytes)
     elif isinstance(method, Evaluator):
-        work = replace(work, disk_bytes=report_bytes(method))
+        work = replace(work, disk_bytes=report_bytes(method)).then(variants)
     for export in step.formats:
         added = export.estimate(model, dense, calibration)
         work = work.then(replace(added, disk_bytes=0, scratch_bytes=added.disk_bytes + added.scratch_bytes))

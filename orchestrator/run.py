@@ -37,9 +37,10 @@ from orchestrator.preflight import Estimate, foresee, learn
 from orchestrator.published import released
 from orchestrator.record import RunRecord
 from orchestrator.register import release_step
+from orchestrator.remaking import Maker
 from orchestrator.status import remember
 from orchestrator.steps import StepInputs, perform
-from orchestrator.usage import Usage, base_bytes, has_torch
+from orchestrator.usage import Usage, base_bytes, has_torch, out_of_memory
 from orchestrator.zeros import zeros_of
 
 _DISK_FULL_BYTES = 1 << 20
@@ -232,6 +233,7 @@ class Execution:
             statistics=self.settings.home / "statistics",
             cache=self.settings.home / CACHE,
             workers=self.estimates[step.index].workers,
+            variants=Maker(self.plan, self.store, scratch, lambda at: self.estimates[at].workers).variants(step),
         )
 
     def _learned(self, step: Step, outcome: StepOutcome) -> dict[str, Any]:
@@ -300,7 +302,7 @@ class Execution:
             remedy = f"the details are in {path}"
             if shutil.disk_usage(self.settings.home).free < _DISK_FULL_BYTES:
                 remedy = f"the disk that holds {self.settings.home} is full: free space and run again"
-            elif _out_of_memory(error):
+            elif out_of_memory(error):
                 remedy = f"free memory and run again, or set max_memory_gib; the details are in {path}"
             with suppress(OSError):  # a full disk must not hide what happened
                 path.write_text(traceback.format_exc(), encoding="utf-8")
@@ -351,13 +353,7 @@ class Execution:
 
 
 def _no_fault_of_the_step(error: BaseException) -> bool:
-    return isinstance(error, KeyboardInterrupt | OSError) or _out_of_memory(error)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch says so by a RuntimeError, with a class of its own for accelerators alone."""
-    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or allocator or type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, KeyboardInterrupt | OSError) or out_of_memory(error)
 
 
 def start(spec_path: Path, methods: Methods, settings: Settings, observer: Observer, engine: str) -> Execution:

@@ -37,6 +37,10 @@ class HeldOutFiles(InputFile):
     """Marks a field that maps names to text sources which must not be those of calibration or training."""
 
 
+class CalibrationFiles(InputFile):
+    """Marks an evaluator's field that maps names to text sources which variants of the model are calibrated on."""
+
+
 class InputFolders:
     """Marks a field that maps names to local folders: the plan resolves each and hashes every file in it."""
 

@@ -21,6 +21,7 @@ from orchestrator.gates import INTERVALS_FILE, SAMPLES_FILE
 from orchestrator.layer_method import LayerMethod, MixedMethod
 from orchestrator.method import Calibrator, Context, Evaluator, Invariant, Measured, ModelMethod
 from orchestrator.plan import Step
+from orchestrator.recalibration import Variant
 from orchestrator.scheme import QuantScheme
 
 METRICS_FILE = "metrics.json"
@@ -43,6 +44,7 @@ class StepInputs:
     statistics: Path  # where records of calibration are kept
     cache: Path | None = None  # what model methods keep for each other
     workers: int | None = None  # of a walk; None: as many as torch has threads
+    variants: tuple[Variant, ...] = ()  # of an evaluator that asks for some
 
     def context(self) -> Context:
         """The context that a method gets."""
@@ -56,6 +58,7 @@ class StepInputs:
             held=frozenset(Invariant(name) for name in self.invariants),
             state=self.state,
             cache=self.cache,
+            variants=self.variants,
         )
 
 

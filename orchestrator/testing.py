@@ -15,8 +15,9 @@ Where a method wants a text file, give it `SAMPLE_TEXT`; a file of your own is u
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.cache_policy import CachePolicy
 from orchestrator.conformance.findings import CHECKS, Findings
@@ -64,7 +65,10 @@ def check_method(method: Method) -> None:
 
 def _with_sample_text(method: M, text: Path) -> M:
     values = method.model_dump()
-    samples = {name: str(text) for name, value in values.items() if value == SAMPLE_TEXT}
+    samples: dict[str, Any] = {name: str(text) for name, value in values.items() if value == SAMPLE_TEXT}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and SAMPLE_TEXT in value.values():
+            samples[name] = {key: str(text) if part == SAMPLE_TEXT else part for key, part in value.items()}
     return type(method).model_validate({**values, **samples}) if samples else method
 
 

@@ -106,3 +106,9 @@ def _cuda() -> Any:
     torch = sys.modules.get("torch")
     used = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
     return torch.cuda if torch is not None and used else None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch says so by a RuntimeError, with a class of its own for accelerators alone."""
+    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or allocator or type(error).__name__ == "OutOfMemoryError"

@@ -71,6 +71,7 @@ FIRST_PARTY: dict[str, list[dict[str, object]]] = {
     "quantize hqq": [{}, {"num_bits": 3, "group_size": 32, "symmetric": True, "scale_dtype": "float16"}],
     "validate perplexity": [_WINDOWS],
     "validate fidelity": [_WINDOWS],
+    "validate robustness": [{**_WINDOWS, "corpora": {"sample": SAMPLE_TEXT}, "seeds": [0, 1], "max_overlap": 1.0}],
     "validate tasks": [{"task_files": {"cloze": _TASK}, "questions": 20, "length_tokens": 64}],
     "validate footprint": [{"new_tokens": 2, "repeats": 1, "threads": 1, "batches": [2]}],
     "validate streaming": [{"source": SAMPLE_TEXT, "window_tokens": 32, "stream_tokens": 96, "passages": 2}],

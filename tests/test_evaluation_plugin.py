@@ -72,8 +72,8 @@ def log_probabilities(checkpoint: Checkpoint, tokens_NT: torch.Tensor) -> torch.
         return model(input_ids=tokens_NT).logits.log_softmax(-1)
 
 
-def test_the_family_registers_its_three_methods() -> None:
-    assert register_methods()[:3] == [Perplexity, Fidelity, Footprint]
+def test_the_family_registers_its_methods() -> None:
+    assert {Perplexity, Fidelity, Footprint} <= set(register_methods())
 
 
 def test_perplexity_agrees_with_a_float64_reference(

@@ -49,6 +49,7 @@ def test_there_are_examples() -> None:
 def shrunk(path: Path, folder: Path) -> Path:
     """The example on a tiny model and a little text, its gates wide open; the chain and the methods are its own."""
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
+    (folder / "web.txt").write_text("a page about ships that sail over cold water. " * 400, encoding="utf-8")
     held_out = {"code": "return seven wizards for each judge", "prose": "some pens write down what a dog says"}
     for name, words in held_out.items():
         (folder / f"{name}.txt").write_text(f"{words}. " * 400, encoding="utf-8")
@@ -74,6 +75,8 @@ def shrunk(path: Path, folder: Path) -> Path:
         "window_tokens": 32,
         "window": 28,
         "sources": {name: f"{name}.txt" for name in held_out},
+        "corpora": {"own": "text.txt", "web": "web.txt"},
+        "seeds": [0],
         "batches": [1, 2],
         "questions": 10,
     }
@@ -82,7 +85,7 @@ def shrunk(path: Path, folder: Path) -> Path:
         step["with"] = {key: small.get(key, value) for key, value in given.items()}
         if "register" in step:
             step["with"].pop("uri", None)
-        if "validate" in step and step["validate"] in ("perplexity", "fidelity"):
+        if "validate" in step and step["validate"] in ("perplexity", "fidelity", "robustness"):
             step["with"] |= {"length_tokens": 32, "windows": 4}
         if step.get("validate") == "footprint":
             step["with"] |= {"new_tokens": 4, "repeats": 1}
@@ -106,7 +109,11 @@ def shrunk(path: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["awq.yaml", "llm-pruner.yaml", "minillm.yaml", "hybrid.yaml", "streaming-llm.yaml", "gated.yaml"]
+    "name",
+    [
+        *("awq.yaml", "llm-pruner.yaml", "minillm.yaml", "hybrid.yaml"),
+        *("streaming-llm.yaml", "gated.yaml", "robustness.yaml"),
+    ],
 )
 def test_an_example_runs_at_small_scale(name: str, tmp_path: Path, methods: Methods, tracking_uri: str) -> None:
     path = Path(__file__).parents[1] / "flows" / "specs" / name
@@ -116,5 +123,5 @@ def test_an_example_runs_at_small_scale(name: str, tmp_path: Path, methods: Meth
     document = execution.document()
     assert document["release"] is not None
     metrics = {name: value for step in document["steps"] for name, value in step["metrics"].items()}
-    ratios = [value for name, value in metrics.items() if name.startswith("perplexity_ratio")]
+    ratios = [value for name, value in metrics.items() if name.startswith("perplexity_ratio") and "_std" not in name]
     assert ratios and all(0.5 < ratio < 3 for ratio in ratios)

@@ -259,10 +259,28 @@ def test_sources_that_are_none(plan: Callable[[str], Plan], given: str, said: st
         ("must_not_fall: [perplexity_tokens.code]", "must_not_fall[0]: perplexity_tokens.code cannot be compared"),
         ("must_not_fall: [accuracy]", "perplexity measures no 'accuracy'"),
         ("must_not_fall: perplexity.code", "valid array"),
+        ("require: {perplexity.code: {max: .nan}}", "finite number"),
+        ("require: {perplexity.code: {min: 9, max: 8}}", "min 9.0 is larger than max 8.0"),
+        (
+            "require: {'perplexity.*': {min: 9}, perplexity.code: {max: 8}}",
+            "together with another bound, perplexity.code has min 9.0 above max 8.0",
+        ),
+        (
+            "require: {perplexity.code: {max: 9, confidence: 0.05}}",
+            "a confidence of 0.05 cannot be had from 10,000 resamples; give 0.5 to 0.998",
+        ),
+        ("require: {perplexity.code: {max: 9, confidence: 0.9999999}}", "a confidence of 1 cannot be had"),
     ],
 )
 def test_a_gate_that_nothing_can_be_held_against(plan: Callable[[str], Plan], require: str, said: str) -> None:
     assert said in refused(plan, gated(require))
+
+
+@pytest.mark.parametrize("bound", ["require: {perplexity.code: {max: 9, confidence: 0.9}}", "must_not_fall: ['perp*']"])
+def test_an_interval_of_a_window_or_two_is_refused_while_planning(plan: Callable[[str], Plan], bound: str) -> None:
+    text = gated(bound.replace("perp*", "perplexity.*")).replace("windows: 12", "windows: 1")
+    assert "an interval takes 10 units, and this step measures 1; measure more (`windows`)" in refused(plan, text)
+    plan(gated("require: {perplexity.code: {max: 9}}").replace("windows: 12", "windows: 1"))
 
 
 def test_a_star_is_every_metric_that_it_matches(plan: Callable[[str], Plan]) -> None:
@@ -292,6 +310,12 @@ def test_a_release_never_rests_on_kl_alone(plan: Callable[[str], Plan]) -> None:
     plan(gated("require: {perplexity_ratio.code: {max: 9}}").replace("  - register", kl + "  - register"))
     plan(SPEC.replace("  - register", KL % "kl_mean: {max: 1}, top1_flips: {max: 0.5}" + "  - register"))
     plan(SPEC.split("  - register")[0] + kl)  # nothing is registered
+    # Bounds that no model could violate are no gates on quality.
+    for idle in ("perplexity_ratio.code: {min: 0.1}", "perplexity.code: {min: 1}", "perplexity_tokens.code: {min: 1}"):
+        assert "kl_mean" in refused(plan, gated(f"require: {{{idle}}}").replace("  - register", kl + "  - register"))
+    assert "kl_mean" in refused(
+        plan, SPEC.replace("  - register", KL % "kl_mean: {max: 1}, top1_agreement: {min: 0}" + "  - register")
+    )
     # A gate on the model before another step says nothing of what is released.
     early = gated("require: {perplexity_ratio.code: {max: 9}}")
     stale = early.replace("  - register", "  - quantize: rtn\n    with: {group_size: 32}\n" + kl + "  - register")
@@ -406,6 +430,36 @@ def test_retention_is_compressed_by_dense_and_the_other_way_where_less_is_better
     for bound, passed in ((0.9, True), (0.91, False)):
         (gate,) = gate_results(Measures({"perplexity.a": {"retain": bound}}), perplexity, None)  # type: ignore[arg-type]
         assert gate.passed is passed and gate.value == pytest.approx(1 / 1.1)
+
+
+def test_nothing_left_of_what_there_should_be_little_of_is_all_retained(tmp_path: Path) -> None:
+    """1 / 0 is no traceback; neither is an interval that reaches 0."""
+    (tmp_path / "samples.json").write_text(
+        json.dumps(
+            [
+                Samples(
+                    "question",
+                    {"after": [0.0] * 12, "before": [1.0, 0.0] * 6, "units": [1.0] * 12},
+                    {"perplexity_ratio.a": Quotient("after", "before")},
+                ).as_dict()
+            ]
+        )
+    )
+    metrics = {"perplexity.a": 0.0, "dense_perplexity.a": 0.5, "perplexity_ratio.a": 0.0}
+    step: Any = Measures({"perplexity.a": {"retain": 0.9, "confidence": 0.9}})
+    (gate,) = gate_results(step, metrics, tmp_path)
+    assert gate.passed and json.loads(json.dumps(gate.as_dict(), allow_nan=False))["value"] > 1
+
+
+def test_a_kl_of_the_tail_has_an_interval(
+    dense: Checkpoint, candidate: Checkpoint, sources: dict[str, str], context: Context
+) -> None:
+    measured = Fidelity(sources=sources, length_tokens=LENGTH, windows=12, batch=5).measure(candidate, dense, context)
+    samples = measured.samples[1]
+    assert samples.faults(measured.metrics) == []
+    low, high = samples.intervals(0.95, seed=0)["kl_p99.prose"]
+    assert low <= measured.metrics["kl_p99.prose"] <= high
+    assert low < high
 
 
 def test_a_cache_that_is_too_small_refuses_the_release(

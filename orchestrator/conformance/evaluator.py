@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 from orchestrator.bootstrap import Samples
+from orchestrator.canonical import digest_of
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.conformance.findings import Findings
 from orchestrator.conformance.laboratory import Laboratory
 from orchestrator.conformance.surroundings import left_alone
 from orchestrator.gates import base_of
 from orchestrator.method import Evaluator, Measured
+from orchestrator.recalibration import Progress, Recalibration, Remade, Variant
 
 # A metric with one of these in its name is of the machine, not of the model, and differs from run to run.
 NOISY = ("second", "memory", "time", "latency", "speed", "throughput")
@@ -49,6 +54,7 @@ def _measure(
 ) -> Mapping[str, float] | None:
     """Measure against the dense model; None if that failed or what came out is no mapping of declared numbers."""
     context = laboratory.context(0, laboratory.calibration(), lambda fraction, message: None)
+    context = replace(context, variants=_variants(method, candidate, laboratory))
     measured: Mapping[str, float] | Measured | None = None
     samples: Sequence[Samples] = ()
     with findings.attempt("E1 runs", "`measure`"), left_alone(findings, "`measure`", seed=global_seed):
@@ -78,6 +84,20 @@ def _measure(
     return measured
 
 
+def _variants(method: Evaluator, candidate: Checkpoint, laboratory: Laboratory) -> tuple[Variant, ...]:
+    """What the core would make of the method's recalibrations; the model of each is the candidate, its text its own."""
+
+    @contextmanager
+    def remade(asked: Recalibration, progress: Progress) -> Iterator[Remade]:
+        progress(1.0, "made")
+        yield Remade(candidate, laboratory.calibration(asked.source, asked.seed))
+
+    return tuple(
+        Variant(asked, digest_of([asked.name, candidate.path.name]), partial(remade, asked))
+        for asked in method.recalibrations()
+    )
+
+
 def _check_curves(measured: Measured, findings: Findings) -> None:
     for name, curve in measured.curves.items():
         places = [place for place, _ in curve]
@@ -96,7 +116,7 @@ def _check_samples(
     """Samples give the metrics that they are said to, and every metric that is declared to have some."""
     faults = [fault for samples in given for fault in samples.faults(metrics)]
     findings.expect("E6 samples", not faults, f"the samples do not fit the metrics: {'; '.join(faults)}")
-    sampled = {metric for samples in given for metric in samples.quotients}
+    sampled = {metric for samples in given for metric in samples.metrics}
     lacking = sorted(name for name in method.declared() if base_of(name) in method.sampled and name not in sampled)
     findings.expect("E6 samples", not lacking, f"{', '.join(lacking)} declared in `sampled`, but no samples give them")
 

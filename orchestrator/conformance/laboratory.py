@@ -66,9 +66,11 @@ class Laboratory:
         _quantize(Checkpoint(dense), folder / "quantized")
         return cls(folder, text, *(Checkpoint(folder / name) for name in ("dense", "pruned", "quantized")))
 
-    def calibration(self) -> CalibrationSet:
-        """Sixteen windows of 32 tokens of the text."""
-        return token_windows(str(self.text), self.dense.load_tokenizer(), num_sequences=16, length=32)
+    def calibration(self, source: str | None = None, seed: int = 0) -> CalibrationSet:
+        """Sixteen windows of 32 tokens of the text, or of another."""
+        return token_windows(
+            source or str(self.text), self.dense.load_tokenizer(), num_sequences=16, length=32, seed=seed
+        )
 
     def context(
         self,

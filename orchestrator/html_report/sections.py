@@ -184,6 +184,7 @@ def _figures(step: StepView, found: Any) -> list[Html]:
         if pairs and all(isinstance(value, int | float) for pair in pairs for value in pair):
             curves[str(name)] = pairs
     axis = "position" if step.stage == "validate" else "update"
+    axis = "seed" if curves and all(name.endswith("_by_seed") for name in curves) else axis
 
     def unit(name: str) -> str:
         return next((word for word in _UNITS if word in name), name)

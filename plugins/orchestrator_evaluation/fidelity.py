@@ -6,12 +6,22 @@ chunk, V = vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from orchestrator.api import Checkpoint, Context, Measured, ModelFacts, Quotient, Samples, Stage, StepError, Work
+from orchestrator.api import (
+    Checkpoint,
+    Context,
+    Measured,
+    ModelFacts,
+    Quantile,
+    Quotient,
+    Samples,
+    Stage,
+    StepError,
+    Work,
+)
 from orchestrator_evaluation.forward import WindowEvaluator, chunks, load_float32, logits_of
 
 if TYPE_CHECKING:
@@ -38,7 +48,7 @@ class Fidelity(WindowEvaluator):
         "top1_agreement": "higher",
         "top1_flips": "lower",
     }
-    sampled: ClassVar[frozenset[str]] = frozenset({"kl_mean", "top1_agreement", "top1_flips"})
+    sampled: ClassVar[frozenset[str]] = frozenset({"kl_mean", "kl_p99", "top1_agreement", "top1_flips"})
 
     def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
         """Both models in float32, with the logits of one batch of each."""
@@ -55,19 +65,17 @@ class Fidelity(WindowEvaluator):
         windows, done = sum(map(len, texts.values())), 0
         samples = []
         for suffix, tokens_NT in texts.items():
-            kl_sums: list[float] = []
             flips: list[int] = []
-            parts: list[torch.Tensor] = []
+            divergences: list[torch.Tensor] = []
             for start in range(0, len(tokens_NT), self.batch):
                 for kl_T, flipped in _compared(dense, compressed, tokens_NT[start : start + self.batch]):
-                    parts.append(kl_T)
-                    kl_sums.append(float(kl_T.sum()))
+                    divergences.append(kl_T)
                     flips.append(flipped)
                 context.progress((done + len(flips)) / windows, f"window {done + len(flips)} of {windows}")
             done += len(flips)
-            part = _samples(suffix, kl_sums, flips, tokens_NT.shape[1])
-            metrics |= {name: part.value(name) for name in part.quotients}
-            metrics |= {f"kl_p99{suffix}": _p99(parts), f"fidelity_tokens{suffix}": float(tokens_NT.numel())}
+            part = _samples(suffix, divergences, flips, tokens_NT.shape[1])
+            metrics |= {name: part.value(name) for name in part.metrics}
+            metrics[f"fidelity_tokens{suffix}"] = float(tokens_NT.numel())
             samples.append(part)
         return Measured(metrics, samples=samples)
 
@@ -100,9 +108,10 @@ def _compared(
         yield kl_T, flipped
 
 
-def _samples(suffix: str, kl_sums: Sequence[float], flips: Sequence[int], positions: int) -> Samples:
-    columns = {
-        "kl_nats": kl_sums,
+def _samples(suffix: str, divergences: Sequence[torch.Tensor], flips: Sequence[int], positions: int) -> Samples:
+    """Windows as units. divergences: of each window [T], nats, float64."""
+    columns: dict[str, Sequence[float]] = {
+        "kl_nats": [float(kl_T.sum()) for kl_T in divergences],
         "flips": flips,
         "agreeing": [positions - flipped for flipped in flips],
         "positions": [positions] * len(flips),
@@ -112,15 +121,8 @@ def _samples(suffix: str, kl_sums: Sequence[float], flips: Sequence[int], positi
         f"top1_flips{suffix}": Quotient("flips", "positions"),
         f"top1_agreement{suffix}": Quotient("agreeing", "positions"),
     }
-    return Samples("window", columns, quotients)
-
-
-def _p99(parts: Sequence[torch.Tensor]) -> float:
-    """The 99th percentile of all positions, nearest rank."""
-    import torch
-
-    kl_P = torch.cat(list(parts)).sort().values
-    return float(kl_P[math.ceil(0.99 * len(kl_P)) - 1])
+    tails = {f"kl_p99{suffix}": Quantile.of(0.99, "positions", [kl_T.numpy() for kl_T in divergences])}
+    return Samples("window", columns, quotients, tails)
 
 
 def kl_divergence(reference_CV: torch.Tensor, other_CV: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,9 @@ _OF_A_BATCH = {
     "first_token_seconds": "seconds from the prompts to the first new token of all sequences (median)",
     "peak_memory_bytes": "largest resident memory of the process up to then, bytes; smaller batches came before",
 }
+_SPREAD = "_spread"  # of what is timed in every round
+_TIMED = ("tokens_per_second", "first_token_seconds")
+_OF_ROUNDS = "(largest - smallest) / median of {} over the rounds: how far this machine can be trusted"
 _PROCESS_BYTES = 600 << 20  # of a process that has imported Transformers
 
 
@@ -50,6 +53,8 @@ class Footprint(Evaluator):
         **{f"dense_{name}": f"{what}; dense model" for name, what in _MEASURED.items()},
         **{f"{name}_ratio": f"{name} / dense_{name}" for name in _MEASURED},
         "tokens_per_second_ratio": "compressed / dense speed in the same round (median of the rounds)",
+        f"tokens_per_second{_SPREAD}": f"{_OF_ROUNDS.format('tokens_per_second')}; compressed model",
+        f"dense_tokens_per_second{_SPREAD}": f"{_OF_ROUNDS.format('tokens_per_second')}; dense model",
     }
 
     better: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {
@@ -75,16 +80,25 @@ class Footprint(Evaluator):
 
     def declared(self) -> Mapping[str, str]:
         """The metrics of one sequence, and of every batch."""
-        return dict(self.metrics) | {
-            f"{form.format(name)}.{_tier(batch)}": text.format(what, name)
-            for batch in self.batches
-            for name, what in _OF_A_BATCH.items()
-            for form, text in (
-                ("{}", f"{{0}}; compressed model, {batch} at once"),
-                ("dense_{}", f"{{0}}; dense model, {batch} at once"),
-                ("{}_ratio", f"{{1}} compressed / dense, {batch} at once"),
-            )
-        }
+        return (
+            dict(self.metrics)
+            | {
+                f"{form.format(name)}.{_tier(batch)}": text.format(what, name)
+                for batch in self.batches
+                for name, what in _OF_A_BATCH.items()
+                for form, text in (
+                    ("{}", f"{{0}}; compressed model, {batch} at once"),
+                    ("dense_{}", f"{{0}}; dense model, {batch} at once"),
+                    ("{}_ratio", f"{{1}} compressed / dense, {batch} at once"),
+                )
+            }
+            | {
+                f"{side}{name}{_SPREAD}.{_tier(batch)}": f"{_OF_ROUNDS.format(name)}; {model} model, {batch} at once"
+                for batch in self.batches
+                for name in _TIMED
+                for side, model in (("", "compressed"), ("dense_", "dense"))
+            }
+        )
 
     def estimate(self, model: ModelFacts, dense: ModelFacts, calibration: tuple[int, int]) -> Work:
         """Nothing in this process; two others with a model each, which write token by token."""
@@ -122,6 +136,8 @@ class Footprint(Evaluator):
             result["peak_memory_bytes"] = compressed.finish()
         result["dense_tokens_per_second"] = statistics.median(rate for rate, _ in rounds)
         result["tokens_per_second"] = statistics.median(rate for _, rate in rounds)
+        for prefix, rates in zip(("dense_", ""), zip(*rounds, strict=True), strict=True):
+            result[f"{prefix}tokens_per_second{_SPREAD}"] = _spread(rates)
         for name in _MEASURED:
             result[f"{name}_ratio"] = result[name] / result[f"dense_{name}"]
         result["tokens_per_second_ratio"] = statistics.median(after / before for before, after in rounds)
@@ -139,6 +155,10 @@ class Footprint(Evaluator):
         return command
 
 
+def _spread(values: Sequence[float]) -> float:
+    return (max(values) - min(values)) / statistics.median(values)
+
+
 def _tier(batch: int) -> str:
     return f"batch-{batch}"
 
@@ -152,6 +172,9 @@ def _of_a_batch(batch: int, pairs: Sequence[tuple[Mapping[str, float], Mapping[s
         for form, values in (("dense_{}", dense), ("{}", compressed), ("{}_ratio", ratios)):
             value = values[-1] if name == "peak_memory_bytes" else statistics.median(values)
             result[f"{form.format(name)}.{_tier(batch)}"] = value
+        if name in _TIMED:
+            result[f"dense_{name}{_SPREAD}.{_tier(batch)}"] = _spread(dense)
+            result[f"{name}{_SPREAD}.{_tier(batch)}"] = _spread(compressed)
     return result
 
 

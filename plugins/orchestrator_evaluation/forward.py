@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import Field, model_validator
 
 from orchestrator.api import (
+    CalibrationSet,
     Checkpoint,
     Context,
     Evaluator,
@@ -81,6 +82,10 @@ class WindowEvaluator(Evaluator):
         """Several texts are compared with the calibration set."""
         return self.sources is not None
 
+    def most_units(self) -> int | None:
+        """Windows of each text, if their number is given."""
+        return self.windows
+
     def expected_units(self) -> int:
         """Windows of all texts."""
         return sum(self.windows or _windows_of(source, self.length_tokens) for source in self._texts().values())
@@ -111,20 +116,25 @@ class WindowEvaluator(Evaluator):
 
         Raises `StepError` for too little text, too long windows, or a text that is in the calibration set.
         """
-        texts = {suffix: self.tokens_NT(baseline, source) for suffix, source in self._texts().items()}
-        if self.sources is None:
-            return texts, {}
-        overlaps = {}
-        for suffix, tokens_NT in texts.items():
-            share = 0.0 if context.calibration is None else overlap(tokens_NT, context.calibration.tokens_NT)
+        texts = self.tokens_of_texts(baseline)
+        shares = {} if self.sources is None else overlaps(texts, context.calibration)
+        self.refuse_overlap(shares, "the calibration set")
+        return texts, shares
+
+    def tokens_of_texts(self, baseline: Checkpoint) -> dict[str, torch.Tensor]:
+        """The windows [N, T] of every text, by what is put behind a metric's name. Raises as `tokens_NT` does."""
+        return {suffix: self.tokens_NT(baseline, source) for suffix, source in self._texts().items()}
+
+    def refuse_overlap(self, shares: Mapping[str, float], what: str) -> None:
+        """Raise `StepError` if one of `overlaps` is too large. what: the calibration set, for people."""
+        for metric, share in shares.items():
             if share > self.max_overlap:
+                text = f"sources{metric.removeprefix(OVERLAP)}" if self.sources else "source"
                 raise StepError(
-                    f"{share:.1%} of the runs of {RUN_TOKENS} tokens in sources{suffix} stand in the calibration set "
-                    f"too; at most {self.max_overlap:.1%} may",
+                    f"{share:.1%} of the runs of {RUN_TOKENS} tokens in {text} stand in {what} too; at most "
+                    f"{self.max_overlap:.1%} may",
                     remedy="name a text that is held out, or raise max_overlap if such repetition is its nature",
                 )
-            overlaps[f"{OVERLAP}{suffix}"] = share
-        return texts, overlaps
 
     def tokens_NT(self, baseline: Checkpoint, source: str | None = None) -> torch.Tensor:
         """The windows, in tokens of the dense model. Raises `StepError` for too little text or too long windows."""
@@ -143,6 +153,14 @@ class WindowEvaluator(Evaluator):
             random=False,
         )
         return windows.tokens_NT
+
+
+def overlaps(texts: Mapping[str, torch.Tensor], calibration: CalibrationSet | None) -> dict[str, float]:
+    """By metric, how much of each text's windows [N, T] stands in a calibration set, 0 to 1."""
+    return {
+        f"{OVERLAP}{suffix}": 0.0 if calibration is None else overlap(tokens_NT, calibration.tokens_NT)
+        for suffix, tokens_NT in texts.items()
+    }
 
 
 def _windows_of(source: str, length: int) -> int:
