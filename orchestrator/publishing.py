@@ -11,6 +11,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -80,8 +81,10 @@ class Store(ReleaseReader):
         with self._errors(PublishError, f"cannot publish {uri}"):
             paths = walk(folder)
             self._prepare()
-            self._take_up(name, paths)
-            there = set(self._list_tree(name))
+            with ThreadPoolExecutor(1) as beside:
+                looking = beside.submit(self._take_up, name, paths)
+                there = set(self._list_tree(name))
+                looking.result()
             existing = self._read_listing(name) if COMPLETE in there else None
             with ExitStack() as sent:
                 items = [self._hash(name, *entry, there, meter, sent) for entry in paths]
@@ -91,12 +94,14 @@ class Store(ReleaseReader):
                     remedy = "publish under another name"
                     raise PublishError(f"{uri} is already published with other files", remedy=remedy)
                 self._settle_all(name, items, there, meter)
-            absent = RELEASE not in there
-            ours, body = body, self._settle_listing(f"{name}/{RELEASE}", body, files, absent=absent)
-            release = parse(uri, body)
-            if key:
-                self._settle_signature(name, release, key, ours=body == ours)
-            self._clear_up(name, paths)
+            with ThreadPoolExecutor(1) as beside:
+                clearing = beside.submit(self._clear_up, name, paths)
+                absent = RELEASE not in there
+                ours, body = body, self._settle_listing(f"{name}/{RELEASE}", body, files, absent=absent)
+                release = parse(uri, body)
+                if key:
+                    self._settle_signature(name, release, key, ours=body == ours)
+                clearing.result()
             seal = f"{release.digest}\n".encode()
             self._settle(f"{name}/{COMPLETE}", Item.of_bytes(COMPLETE, seal), Meter(), absent=COMPLETE not in there)
             return release
