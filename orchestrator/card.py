@@ -12,11 +12,20 @@ from typing import Any
 
 import yaml
 
+from orchestrator.bootstrap import CONFIDENCE
 from orchestrator.canonical import digest_of
 from orchestrator.foreign import leads_outside
-from orchestrator.provenance import CARD, Provenance
+from orchestrator.provenance import CARD, Evidence, Provenance
+from orchestrator.report import Row, metric_rows
 
 SOURCE_CARD = "README.source.md"
+_SURE = f"{100 * CONFIDENCE:g} %"
+_DEMANDS = {
+    "min": "at least {}",
+    "max": "at most {}",
+    "retain": "at least {} of the dense model's retained",
+    "must_not_fall": "not worse than dense beyond chance (difference)",
+}
 
 
 def write_card(folder: Path, source: Path, config: Mapping[str, Any], provenance: Provenance) -> None:
@@ -52,6 +61,10 @@ def _lines(folder: Path, config: Mapping[str, Any], provenance: Provenance) -> I
     yield "## Quality"
     yield ""
     yield from _metrics(provenance)
+    yield "## Gates"
+    yield ""
+    yield from _gates(provenance)
+    yield ""
     yield "## How it was made"
     yield ""
     yield "| step | method | parameters | plugin |"
@@ -96,20 +109,49 @@ def _lines(folder: Path, config: Mapping[str, Any], provenance: Provenance) -> I
 
 
 def _metrics(provenance: Provenance) -> Iterator[str]:
-    rows = [(e, name, value) for e in provenance.evidence for name, value in e.metrics.items()]
-    if not rows:
+    measured = [(entry.method, entry.intervals, row) for entry in provenance.evidence for row in _rows(entry)]
+    if not measured:
         yield "Not measured in the pipeline that made this release."
         yield ""
         return
-    yield "| measured by | metric | value | demanded |"
-    yield "|---|---|---|---|"
-    for evidence, name, value in rows:
-        bound = evidence.require.get(name, {})
-        demanded = ", ".join(f"{_plain(side)} {_plain(limit)}" for side, limit in sorted(bound.items()))
-        yield f"| `{evidence.method}` | {name} | {value:.4g} | {demanded} |"
+    yield f"| measured by | metric | dense | compressed | ratio | {_SURE} interval |"
+    yield "|---|---|---:|---:|---:|---|"
+    for method, intervals, row in measured:
+        cells = (_plain(row.name), _number(row.dense), _number(row.compressed), _number(row.ratio))
+        yield f"| `{method}` | {' | '.join(cells)} | {_interval(intervals.get(row.name))} |"
     yield ""
-    yield "Ratios are compressed / dense, on held-out text of the pipeline. Whatever was demanded was met."
+    yield "Ratios are compressed / dense, on held-out text of the pipeline; intervals are of what is compressed."
     yield ""
+
+
+def _rows(evidence: Evidence) -> list[Row]:
+    return metric_rows([{"stage": "validate", "metrics": evidence.metrics}])
+
+
+def _gates(provenance: Provenance) -> Iterator[str]:
+    """What was demanded, and what it was held against."""
+    gates = [(entry.method, gate) for entry in provenance.evidence for gate in entry.gates]
+    if not gates:
+        yield "The pipeline demanded nothing of this model."
+        return
+    yield "| measured by | metric | demanded | found | interval | met |"
+    yield "|---|---|---|---:|---|---|"
+    for method, gate in gates:
+        sure = f", {100 * gate['confidence']:.6g} % confidence" if gate["confidence"] else ""
+        demanded = _DEMANDS[gate["bound"]].format(_number(gate["limit"])) + sure
+        cells = (_plain(gate["metric"]), demanded, _number(gate["value"]), _interval(gate["interval"]))
+        yield f"| `{method}` | {' | '.join(cells)} | {'yes' if gate['passed'] else 'no'} |"
+    yield ""
+    yield "With a confidence, the worse end of the interval had to keep the bound."
+    yield "Bounds on speed and memory, which depend on the machine, are not listed."
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"{_number(ends[0])} to {_number(ends[1])}"
 
 
 def _limits(folder: Path, config: Mapping[str, Any], provenance: Provenance) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli_output import print_json, print_text, results_only, say
-from orchestrator.errors import PreflightError
+from orchestrator.errors import PreflightError, SpecError
 
 if TYPE_CHECKING:
     from orchestrator.home import Settings
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 STDOUT = "-"
 Reference = Annotated[
-    str, typer.Argument(metavar="REF", help="A run, a digest or its first characters, a path, or models:/NAME@ALIAS.")
+    str,
+    typer.Argument(
+        metavar="REF", help="A run or its journal, a digest or its first characters, a path, or models:/NAME@ALIAS."
+    ),
 ]
 Other = Annotated[str | None, typer.Argument(metavar="OTHER", help="Compare with this one.")]
 OutputOption = Annotated[
@@ -36,6 +39,8 @@ def report(reference: Reference, other: Other = None, output: OutputOption = Non
     from orchestrator.home import Settings
     from orchestrator.html_report import comparison_page, report_path, run_page, verdict
 
+    if as_json and output == STDOUT:
+        raise SpecError("--json and --output - both want stdout", remedy="leave one out, or give --output a file")
     settings = Settings.from_environment()
     views = [view_of(name, settings) for name in (reference, other) if name is not None]
     names = [view.run or view.steps[-1].digest or view.title for view in views]
@@ -69,6 +74,12 @@ def view_of(reference: str, settings: Settings) -> RunView:
 
     if is_run(settings.home, reference):
         return read_run(settings.home, reference)
+    path = Path(reference)
+    if path.suffix == ".jsonl" and path.is_file():  # the journal of a run, in whichever home
+        home = path.resolve().parent.parent
+        if not is_run(home, path.stem):
+            raise SpecError(f"{path} is no journal in the folder runs/ of a home", remedy="name the run by its id")
+        return read_run(home, path.stem)
     if reference.startswith("models:/"):
         from orchestrator.registry import ModelRegistry
 

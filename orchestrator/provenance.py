@@ -24,16 +24,29 @@ _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a validate step measured and demanded. metrics: those that do not depend on the machine."""
+    """What a step measured, and which bounds that was held against. Nothing of it depends on the machine.
+
+    gates: as `orchestrator.gates.GateResult.as_dict` returns them.
+    intervals: by metric, at `orchestrator.bootstrap.CONFIDENCE`.
+    """
 
     method: str
     metrics: Mapping[str, float]
-    require: Mapping[str, Mapping[str, float]]
+    gates: Sequence[Mapping[str, Any]]
+    intervals: Mapping[str, tuple[float, float]]
 
     @classmethod
-    def of(cls, method: str, metrics: Mapping[str, float], require: Mapping[str, Mapping[str, float]]) -> Evidence:
+    def of(
+        cls,
+        method: str,
+        metrics: Mapping[str, float],
+        gates: Sequence[Mapping[str, Any]],
+        intervals: Mapping[str, tuple[float, float]] | None = None,
+    ) -> Evidence:
+        """Keep what does not depend on the machine."""
         kept = {name: value for name, value in metrics.items() if not _OF_THE_MACHINE.search(name)}
-        return cls(method, kept, require)
+        held = [gate for gate in gates if not _OF_THE_MACHINE.search(gate["metric"])]
+        return cls(method, kept, held, intervals or {})
 
 
 @dataclass(frozen=True)

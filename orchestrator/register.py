@@ -11,7 +11,7 @@ from orchestrator.bundle import bundle_digest, document_bundle, write_bundle
 from orchestrator.deployment import PLAN_FILE, kv_metrics
 from orchestrator.errors import GateError
 from orchestrator.formats import write_formats
-from orchestrator.gates import gate_problems, gate_results
+from orchestrator.gates import gate_problems, gate_results, read_intervals
 from orchestrator.method import Publisher, Stage
 from orchestrator.outcome import StepOutcome
 from orchestrator.plan import Plan, Step
@@ -47,14 +47,16 @@ def release_step(
     inputs.progress(0.0, "bundling")
     fits = kv_metrics(step.engines, ModelShape.from_config(inputs.model.config), inputs.model.weight_bytes())
     remedy = "nothing was registered; compress further, or plan with more memory or shorter sequences"
-    refused = gate_problems(step, gate_results(step, fits, None), remedy)
+    held = gate_results(step, fits, None)
+    refused = gate_problems(step, held, remedy)
     if refused:
         raise GateError(refused)
     note = zeros_note(inputs.model, inputs.invariants)
     write_bundle(inputs.model, step.engines, bundle)
     written = write_formats(step.formats, inputs.model, bundle, inputs.invariants, inputs.context())
     measured = finite("formats", written)  # before anything is published
-    provenance = _provenance(plan, step, lineage, outcomes, note)
+    fitted = Evidence.of(publisher.name, {}, [result.as_dict() for result in held])
+    provenance = _provenance(plan, step, lineage, [*_evidence(plan, step, outcomes), fitted], note)
     document_bundle(bundle, plan.source, inputs.model, provenance)
     content = bundle_digest(bundle)
     manifest = {
@@ -103,19 +105,27 @@ def release_step(
     return StepFacts("release", {**sizes, **measured, **fits}, {})
 
 
+def _evidence(plan: Plan, step: Step, outcomes: Mapping[int, StepOutcome]) -> list[Evidence]:
+    """What the validate steps before measured on the model that is released."""
+    validated = [
+        outcomes[other.index]
+        for other in plan.steps[: step.index]
+        if other.stage is Stage.VALIDATE and other.inputs["model"] == step.inputs["model"] and other.index in outcomes
+    ]
+    return [
+        Evidence.of(one.method, one.metrics, [gate.as_dict() for gate in one.gates], read_intervals(one.path))
+        for one in validated
+    ]
+
+
 def _provenance(
     plan: Plan,
     step: Step,
     lineage: Sequence[Mapping[str, Any]],
-    outcomes: Mapping[int, StepOutcome],
+    evidence: Sequence[Evidence],
     zeros: str | None,
 ) -> Provenance:
     architecture, hub_id, licence = describe_source(plan.source)
-    validated = [
-        (other, outcomes[other.index])
-        for other in plan.steps[: step.index]
-        if other.stage is Stage.VALIDATE and other.inputs["model"] == step.inputs["model"] and other.index in outcomes
-    ]
     return Provenance(
         name=plan.name,
         architecture=architecture,
@@ -123,7 +133,7 @@ def _provenance(
         licence=licence,
         source_digest=plan.source_digest,
         lineage=lineage,
-        evidence=[Evidence.of(other.method.name, took.metrics, other.require) for other, took in validated],
+        evidence=evidence,
         libraries=library_versions(),
         engines=[engine.name for engine in step.engines],
         formats=[export.name for export in step.formats],

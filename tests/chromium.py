@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -35,32 +37,75 @@ def look(page: Path, width: int, *, dark: bool = False, picture: Path | None = N
     return Seen([line for line in done.stderr.splitlines() if ":CONSOLE" in line], done.stdout)
 
 
-def probed(html: str, width: int) -> str:
+@dataclass(frozen=True)
+class Measures:
+    """What a page measures in a frame, in CSS pixels.
+
+    window, page, height: widths of the frame and of the page, its height. boxes: tables that scroll. beyond: elements
+    outside of such boxes that stick out on the right. cells: squares of maps; seen: those that are wholly in sight.
+    roles: how often a map's rows are named. cut: cells of gates and cards of which a part is out of sight.
+    fonts: selector -> size.
+    """
+
+    window: int
+    page: int
+    height: int
+    boxes: int
+    beyond: list[str]
+    cells: int
+    seen: int
+    roles: int
+    cut: int
+    fonts: dict[str, float]
+
+
+_SCRIPT = """
+addEventListener('load', () => {
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const box = (one) => one.getBoundingClientRect();
+  const inside = (one) => {
+    const scrolled = one.closest('.scroll'), edge = scrolled ? Math.min(innerWidth, box(scrolled).right) : innerWidth;
+    return box(one).left >= 0 && box(one).right <= edge + 1 && box(one).height > 0;
+  };
+  const beyond = all('body *').filter((one) => !one.closest('.scroll, svg') && box(one).right > innerWidth + 1);
+  const shown = (one) => getComputedStyle(one).display !== 'none';
+  const fonts = ['body', 'h2', 'caption', 'thead th', 'code'].map(
+    (selector) => [selector, parseFloat(getComputedStyle(document.querySelector(selector)).fontSize)]);
+  const measures = {
+    window: innerWidth, page: document.documentElement.scrollWidth, height: document.documentElement.scrollHeight,
+    boxes: all('.scroll').filter((one) => one.scrollWidth > one.clientWidth).length,
+    beyond: beyond.slice(0, 5).map((one) => one.tagName + '.' + one.className),
+    cells: all('.heat rect').length, seen: all('.heat rect').filter(inside).length,
+    roles: all('.roles').filter(shown).length,
+    cut: all('#gates td, #gates tbody th, .card td, .card tbody th').filter((one) => shown(one) &&
+      !one.closest('details:not([open])') && (!inside(one) || one.scrollWidth > one.clientWidth + 1)).length,
+    fonts: Object.fromEntries(fonts),
+  };
+  parent.postMessage(JSON.stringify(measures), '*');
+});
+"""
+
+
+def probed(page: str, width: int, *, paper: bool = False) -> str:
     """A page that holds another in a frame of so many pixels, and writes into its own title what that one measures.
 
     Chromium's own window is never narrower than 500 pixels. The frame's policy is loosened for a script of ours: only
-    here, in a copy.
+    here, in a copy. paper: with the style of a print.
     """
-    script = (
-        "<script>addEventListener('load',()=>{const d=document.documentElement;"
-        "const wide=[...document.querySelectorAll('body *')].filter(e=>!e.closest('.scroll')&&!e.closest('svg')&&"
-        "e.getBoundingClientRect().right>innerWidth+1).map(e=>e.tagName+'.'+e.className);"
-        "const boxes=[...document.querySelectorAll('.scroll')].filter(e=>e.scrollWidth>e.clientWidth).length;"
-        "parent.postMessage([innerWidth,d.scrollWidth,boxes,d.scrollHeight,wide.slice(0,5).join(' ')].join('|'),'*')})"
-        "</script>"
+    if paper:
+        page = page.replace("@media screen", "@media braille").replace("@media print", "@media all")
+    loosened = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page).replace(
+        "</body>", f"<script>{_SCRIPT}</script></body>"
     )
-    loosened = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html).replace(
-        "</body>", script + "</body>"
-    )
-    inner = loosened.replace("&", "&amp;").replace('"', "&quot;")
     return (
-        f'<!doctype html><title>none</title><iframe width="{width}" height="1500" style="border:0" srcdoc="{inner}">'
-        "</iframe><script>addEventListener('message',e=>{document.title=e.data})</script>"
+        f'<!doctype html><title>none</title><iframe width="{width}" height="1500" style="border:0" '
+        f'srcdoc="{html.escape(loosened)}"></iframe>'
+        "<script>addEventListener('message',e=>{document.title=e.data})</script>"
     )
 
 
-def measured(seen: Seen) -> tuple[int, int, int, int, str]:
-    """What `probed` wrote: width of the window, of the page, boxes that scroll, height, elements that stick out."""
-    found = re.search(r"<title>(\d+)\|(\d+)\|(\d+)\|(\d+)\|([^<]*)</title>", seen.dom)
+def measured(seen: Seen) -> Measures:
+    """What `probed` wrote."""
+    found = re.search(r"<title>(\{.*?\})</title>", seen.dom)
     assert found, seen.dom[:300]
-    return int(found[1]), int(found[2]), int(found[3]), int(found[4]), found[5]
+    return Measures(**json.loads(html.unescape(found[1])))

@@ -22,9 +22,12 @@ from orchestrator.cli_report import view_of
 from orchestrator.errors import GateError, SpecError
 from orchestrator.home import Settings
 from orchestrator.html_report import comparison_page, read_run, report_path, run_page, verdict, write_run_report
-from orchestrator.html_report.charts import MOST_POINTS, level_of, thinned, ticks
-from orchestrator.html_report.findings import group_of, split_layer
+from orchestrator.html_report.charts import MOST_POINTS, error_range, heat_map, level_of, scale_bar, thinned, ticks
+from orchestrator.html_report.facts import RunView, StepView
+from orchestrator.html_report.findings import MEASURED_ON, Gate, group_of, verdict_of
+from orchestrator.html_report.layers import LayerCell, LayerMap, split_layer
 from orchestrator.html_report.markup import element
+from orchestrator.html_report.page import tiles
 from orchestrator.html_report.palette import DARK, DASHES, LEVELS, LIGHT, SERIES
 from orchestrator.journal import Journal
 from orchestrator.plan import Plan, Step
@@ -328,14 +331,16 @@ def test_a_step_that_failed_and_a_run_that_was_killed(runs: Runs, tmp_path: Path
     lines = (runs.settings.home / "runs" / f"{runs.whole.run_id}.jsonl").read_text(encoding="utf-8").splitlines()
     (journal / "killed.jsonl").write_text("\n".join(lines[:2]) + '\n{"event": "step fi', encoding="utf-8")
     failed = {"event": "step failed", "step": 1, "time": 1.0, "error": "prune wanda failed: OutOfMemory"}
+    failed["error"] += " at postgresql://me:secret@host/db"
     ended = {"event": "run failed", "kind": "StepError", "time": 2.0, "error": "spec.yaml:7: prune wanda failed"}
     text = "\n".join([lines[0], json.dumps(failed), json.dumps(ended)])
     (journal / "failed.jsonl").write_text(text, encoding="utf-8")
     killed, broken = (read_run(tmp_path, name) for name in ("killed", "failed"))
     assert (verdict(killed), verdict(broken)) == ("unfinished", "failed")
-    assert "was killed" in Page(run_page(killed)).words
+    assert "still at work in step 1, calibrate text, or was killed there" in Page(run_page(killed)).words
+    assert "1 unfinished, 6 not run" in Page(run_page(killed)).words
     words = Page(run_page(broken)).words
-    assert "prune wanda failed: OutOfMemory" in words and "not measured" in words
+    assert "prune wanda failed: OutOfMemory" in words and "not measured" in words and "secret" not in words
     with pytest.raises(SpecError):
         read_run(tmp_path, "../runs/failed")
 
@@ -407,6 +412,14 @@ def test_the_command(runs: Runs, tmp_path: Path) -> None:
     assert (tmp_path / "both.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     printed = call(runs.whole.run_id, "--output", "-")
     assert printed.stdout == runs.page() and printed.stderr == ""
+    journal = call(str(runs.settings.home / "runs" / f"{runs.whole.run_id}.jsonl"), "--output", "-")
+    assert journal.stdout == runs.page() and journal.stderr == ""
+    (tmp_path / "lines.jsonl").write_text("{}\n", encoding="utf-8")
+    for refused, why in (
+        (call(runs.whole.run_id, "--json", "--output", "-"), "both want stdout"),
+        (call(str(tmp_path / "lines.jsonl")), "is no journal"),
+    ):
+        assert refused.returncode == 2 and why in refused.stderr and refused.stdout == ""
     unknown = call("20200101-000000-abcdef")
     assert unknown.returncode == 2 and "Traceback" not in unknown.stderr
     unwritable = call(runs.whole.run_id, "--output", "/proc/report.html")
@@ -630,6 +643,51 @@ def test_charts_draw_what_they_are_given() -> None:
     assert level_of(None, 1, 2) is None and level_of(5.0, 5.0, 5.0) == 0
 
 
+@pytest.mark.parametrize(
+    ("errors", "ends"),
+    [
+        ((1e-3, 1e-3), (1e-4, 1e-2)),
+        ((1.0, 4.0), (0.2, 20.0)),
+        ((1e-5, 1.0), (1e-5, 1.0)),
+        ((5e-324, 1e308), (5e-324, 1e308)),
+    ],
+)
+def test_a_scale_does_not_exaggerate(errors: tuple[float, float], ends: tuple[float, float]) -> None:
+    """It spans two decades at least, what is measured in their middle."""
+    cells = {(at, "q"): LayerCell(at, "q", error, "q", 1, {}) for at, error in enumerate(errors)}
+    step = StepView(0, "quantize", "gptq", "computed", "")
+    layers = LayerMap(step, "relative_proxy_loss", [0, 1], ["q"], cells, {})
+    found = error_range([layers])
+    assert found is not None and found == pytest.approx(ends)
+    assert "colour scale" in scale_bar(*found) and "block 1, q" in heat_map(layers, *found)
+
+
+def gate(metric: str, bound: str, passed: bool | None, value: float | None = 5.0, limit: float = 10.0) -> Gate:
+    ends = None if value is None else (value - 1, value + 1)
+    return Gate("validate perplexity", metric, bound, limit, value, ends, None if value is None else 0.95, passed)
+
+
+def test_a_verdict_names_every_metric_once_with_its_bounds() -> None:
+    gates = [
+        gate("perplexity.code", "max", False, 30.0),
+        gate("perplexity.code", "retain", False, 0.5, 0.95),
+        gate("perplexity.code", "must_not_fall", False),
+        gate("perplexity.code", "min", True),
+        gate("accuracy", "min", False, 1.0),
+        gate("kl_p99", "max", None, None),
+    ]
+    run = RunView("run", "run", "failed", None, None, None, {}, [], refused=True)
+    assert verdict_of(run, gates).sentence == (
+        "4 of 6 gates not met: perplexity.code (at most 10; retains at least 0.95; not worse than dense), "
+        "accuracy (at least 10); 1 more not measured"
+    )
+    assert [gate.sure for gate in gates[1:3]] == [" with 95 % confidence", " beyond chance, 95 % confidence"]
+    missed, met = (Page(str(tiles([], some))).words for some in (gates, [gate("perplexity.code", "max", True)]))
+    assert "1 of 6" in missed and "4 not met, 1 not measured" in missed
+    assert "worst: perplexity.code, 210 % beyond its bound" in missed
+    assert "closest: perplexity.code, 40.0 % inside its bound" in met
+
+
 def test_tiers_stand_beside_their_dense_model() -> None:
     metrics = {"perplexity.code": 12.0, "dense_perplexity.code": 10.0, "perplexity_ratio.code": 1.2}
     metrics |= {"cache_bytes_ratio": 0.25, "tokens_per_second.b8": 5.0}
@@ -655,9 +713,12 @@ def test_names_of_layers_and_metrics_are_taken_apart() -> None:
             "load_seconds",
             "p50_ms.b8",
             "p50_latency_seconds.batch_8",
+            "perplexity_tokens.code",
+            "calibration_overlap.wiki",
+            "questions",
         )
     ]
-    assert groups == ["Quality", "Size", "Speed", "Speed", "Speed", "Speed"]
+    assert groups == ["Quality", "Size", "Speed", "Speed", "Speed", "Speed", *[MEASURED_ON] * 3]
     assert element("p", "<&", title='"') == '<p title="&quot;">&lt;&amp;</p>'
 
 
@@ -682,9 +743,10 @@ def test_in_a_browser(pages: dict[str, Path], tmp_path: Path) -> None:
     for name, page in pages.items():
         narrow = tmp_path / f"{name}-narrow.html"
         narrow.write_text(probed(page.read_text(encoding="utf-8"), 390), encoding="utf-8")
-        window, width, boxes, height, beyond = measured(look(narrow, 900))
-        assert (window, width, beyond) == (390, 390, ""), name
-        assert boxes > 2 and height > 1500  # tables scroll inside their boxes
+        found = measured(look(narrow, 900))
+        assert (found.window, found.page, found.beyond, found.cut) == (390, 390, [], 0), name
+        assert found.boxes > 0 and found.height > 1500  # tables scroll inside their boxes
+        assert found.seen == found.cells > 0
     grounds = []
     for dark in (False, True):
         picture = tmp_path / f"{dark}.png"
@@ -695,6 +757,48 @@ def test_in_a_browser(pages: dict[str, Path], tmp_path: Path) -> None:
         assert colours is not None and len(colours) > 100
         grounds.append("#{:02x}{:02x}{:02x}".format(*max(colours)[1]))
     assert grounds == [LIGHT["ground"], DARK["ground"]]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a model of 300 blocks."""
+    home = tmp_path_factory.mktemp("deep")
+    store, journal = ArtifactStore(home), Journal(home, "deep")
+    layers = {
+        f"model.layers.{block}.{role}": {"relative_proxy_loss": 1e-3 * 1.01**block}
+        for block in range(300)
+        for role in ("self_attn.q_proj", "mlp.experts.0.gate_proj")
+    }
+    folder = store.stage("f" * 64)
+    (folder / "layers.json").write_text(json.dumps(layers), encoding="utf-8")
+    facts = {"kind": "model", "stage": "quantize", "method": "gptq", "inputs": {}, "invariants": {}, "metrics": {}}
+    made = store.commit("f" * 64, folder, {**facts, "identity": {}}, seconds=1.0, peak_memory_bytes=1)
+    journal.write("run started", pipeline="deep", steps=[{"stage": "quantize", "method": "gptq"}])
+    journal.write("step finished", step=0, digest=made.digest, cached=False)
+    return run_page(read_run(home, "deep"))
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "paper", "roles"), [(1200, False, 4), (390, False, 15), (718, True, 15)])
+def test_every_block_is_in_sight(deep: str, tmp_path: Path, width: int, paper: bool, roles: int) -> None:
+    """On a desk, where four bands make a line with its roles named once; on a phone; and on paper, A4."""
+    page = tmp_path / "deep.html"
+    page.write_text(probed(deep, width, paper=paper), encoding="utf-8")
+    found = measured(look(page, 1300))
+    assert (found.page, found.beyond, found.seen, found.cells, found.roles) == (width, [], 600, 600, roles)
+    table = 0.93 if width < 600 else 1.0  # a phone's are smaller
+    relative = {"body": 1.0, "h2": 1.27} | dict.fromkeys(("caption", "thead th", "code"), 0.87 * table)
+    assert {name: size / found.fonts["body"] for name, size in found.fonts.items()} == pytest.approx(relative, rel=0.01)
+    assert found.fonts["body"] == (11 if paper else 15)
+
+
+@needs_chromium
+def test_gates_are_whole_on_a_small_screen(runs: Runs, tmp_path: Path) -> None:
+    for width in (390, 700, 1000):
+        page = tmp_path / f"{width}.html"
+        page.write_text(probed(runs.page(runs.refused), width), encoding="utf-8")
+        found = measured(look(page, 1300))
+        assert (found.page, found.cut) == (width, 0)
 
 
 @needs_chromium

@@ -29,10 +29,12 @@ steps:
   - quantize: rtn
     with: {num_bits: 4, group_size: 32}
   - validate: perplexity
-    with: {source: text.txt, length_tokens: 32, windows: 8}
-    require: {perplexity_ratio: {max: 100}}
+    with: {source: text.txt, length_tokens: 32, windows: 12}
+    require: {perplexity: {max: 1000000, retain: 0.01, confidence: 0.99}}
   - register: release
     with: {signing_key: keys/my.key}
+    engines: [{vllm: {gpu_memory_gib: 8, max_model_len: 32}}]
+    require: {max_concurrency.vllm: {min: 2}}
 """
 
 
@@ -58,7 +60,22 @@ def test_a_release_has_its_papers_and_the_key_is_nowhere(spec: Path, tmp_path: P
     pulled = tmp_path / "pulled"
     assert front_matter(pulled / "README.md")["license"] == "mit"
     card = (pulled / "README.md").read_text(encoding="utf-8")
-    assert "| `perplexity` | perplexity_ratio |" in card and "max 100" in card and fingerprint in card
+    gates = {(gate["metric"], gate["bound"]): gate for step in document["steps"] for gate in step.get("gates", ())}
+    rows = {tuple(cells[:3]): cells[3:] for line in card.splitlines() if len(cells := line[2:-2].split(" | ")) == 6}
+    assert len(gates) == 3 and fingerprint in card
+    for (metric, bound), method, demanded in (
+        (("perplexity", "max"), "perplexity", "at most 1,000,000, 99 % confidence"),
+        (("perplexity", "retain"), "perplexity", "at least 0.01 of the dense model's retained, 99 % confidence"),
+        (("max_concurrency.vllm", "min"), "release", "at least 2"),
+    ):
+        gate = gates[metric, bound]
+        ends = gate["interval"]
+        found = [f"{gate['value']:.4g}" if ends else f"{gate['value']:,.0f}"]
+        found.append(f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else "")
+        assert rows[f"`{method}`", metric, demanded] == [*found, "yes"]
+    dense, compressed = (next(step["metrics"][name] for step in document["steps"] if step["stage"] == "validate")
+                         for name in ("dense_perplexity", "perplexity"))  # fmt: skip
+    assert rows["`perplexity`", "perplexity", f"{dense:.4g}"][0] == f"{compressed:.4g}"
     assert (pulled / "README.source.md").read_text(encoding="utf-8").endswith("# Tiny\n")
     bill = json.loads((pulled / "bom.cdx.json").read_text(encoding="utf-8"))
     assert {"config.json", "README.md"} <= {part["name"] for part in bill["components"]}

@@ -18,6 +18,7 @@ from orchestrator.bundle import bundle_digest
 from orchestrator.canonical import file_sha256
 from orchestrator.card import SOURCE_CARD, write_card
 from orchestrator.errors import OrchestratorError, PreflightError, PublishError
+from orchestrator.gates import GateResult
 from orchestrator.provenance import Evidence, Provenance, front_matter
 from orchestrator.release import StoredFile
 from orchestrator.signing import SigningKey, VerifyKey
@@ -204,6 +205,11 @@ LINEAGE: list[dict[str, Any]] = [
         ("quantize", "gptq", {"num_bits": 4, "group_size": None}),
     )
 ]
+GATES = [
+    GateResult("perplexity_ratio", "max", 1.05, 1.0123456, None, None, True, "as it should be"),
+    GateResult("accuracy.a|b", "must_not_fall", 0.0, -0.01, (-0.02, 0.01), 0.95, True, "it did not fall"),
+    GateResult("load_seconds", "max", 1.0, 0.1, None, None, True, "of this machine"),
+]
 MEASURED = {"perplexity_ratio": 1.0123456, "tokens_per_second": 99.0, "peak_memory_bytes": 1e9, "load_seconds": 0.1}
 
 
@@ -216,7 +222,7 @@ def provenance(**changes: Any) -> Provenance:
             "licence": "apache-2.0",
             "source_digest": "5" * 64,
             "lineage": LINEAGE,
-            "evidence": [Evidence.of("perplexity", MEASURED, {"perplexity_ratio": {"max": 1.05}})],
+            "evidence": [Evidence.of("perplexity", MEASURED, [gate.as_dict() for gate in GATES])],
             "libraries": {"torch": "2.13.0+cpu", "transformers": "5.20.0"},
             "engines": ["vllm"],
             "formats": [],
@@ -280,7 +286,9 @@ def test_the_card_is_the_hubs_form_tells_no_time_and_keeps_the_sources_card(tmp_
     head, text = front_matter(model / "README.md"), (model / "README.md").read_text()
     assert head["license"] == "apache-2.0" and head["base_model"] == "org/tiny"
     assert head["library_name"] == "transformers" and "quantize" in head["tags"]
-    assert "| `perplexity` | perplexity_ratio | 1.012 | max 1.05 |" in text
+    assert "| `perplexity` | perplexity_ratio |  | 1.012 |" in text and "| at most 1.05 | 1.012 |  | yes |" in text
+    fallen = "not worse than dense beyond chance (difference), 95 % confidence | -0.01 | -0.02 to 0.01 | yes |"
+    assert f"| accuracy.a/b | {fallen}" in text
     assert "per_second" not in text and "memory_bytes" not in text and "load_seconds" not in text
     assert "model_signing verify key" in text and "c" * 64 in text and "`serving/vllm/`" in text
     assert (model / SOURCE_CARD).read_text().endswith("# The source\n")

@@ -3,7 +3,8 @@
 | module | what it does |
 |---|---|
 | `facts` | reads journal and artifacts; says what is missing |
-| `findings` | gates with margins, layers with errors, what was damped, dead, or fell back |
+| `findings` | gates with margins, the verdict, what was measured |
+| `layers` | layers with errors, what was damped, dead, or fell back |
 | `sections`, `layer_sections`, `release_sections` | the parts of the page |
 | `page` | the page of one run |
 | `comparison` | two runs beside each other |

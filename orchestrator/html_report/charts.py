@@ -7,18 +7,22 @@ pixels of the drawing; it is scaled down where the screen is narrower.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 
-from orchestrator.html_report.findings import TROUBLES, LayerCell, LayerMap
+from orchestrator.html_report.layers import TROUBLES, LayerCell, LayerMap
 from orchestrator.html_report.markup import Html, element, join
 from orchestrator.html_report.palette import DASHES, LEVELS
 from orchestrator.report import shown
 
 MOST_POINTS = 400  # drawn of a curve: more than a chart has pixels to tell apart
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 520, 220, 64, 34, 10
-_LABEL = 170
-_CELL_MIN, _CELL_MAX, _MAP_WIDTH = 10, 30, 860  # a map of 86 blocks fits a desk, one of 200 is scrolled
+_CELL_MIN, _CELL_MAX = 11, 30
+_BAND, _BANDS = 220, 4  # a band and its roles fit a phone, four bands and the roles once a desk
+_DECADES = 2
 _ROW_MIN = 15  # lines of text must not overlap
+_MOST_LETTERS, _LETTER = 22, 6.0  # of a role, and the width of one
+_NUMBER = 28  # room for the number of a block
 # Marks in the cells of the map: what happened beats what is large, so it has a shape.
 _MARKS: Mapping[str, str] = {
     "unseen_experts": "square",
@@ -113,44 +117,61 @@ def line_sample(number: int) -> Html:
 
 
 def heat_map(layers: LayerMap, low: float, high: float) -> Html:
-    """Blocks across, roles down; the colour is the error on a logarithmic scale, a mark is what went wrong."""
-    size = max(_CELL_MIN, min(_CELL_MAX, _MAP_WIDTH // max(1, len(layers.blocks))))
-    high_row = max(size, _ROW_MIN)
-    width = _LABEL + size * len(layers.blocks) + 4
-    height = high_row * len(layers.roles) + 24
-    parts: list[Html] = []
-    for row, role in enumerate(layers.roles):
-        y = row * high_row
-        short = role if len(role) <= 26 else f"…{role[-25:]}"
-        parts.append(element("text", short, x=_LABEL - 6, y=y + high_row // 2, dy="0.35em", text_anchor="end"))
-        for column, block in enumerate(layers.blocks):
-            cell = layers.cells.get((block, role))
-            if cell:
-                parts.append(_cell(cell, level_of(cell.error, low, high), _LABEL + column * size, y, (size, high_row)))
-    every = max(1, -(-len(layers.blocks) // 20))
-    for column, block in enumerate(layers.blocks):
-        if column % every == 0:
-            x = _LABEL + column * size + size // 2
-            parts.append(
-                element(
-                    "text", str(block) if block >= 0 else "-", x=x, y=height - 8, text_anchor="middle", class_="quiet"
-                )
-            )
-    parts.append(element("text", "block", x=_LABEL - 6, y=height - 8, text_anchor="end", class_="quiet"))
+    """Blocks across, roles down; the colour is the error on a logarithmic scale, a mark is what went wrong.
+
+    The blocks come in bands as wide as a phone, each with the roles before it. On a wide screen `_BANDS` of them stand
+    side by side without a seam, and the first alone shows the roles; elsewhere they stand one below the other.
+    """
+    count = len(layers.blocks)
+    per_band = max(_BAND // _CELL_MAX, min(_BAND // _CELL_MIN, -(-count // _BANDS)))
+    size = min(_CELL_MAX, _BAND // per_band)
+    bands = [
+        element("div", _roles(layers, max(size, _ROW_MIN)), _band(layers, blocks, size, (low, high)), class_="band")
+        for blocks in (layers.blocks[first : first + per_band] for first in range(0, count, per_band))
+    ]
     label = (
         f"{layers.step.label}: {layers.metric or 'no error reported'} of {len(layers.layers)} layers"
-        f" in {len(layers.blocks)} blocks; the worst are listed below"
+        f" in {count} blocks; the worst are listed below"
     )
-    return element(
-        "svg",
-        parts,
-        class_="heat",
-        viewBox=f"0 0 {width} {height}",
-        width=width,
-        height=height,
-        role="img",
-        aria_label=label,
-    )
+    return element("div", bands, class_="map", role="img", aria_label=label)
+
+
+def _roles(layers: LayerMap, row_height: int) -> Html:
+    """The names of the rows of a band."""
+    short = [role if len(role) <= _MOST_LETTERS else f"…{role[1 - _MOST_LETTERS :]}" for role in layers.roles]
+    width = 6 + round(_LETTER * max((len(role) for role in [*short, "block"]), default=0))
+    height = row_height * len(short) + 24
+    names = [
+        element("text", name, x=width - 6, y=row * row_height + row_height // 2, dy="0.35em", text_anchor="end")
+        for row, name in enumerate(short)
+    ]
+    names.append(element("text", "block", x=width - 13, y=height - 8, text_anchor="end", class_="quiet"))
+    return _picture("roles", names, width, height)
+
+
+def _band(layers: LayerMap, blocks: Sequence[int], size: int, limits: tuple[float, float]) -> Html:
+    """The cells of some blocks, and the numbers of these below."""
+    row_height = max(size, _ROW_MIN)
+    width, height = size * len(blocks), row_height * len(layers.roles) + 24
+    parts: list[Html] = []
+    for row, role in enumerate(layers.roles):
+        for column, block in enumerate(blocks):
+            cell = layers.cells.get((block, role))
+            if cell:
+                level = level_of(cell.error, *limits)
+                parts.append(_cell(cell, level, column * size, row * row_height, (size, row_height)))
+    every = next(step for step in (1, 2, 5, 10) if step * size >= _NUMBER)
+    for column, block in enumerate(blocks):
+        if block % every == 0 or block < 0:
+            text, x = (str(block) if block >= 0 else "-"), column * size + size // 2
+            parts.append(element("text", text, x=x, y=height - 8, text_anchor="middle", class_="quiet"))
+    return _picture("heat", parts, width, height)
+
+
+def _picture(class_: str, parts: Sequence[Html], width: int, height: int) -> Html:
+    """A part of the map, which as a whole has a label."""
+    size = f"0 0 {width} {height}"
+    return element("svg", parts, class_=class_, viewBox=size, width=width, height=height, aria_hidden="true")
 
 
 def block_name(block: int) -> str:
@@ -187,7 +208,7 @@ def scale_bar(low: float, high: float) -> Html:
     """The colours of the map with the errors where each begins."""
     parts = []
     for level in range(LEVELS):
-        start = low * (high / low) ** (level / LEVELS) if high > low else low
+        start = math.exp(math.log(low) + (math.log(high) - math.log(low)) / LEVELS * level)
         parts.append(element("rect", x=level * 56, y=0, width=55, height=12, class_=f"h{level}"))
         if high > low or level == 0:
             parts.append(element("text", f"{start:.2g}", x=level * 56, y=25, class_="quiet"))
@@ -201,13 +222,23 @@ def level_of(error: float | None, low: float, high: float) -> int | None:
         return None
     if error <= low or high <= low:
         return 0
-    return min(LEVELS - 1, int(LEVELS * math.log(error / low) / math.log(high / low)))
+    return min(LEVELS - 1, int(LEVELS * (math.log(error) - math.log(low)) / (math.log(high) - math.log(low))))
 
 
 def error_range(maps: Sequence[LayerMap]) -> tuple[float, float] | None:
-    """The smallest and largest error above zero, of maps that share a scale; None if there is none."""
+    """The ends of a scale for the errors above zero, of maps that share it; None if there are none.
+
+    They are at least `_DECADES` apart: layers that hardly differ shall not look as if they did.
+    """
     found = [cell.error for one in maps for cell in one.cells.values() if cell.error is not None and cell.error > 0]
-    return (min(found), max(found)) if found else None
+    if not found:
+        return None
+    low, high = math.log10(min(found)), math.log10(max(found))
+    beyond = (_DECADES - (high - low)) / 2
+    if beyond <= 0:
+        return min(found), max(found)
+    ends = max(low - beyond, sys.float_info.min_10_exp), min(high + beyond, sys.float_info.max_10_exp)
+    return 10.0 ** ends[0], 10.0 ** ends[1]
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

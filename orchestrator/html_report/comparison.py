@@ -10,8 +10,17 @@ from typing import Any
 
 from orchestrator.html_report.charts import error_range, heat_map, pair_bars, scale_bar
 from orchestrator.html_report.facts import RunView, StepView
-from orchestrator.html_report.findings import Gate, LayerMap, Measured, gates_of, measured_of, verdict_of
+from orchestrator.html_report.findings import (
+    GROUPS,
+    MEASURED_ON,
+    Gate,
+    Measured,
+    gates_of,
+    measured_of,
+    verdict_of,
+)
 from orchestrator.html_report.layer_sections import maps_of
+from orchestrator.html_report.layers import LayerMap
 from orchestrator.html_report.markup import Child, Html, element
 from orchestrator.html_report.page import banner, contents, document, utc
 from orchestrator.html_report.sections import bound_text, gate_name, parameters_of, swatch, value_text
@@ -23,18 +32,18 @@ MOST_CHANGED = 10
 def comparison_page(a: RunView, b: RunView) -> str:
     """Return the page of two runs."""
     parts = (
-        ("Dense and compressed", "measured", _measured(a, b)),
-        ("Gates", "gates", _gates(a, b)),
-        ("What differs", "differences", _differences(a, b)),
-        ("Error of each layer", "layers", _layers(a, b)),
-        ("What the steps took", "steps", _steps(a, b)),
+        ("measured", _measured(a, b)),
+        ("gates", _gates(a, b)),
+        ("differences", _differences(a, b)),
+        ("layers", _layers(a, b)),
+        ("steps", _steps(a, b)),
     )
     head = [
         element("h1", "Two runs compared"),
         [_who(letter, run) for letter, run in (("A", a), ("B", b))],
-        contents([(anchor, title) for title, anchor, _ in parts]),
+        contents(anchor for anchor, _ in parts),
     ]
-    return document(f"{_name(a)} and {_name(b)}", head, [section(title, anchor, body) for title, anchor, body in parts])
+    return document(f"{_name(a)} and {_name(b)}", head, [section(anchor, body) for anchor, body in parts])
 
 
 def _name(run: RunView) -> str:
@@ -59,15 +68,26 @@ def _measured(a: RunView, b: RunView) -> Child:
         element("p", "Bars begin at zero: ", swatch("bar-dense"), " A, ", swatch("bar-compressed"), " B, compressed.")
     ]
     headings = ("dense A #", "dense B #", "A #", "B #", "B / A #", "interval A #", "interval B #", "bars")
-    for group in ("Quality", "Size", "Speed"):
+    for group in GROUPS:
         rows = [
             _measured_row(name, mine.get(name), other.get(name))
             for name in names
             if next(one for one in (mine.get(name), other.get(name)) if one).group == group
         ]
         if rows:
-            parts.append(table(group, (group.lower(), *headings), rows))
+            named = "what" if group == MEASURED_ON else group.lower()
+            parts.append(table(group, *_filled((named, *headings), rows, group), "card pair"))
     return parts
+
+
+def _filled(
+    headings: Sequence[str], rows: Sequence[Sequence[Child]], group: str
+) -> tuple[list[str], list[list[Child]]]:
+    """The columns in which some row has something; of what is no result, the two values alone."""
+    kept = [at for at in range(len(headings)) if any(row[at] != absent() for row in rows)]
+    if group == MEASURED_ON:
+        kept = [at for at in kept if at == 0 or headings[at] in ("A #", "B #")]
+    return [headings[at] for at in kept], [[row[at] for at in kept] for row in rows]
 
 
 def _measured_row(name: str, a: Measured | None, b: Measured | None) -> list[Child]:
@@ -98,15 +118,14 @@ def _gates(a: RunView, b: RunView) -> Child:
         ]
         for key in keys
     ]
-    headings = ("gate", "A", "bound of A", "value #", "B", "bound of B", "value #")
-    return table("Every bound of either run", headings, rows)
+    headings = ("gate", "A", "bound of A", "value of A #", "B", "bound of B", "value of B #")
+    return table("Every bound of either run", headings, rows, "card pair")
 
 
 def _gate(gate: Gate | None) -> list[Child]:
     if gate is None:
         return [verdict("no such gate", None), absent(), absent()]
-    name = "share" if gate.bound == "retain" else gate.metric
-    return [verdict(gate.word, gate.passed), bound_text(gate), number(name, gate.value)]
+    return [verdict(gate.word, gate.passed), bound_text(gate), number(gate.unit, gate.value)]
 
 
 def _differences(a: RunView, b: RunView) -> Child:
@@ -131,7 +150,7 @@ def _differences(a: RunView, b: RunView) -> Child:
                 rows.append([f"{number_}. {label}", name, _said(mine.get(name)), _said(other.get(name))])
     if not rows:
         return element("p", "Nothing that is recorded: the same steps, parameters, sources and versions.")
-    return table("Steps, parameters and versions that are not the same", ("where", "what", "A", "B"), rows)
+    return table("Steps, parameters and versions that are not the same", ("where", "what", "A", "B"), rows, "card pair")
 
 
 def paired(a: Sequence[StepView], b: Sequence[StepView]) -> list[tuple[StepView | None, StepView | None]]:
@@ -186,13 +205,7 @@ def _map_pair(a: LayerMap, b: LayerMap) -> list[Child]:
     if limits is None:
         return [element("p", f"{a.metric} is zero in every layer of both.")]
     pictures = [
-        element(
-            "div",
-            element("p", f"{letter}: {one.step.label}"),
-            element(
-                "div", heat_map(one, *limits), class_="scroll", tabindex=0, role="region", aria_label=f"map of {letter}"
-            ),
-        )
+        element("div", element("p", f"{letter}: {one.step.label}"), heat_map(one, *limits))
         for letter, one in (("A", a), ("B", b))
     ]
     metric = str(a.metric)
@@ -212,7 +225,7 @@ def _map_pair(a: LayerMap, b: LayerMap) -> list[Child]:
         slim(table(f"Layers whose {metric} differs most", ("layer", "A #", "B #", "B / A #"), rows)) if rows else same
     )
     heading = element("h3", f"{metric}, on one logarithmic scale")
-    return [heading, element("div", pictures, class_="charts"), scale_bar(*limits), listed]
+    return [heading, element("div", pictures, class_="beside"), scale_bar(*limits), listed]
 
 
 def _steps(a: RunView, b: RunView) -> Child:
@@ -229,4 +242,4 @@ def _steps(a: RunView, b: RunView) -> Child:
         return missing("Neither journal names a step.")
     columns = ("", "artifact", "seconds #", "memory #", "disk #")
     headings = ("step", *(f"{letter} {column}".strip() for letter in "AB" for column in columns))
-    return table("Of a cached step, what its making took", headings, rows)
+    return table("Of a cached step, what its making took", headings, rows, "card pair")

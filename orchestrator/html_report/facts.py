@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from orchestrator.addresses import without_password
 from orchestrator.artifact import Artifact, ArtifactStore
 from orchestrator.errors import OrchestratorError, SpecError
 from orchestrator.journal import Journal
@@ -39,7 +40,8 @@ class Missing:
 class StepView:
     """One step as a report shows it.
 
-    state: "computed", "cached", "failed" or "not run". gone: why there is no artifact of a step that has a result.
+    state: "computed", "cached", "failed", "unfinished" (begun, and no more is known) or "not run".
+    gone: why there is no artifact of a step that has a result.
     took, predicted: ``seconds``, ``peak_memory_bytes``, ``disk_bytes``; of a cached step those of its making.
     demands: ``require`` and ``must_not_fall`` of the specification; None where nobody recorded them.
     gates: what these were held against, as `orchestrator.gates.GateResult` has it.
@@ -120,7 +122,7 @@ def read_run(home: Path, run_id: str) -> RunView:
         ending="unfinished" if last is None else "finished" if last["event"] == "run finished" else "failed",
         started=begun.get("time"),
         ended=None if last is None else last.get("time"),
-        error=None if last is None else last.get("error"),
+        error=None if last is None else _said(last),
         facts=begun,
         steps=_steps(ArtifactStore(home), begun.get("steps"), events),
         refused=last is not None and last.get("kind") == "GateError",
@@ -131,19 +133,25 @@ def _steps(store: ArtifactStore, planned: Any, events: Sequence[Mapping[str, Any
     """The steps of the plan, with what the journal says became of each."""
     finished = {event["step"]: event for event in events if event.get("event") == "step finished"}
     failed = {event["step"]: event for event in events if event.get("event") == "step failed"}
+    begun = {event["step"] for event in events if event.get("event") == "step started"}
     named: dict[int, Mapping[str, Any]] = dict(enumerate(planned)) if isinstance(planned, list) else {}
     steps = []
-    for index in sorted({*named, *finished, *failed}):
+    for index in sorted({*named, *finished, *failed, *begun}):
         plan = named.get(index, {})
         if index in finished:
             steps.append(_finished(store, index, plan, finished[index]))
             continue
-        state = "failed" if index in failed else "not run"
+        state = "failed" if index in failed else "unfinished" if index in begun else "not run"
         stage, method = str(plan.get("stage", "step")), str(plan.get("method", index + 1))
-        error = failed.get(index, {}).get("error")
+        error = _said(failed.get(index, {}))
         fingerprint = str(plan.get("fingerprint", ""))
         steps.append(StepView(index, stage, method, state, fingerprint, demands=plan.get("demands"), error=error))
     return steps
+
+
+def _said(event: Mapping[str, Any]) -> str | None:
+    """What an event says went wrong, as it may be shown."""
+    return without_password(str(event["error"])) if event.get("error") else None
 
 
 def _finished(store: ArtifactStore, index: int, plan: Mapping[str, Any], event: Mapping[str, Any]) -> StepView:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.html_report.charts import block_name, error_range, heat_map, mark_shape, scale_bar
 from orchestrator.html_report.facts import LAYERS_FILE, Missing, RunView
-from orchestrator.html_report.findings import TROUBLES, LayerMap, layer_map, natural, troubles_of
+from orchestrator.html_report.layers import TROUBLES, LayerMap, layer_map, natural, troubles_of
 from orchestrator.html_report.markup import Html, element, join
 from orchestrator.html_report.tables import absent, breakable, folded, missing, more, number, section, slim, table
 
 MOST_NAMED = 100  # layers of one kind of trouble
 MOST_WORST = 8
 MOST_LAYERS = 1000  # in a list
+_OF_BLOCK = ("block", "mean #", "largest #", "of layer")
 
 
 def layer_section(run: RunView) -> Html:
@@ -28,7 +29,7 @@ def layer_section(run: RunView) -> Html:
     parts += faults
     if not parts:
         parts.append(missing("No step compressed layer by layer with a result, so there is no error of each layer."))
-    return section("Error of each layer", "layers", parts)
+    return section("layers", parts)
 
 
 def maps_of(run: RunView) -> tuple[list[LayerMap], list[Html]]:
@@ -49,27 +50,22 @@ def map_parts(one: LayerMap, limits: tuple[float, float] | None = None) -> list[
     if limits is None:
         return [element("p", f"{one.metric} of all {len(one.layers)} layers is zero.")]
     kind = "the share of the output's energy that was lost" if "proxy" in str(one.metric) else "relative to the weights"
-    picture = element(
-        "div",
-        heat_map(one, *limits),
-        class_="scroll",
-        tabindex=0,
-        role="region",
-        aria_label=f"map of the layers of {one.step.label}",
-    )
     worst = [(element("code", breakable(name)), number("error", value)) for name, value in one.worst(MOST_WORST)]
-    means = [(block_name(block), number("error", one.block_mean(block))) for block in one.blocks]
+    blocks = [
+        (block_name(block), number("error", mean), number("error", most), element("code", breakable(name)))
+        for block, (mean, most, name) in one.of_blocks().items()
+    ]
     every = [
         (element("code", breakable(name)), number("error", values.get(str(one.metric))), _marks(values))
         for name, values in sorted(one.layers.items(), key=lambda pair: natural(pair[0]))
     ]
     columns = ("layer", f"{one.metric} #", "what happened")
     return [
-        element("p", f"{one.metric}, {kind}; logarithmic. Point at a cell for its number."),
-        picture,
+        element("p", f"{one.metric}, {kind}; logarithmic. Numbers: under the mouse, and in the lists below."),
+        heat_map(one, *limits),
         scale_bar(*limits),
         slim(table(f"The {len(worst)} layers with the largest {one.metric}", ("layer", f"{one.metric} #"), worst)),
-        folded("Mean of each block", slim(table("Mean over the layers of a block", ("block", "mean #"), means))),
+        folded("Each block", slim(table("Mean and largest of each block", _OF_BLOCK, blocks))),
         folded(f"All {len(every):,} layers", slim(table("Every layer", columns, every)))
         if len(every) <= MOST_LAYERS
         else missing(f"{len(every):,} layers are too many to list; {LAYERS_FILE} of the artifact has them."),
@@ -109,16 +105,15 @@ def _names(layers: Sequence[str]) -> Html:
 def trouble_section(run: RunView) -> Html:
     """What was damped, dead or fell back, by step."""
     maps, _ = maps_of(run)
-    title, anchor = "Damped, dead, fell back", "troubles"
     if not maps:
-        return section(title, anchor, missing("No step reported on its layers."))
+        return section("troubles", missing("No step reported on its layers."))
     troubles = troubles_of(maps)
     if not troubles:
         total = sum(len(one.layers) for one in maps)
         sentence = (
             f"None of {total} layers, counted once a step: no damping was raised, no input was dead, none fell back."
         )
-        return section(title, anchor, element("p", sentence))
+        return section("troubles", element("p", sentence))
     rows = [
         (
             TROUBLES[one.metric],
@@ -128,4 +123,4 @@ def trouble_section(run: RunView) -> Html:
         )
         for one in troubles
     ]
-    return section(title, anchor, table("By step", ("what", "step", "in all #", "layers"), rows))
+    return section("troubles", table("By step", ("what", "step", "in all #", "layers"), rows))

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from orchestrator.addresses import without_password
 from orchestrator.html_report import layer_sections, release_sections, sections
 from orchestrator.html_report.facts import RunView
 from orchestrator.html_report.findings import Gate, Measured, Verdict, gates_of, measured_of, verdict_of
 from orchestrator.html_report.markup import Child, Html, element, trusted
 from orchestrator.html_report.palette import LEVELS, variables
-from orchestrator.html_report.tables import facts, number, seconds_text, verdict
+from orchestrator.html_report.sections import share_text
+from orchestrator.html_report.tables import TITLES, facts, folded, number, seconds_text, verdict
 from orchestrator.report import shown
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -48,27 +48,24 @@ def run_page(run: RunView) -> str:
         release_sections.environment_section(run),
     ]
     names = ("gates", "measured", "curves", "layers", "troubles", "lineage", "serving", "release", "environment")
-    titles = (
-        "Gates",
-        "Size, quality, speed",
-        "Curves",
-        "Layers",
-        "Damped, dead",
-        "Lineage",
-        "Serving",
-        "Release",
-        "Versions",
-    )
     head = [
         element("h1", run.title),
         element("p", _whence(run), class_="quiet"),
         banner(outcome),
-        element("p", without_password(run.error), class_="error") if run.error else None,
-        _tiles(measured_of(run), gates),
+        _error(run, gates),
+        tiles(measured_of(run), gates),
         _header_facts(run),
-        contents(zip(names, titles, strict=True)),
+        contents(names),
     ]
     return document(f"{run.title}: {outcome.word}", head, parts)
+
+
+def _error(run: RunView, gates: Sequence[Gate]) -> Html | None:
+    """What ended the run; folded where the table of gates says the same."""
+    if not run.error:
+        return None
+    said = element("p", run.error, class_="error")
+    return folded("What the run ended with", said) if any(gate.passed is False for gate in gates) else said
 
 
 def _whence(run: RunView) -> str:
@@ -93,7 +90,7 @@ def banner(outcome: Verdict) -> Html:
     )
 
 
-def _tiles(measured: Sequence[Measured], gates: Sequence[Gate]) -> Html | None:
+def tiles(measured: Sequence[Measured], gates: Sequence[Gate]) -> Html | None:
     """The few numbers that one would ask for first."""
     items: list[Html] = []
     for name, worst in _HEADLINES:
@@ -113,22 +110,29 @@ def _tiles(measured: Sequence[Measured], gates: Sequence[Gate]) -> Html | None:
             )
         )
     if gates:
-        met = sum(gate.passed is True for gate in gates)
+        met, missed, open_ = (sum(gate.passed is passed for gate in gates) for passed in (True, False, None))
+        closest = _closest(gates)
+        counts = [f"{missed} not met"] * (missed > 0) + [f"{open_} not measured"] * (open_ > 0)
         items.append(
             element(
                 "li",
                 element("span", "gates met"),
                 element("strong", f"{met} of {len(gates)}"),
-                element("span", _closest(gates)),
+                element("span", ", ".join(counts)) if counts else None,
+                element("span", closest) if closest else None,
             )
         )
     return element("ul", items, class_="tiles") if items else None
 
 
-def _closest(gates: Sequence[Gate]) -> str:
-    """The gate with the least room, as a share of its bound."""
-    shares = [(gate.margin / abs(gate.limit), gate.metric) for gate in gates if gate.margin is not None and gate.limit]
-    return f"closest: {min(shares)[1]}, {min(shares)[0]:+.1%}" if shares else "none has a margin"
+def _closest(gates: Sequence[Gate]) -> str | None:
+    """The gate with the least room, as a share of its bound; the one that is missed by most, if any is."""
+    shares = [(gate.share, gate.metric) for gate in gates if gate.share is not None]
+    if not shares:
+        return None
+    share, metric = min(shares)
+    word, where = ("closest", "inside") if share >= 0 else ("worst", "beyond")
+    return f"{word}: {metric}, {share_text(abs(share)).lstrip('+')} {where} its bound"
 
 
 def _header_facts(run: RunView) -> Html:
@@ -144,7 +148,9 @@ def _header_facts(run: RunView) -> Html:
         pairs.append(("digest of the source model", element("code", str(run.facts["model_digest"])[:16])))
     states = [step.state for step in run.steps]
     counts = [
-        f"{states.count(state)} {state}" for state in ("computed", "cached", "failed", "not run") if state in states
+        f"{states.count(state)} {state}"
+        for state in ("computed", "cached", "failed", "unfinished", "not run")
+        if state in states
     ]
     pairs.append(("steps", ", ".join(counts) or "none"))
     return facts(pairs)
@@ -158,9 +164,9 @@ def utc(seconds: float) -> Html:
     )
 
 
-def contents(entries: Iterable[tuple[str, str]]) -> Html:
+def contents(anchors: Iterable[str]) -> Html:
     """Links to the sections."""
-    items = [element("li", element("a", title, href=f"#{anchor}")) for anchor, title in entries]
+    items = [element("li", element("a", TITLES[anchor], href=f"#{anchor}")) for anchor in anchors]
     return element("nav", element("ul", items), aria_label="Sections")
 
 

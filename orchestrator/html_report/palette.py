@@ -16,6 +16,7 @@ LIGHT: Mapping[str, str] = {
     "ground": "#ffffff",
     "panel": "#f5f6f8",
     "rule": "#d5d9df",
+    "shade": "#b4bac3",  # at an edge beyond which a box scrolls
     "ink": "#16191d",
     "quiet": "#535b66",
     "link": "#0b5394",
@@ -32,6 +33,7 @@ DARK: Mapping[str, str] = {
     "ground": "#14171b",
     "panel": "#1d2127",
     "rule": "#3b424c",
+    "shade": "#59626e",
     "ink": "#e9ecf0",
     "quiet": "#a8b0bb",
     "link": "#8ec7f4",

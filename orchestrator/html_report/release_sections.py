@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from orchestrator.html_report.facts import Missing, RunView, kv_plans, release_of
+from orchestrator.html_report.facts import Missing, RunView, StepView, kv_plans, release_of
 from orchestrator.html_report.markup import Child, Html, element, join
 from orchestrator.html_report.tables import absent, digest, facts, folded, missing, more, number, section, table
 from orchestrator.report import size_text
 
+_PLUGIN = "plugin "
 MOST_FILES = 400  # rows of files: a release of thousands of shards is listed by its own release.json
 
 
 def serving_section(run: RunView) -> Html:
     """The KV plan of each engine in the release."""
-    title, anchor = "Serving plans", "serving"
     releases = [(step, release_of(step)) for step in run.steps if step.stage == "register"]
     if not releases:
-        return section(title, anchor, missing("Nothing was to be released."))
+        return section("serving", missing("Nothing was to be released."))
     parts: list[Html] = []
     for step, release in releases:
         if isinstance(release, Missing):
@@ -48,7 +48,7 @@ def serving_section(run: RunView) -> Html:
         parts += [_arithmetic(engine, plan) for engine, plan in found.items()]
         if not plans:
             parts.append(missing("The release names no engine, so no KV cache was planned."))
-    return section(title, anchor, parts)
+    return section("serving", parts)
 
 
 def _plan_row(engine: str, plan: Mapping[str, Any]) -> list[Child]:
@@ -92,10 +92,9 @@ def _arithmetic(engine: str, plan: Mapping[str, Any]) -> Html:
 
 def release_section(run: RunView) -> Html:
     """Where the release is, and the digest of every file."""
-    title, anchor = "Release", "release"
     releases = [(step, release_of(step)) for step in run.steps if step.stage == "register"]
     if not releases:
-        return section(title, anchor, missing("Nothing was to be released."))
+        return section("release", missing("Nothing was to be released."))
     parts: list[Html] = []
     for step, release in releases:
         if isinstance(release, Missing):
@@ -122,7 +121,7 @@ def release_section(run: RunView) -> Html:
         listed = table("Files", ("file", "size #", "sha256"), rows)
         rest = len(files) - MOST_FILES
         parts.append(folded(f"{len(files):,} files with digests", listed, more(rest) if rest > 0 else None))
-    return section(title, anchor, parts)
+    return section("release", parts)
 
 
 def environment_section(run: RunView) -> Html:
@@ -135,22 +134,35 @@ def environment_section(run: RunView) -> Html:
         parts.append(facts((name.replace("_", " "), _machine(name, value)) for name, value in sorted(machine.items())))
     else:
         parts.append(missing("On which machine this ran is not recorded."))
-    used: dict[tuple[str, str, str], list[int]] = {}
+    used: dict[tuple[str, str, str], list[StepView]] = {}
     for step in made:
         identity, plugin = step.identity, step.identity.get("plugin", {})
         entries = [(str(name), str(version), "") for name, version in identity.get("environment", {}).items()]
-        entries.append((f"plugin {plugin.get('distribution')}", str(plugin.get("version")), str(plugin.get("source"))))
+        entries.append(
+            (f"{_PLUGIN}{plugin.get('distribution')}", str(plugin.get("version")), str(plugin.get("source")))
+        )
         entries.append(("core", "", str(identity.get("core"))))
         for entry in entries:
-            used.setdefault(entry, []).append(step.index + 1)
-    rows = [(name, version, digest(source), _ranges(steps)) for (name, version, source), steps in sorted(used.items())]
+            used.setdefault(entry, []).append(step)
+    rows = [
+        (_part(name, steps), version, digest(source), _ranges([step.index + 1 for step in steps]))
+        for (name, version, source), steps in sorted(used.items())
+    ]
     if rows:
         parts.append(
             table(
                 "Libraries and plugins that the steps were computed with", ("what", "version", "source", "steps"), rows
             )
         )
-    return section("Environment", "environment", parts)
+    return section("environment", parts)
+
+
+def _part(name: str, steps: Sequence[StepView]) -> Html | str:
+    """What was used; of a plugin, for which methods: a distribution may hold several plugins, each with its source."""
+    if not name.startswith(_PLUGIN):
+        return name
+    labels = ", ".join(dict.fromkeys(step.label for step in steps))
+    return element("span", name, " ", element("span", labels, class_="quiet of"))
 
 
 def _machine(name: str, value: Any) -> str:

@@ -11,6 +11,8 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.html_report.charts import line_chart, pair_bars
 from orchestrator.html_report.facts import CURVES_FILE, Missing, RunView, StepView, read_json
 from orchestrator.html_report.findings import (
+    GROUPS,
+    MEASURED_ON,
     Gate,
     Measured,
     measured_of,
@@ -41,30 +43,25 @@ def gate_section(run: RunView, gates: Sequence[Gate]) -> Html:
         rows = [gate_row(gate) for gate in gates]
         headings = ("gate", "verdict", "bound", "value #", "interval #", "margin #")
         return section(
-            "Gates", "gates", table("What the specification demands, beside what was measured", headings, rows)
+            "gates", table("What the specification demands, beside what was measured", headings, rows, "card")
         )
     if run.run is None or any(step.demands is None for step in run.steps):
-        return section("Gates", "gates", missing("Which bounds were demanded is not recorded with these artifacts."))
-    return section("Gates", "gates", missing("The specification demands nothing: no step has a `require`."))
+        return section("gates", missing("Which bounds were demanded is not recorded with these artifacts."))
+    return section("gates", missing("The specification demands nothing: no step has a `require`."))
 
 
-_BOUNDS = {"max": "at most ", "min": "at least ", "retain": "retains at least "}
+_OF_VALUE = {"must_not_fall": " from dense", "retain": " of dense"}
 
 
 def gate_row(gate: Gate) -> list[Child]:
     """A gate as cells of a row."""
-    margin, name = gate.margin, _unit(gate)
-    share = None if margin is None or not gate.limit else margin / abs(gate.limit)
-    of_bound = (
-        None
-        if share is None
-        else [" (", number("share", share, f"{share:+.1%}" if abs(share) < 10 else f"{share:+,.0%}"), ")"]
-    )
+    margin, share, name = gate.margin, gate.share, gate.unit
+    of_bound = None if share is None else [" (", number("share", share, share_text(share)), ")"]
     return [
         gate_name(gate.metric, gate.step, gate.what),
         verdict(gate.word, gate.passed),
         bound_text(gate),
-        join([number(name, gate.value), " from dense" if gate.bound == "must_not_fall" else None]),
+        join([number(name, gate.value), _OF_VALUE.get(gate.bound) if gate.value is not None else None]),
         interval(gate.interval, name),
         join([number(name, margin), of_bound]),
     ]
@@ -72,19 +69,18 @@ def gate_row(gate: Gate) -> list[Child]:
 
 def gate_name(metric: str, step: str, what: str = "") -> Html:
     """The metric that a gate bounds, and the step that measures it."""
-    return element("span", breakable(metric), element("span", f", {step}", class_="quiet"), title=what or None)
+    return element("span", breakable(metric), " ", element("span", step, class_="quiet of"), title=what or None)
 
 
 def bound_text(gate: Gate) -> Html:
     """What a gate demands."""
-    words = _BOUNDS.get(gate.bound)
-    sure = "" if gate.confidence is None else f" at {gate.confidence:.4g}"
-    return join([words, number(_unit(gate), gate.limit), sure] if words else ["not worse than dense", sure])
+    limit = None if gate.bound == "must_not_fall" else number(gate.unit, gate.limit)
+    return join([gate.demand, limit, gate.sure])
 
 
-def _unit(gate: Gate) -> str:
-    """The name by which a gate's numbers are shown: a share of the dense model's has no unit."""
-    return "share" if gate.bound == "retain" else gate.metric
+def share_text(share: float) -> str:
+    """A signed share in percent, without digits that say nothing."""
+    return f"{100 * share:+,.{1 if abs(share) < 1 else 0}f}\N{NO-BREAK SPACE}%"
 
 
 def measured_section(run: RunView) -> Html:
@@ -92,27 +88,31 @@ def measured_section(run: RunView) -> Html:
     measured = measured_of(run)
     if not measured:
         reason = "No step measured anything: there is no `validate` step with a result."
-        return section("Dense and compressed", "measured", missing(reason))
+        return section("measured", missing(reason))
     parts: list[Html] = [
         element("p", "Bars begin at zero: ", swatch("bar-dense"), " dense, ", swatch("bar-compressed"), " compressed.")
     ]
-    for group in ("Quality", "Size", "Speed"):
+    for group in GROUPS:
         some = [one for one in measured if one.group == group]
         both = [one for one in some if one.row.dense is not None]
         alone = [one for one in some if one.row.dense is None]
-        if not some:
+        if not some and group != MEASURED_ON:
             parts.append(missing(f"{group}: not measured."))
         if both:
             ends = ("interval, 95 % #",) if any(one.interval for one in both) else ()
             rows = [_beside(one, bool(ends)) for one in both]
             parts.append(table(group, (group.lower(), "dense #", "compressed #", "ratio #", *ends, "bars"), rows))
-        if alone:
+        if alone and group == MEASURED_ON:
+            counts = [(_spaced(one.row.name), number(one.row.name, one.row.compressed)) for one in alone]
+            parts.append(slim(table(group, ("what", "value #"), counts)))
+        elif alone:
+            ratios = ("ratio #",) if any(one.row.ratio is not None for one in alone) else ()
             ends = ("interval, 95 % #",) if any(one.interval for one in alone) else ()
             caption = f"{group}, without a number of the dense model beside it"
-            rows = [_alone(one, bool(ends)) for one in alone]
-            parts.append(slim(table(caption, (group.lower(), "compressed #", "ratio #", *ends), rows)))
+            rows = [_alone(one, bool(ratios), bool(ends)) for one in alone]
+            parts.append(slim(table(caption, (group.lower(), "compressed #", *ratios, *ends), rows)))
     zeros = [note for step in run.steps if (note := zeros_sentence(step))]
-    return section("Dense and compressed", "measured", parts, [element("p", note) for note in zeros[-1:]])
+    return section("measured", parts, [element("p", note) for note in zeros[-1:]])
 
 
 def swatch(kind: str) -> Html:
@@ -132,7 +132,7 @@ def _beside(one: Measured, with_interval: bool) -> list[Child]:
     row = one.row
     bars = pair_bars(row.name, row.dense, row.compressed) if row.dense is not None else absent()
     return [
-        row.name.replace("_", " "),
+        _spaced(row.name),
         number(row.name, row.dense),
         number(row.name, row.compressed),
         number("ratio", row.ratio),
@@ -141,10 +141,15 @@ def _beside(one: Measured, with_interval: bool) -> list[Child]:
     ]
 
 
-def _alone(one: Measured, with_interval: bool) -> list[Child]:
+def _alone(one: Measured, with_ratio: bool, with_interval: bool) -> list[Child]:
     name = one.row.name
+    ratio = [number("ratio", one.row.ratio)] if with_ratio else []
     ends = [interval(one.interval, name)] if with_interval else []
-    return [name.replace("_", " "), number(name, one.row.compressed), number("ratio", one.row.ratio), *ends]
+    return [_spaced(name), number(name, one.row.compressed), *ratio, *ends]
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def zeros_sentence(step: StepView) -> str | None:
@@ -170,10 +175,8 @@ def curve_section(run: RunView) -> Html:
         elif found is not None:
             figures += _figures(step, found)
     if not figures and not faults:
-        return section(
-            "Curves", "curves", missing("No step recorded a curve: nothing was trained, no stream was read.")
-        )
-    return section("Curves", "curves", element("div", figures, class_="charts") if figures else None, faults)
+        return section("curves", missing("No step recorded a curve: nothing was trained, no stream was read."))
+    return section("curves", element("div", figures, class_="charts") if figures else None, faults)
 
 
 def _figures(step: StepView, found: Any) -> list[Html]:
@@ -201,7 +204,7 @@ def _figures(step: StepView, found: Any) -> list[Html]:
 def lineage_section(run: RunView) -> Html:
     """The steps with what they took, and their parameters."""
     if not run.steps:
-        return section("Lineage", "lineage", missing("The journal names no step."))
+        return section("lineage", missing("The journal names no step."))
     rows = [_step_row(step) for step in run.steps]
     headings = (
         "step",
@@ -224,7 +227,7 @@ def lineage_section(run: RunView) -> Html:
         if step.error:
             parts.append(element("p", step.error, class_="error"))
     parts += [step_details(step) for step in run.steps if step.artifact]
-    return section("Lineage", "lineage", parts)
+    return section("lineage", parts)
 
 
 def _step_row(step: StepView) -> list[Child]:

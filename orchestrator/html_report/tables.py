@@ -8,17 +8,33 @@ from collections.abc import Iterable, Sequence
 from orchestrator.html_report.markup import Child, Html, element, join
 from orchestrator.report import shown
 
+TITLES = {
+    "gates": "Gates",
+    "measured": "Dense and compressed",
+    "curves": "Curves",
+    "layers": "Error of each layer",
+    "troubles": "Damped, dead, fell back",
+    "lineage": "Lineage",
+    "serving": "Serving plans",
+    "release": "Release",
+    "environment": "Environment",
+    "differences": "What differs",
+    "steps": "What the steps took",
+}
 
-def section(title: str, anchor: str, *children: Child) -> Html:
-    """A part of the page with a heading of the second level."""
-    heading = element("h2", title, id=f"{anchor}-heading")
+
+def section(anchor: str, *children: Child) -> Html:
+    """A part of the page with a heading of the second level, which the list of contents names as well."""
+    heading = element("h2", TITLES[anchor], id=f"{anchor}-heading")
     return element("section", heading, *children, id=anchor, aria_labelledby=f"{anchor}-heading")
 
 
-def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[Child]]) -> Html:
+def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[Child]], cards: str | None = None) -> Html:
     """A table in a box of its own, so that a narrow screen scrolls the box and not the page.
 
-    The first cell of a row names it. A heading that ends in " #" is that of a column of numbers.
+    The first cell of a row names it. A heading that ends in " #" is that of a column of numbers. cards: "card" makes
+    every row a card on a phone, with the headings beside the cells; "card pair" sets columns that end in A and B, or
+    begin with them, side by side in it.
     """
     right = [heading.endswith(" #") for heading in headings]
     kinds = ["number" if number else None for number in right]
@@ -28,7 +44,10 @@ def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[Child]]
         element(
             "tr",
             element("th", row[0], scope="row"),
-            [element("td", cell, class_=kind) for cell, kind in zip(row[1:], kinds[1:], strict=True)],
+            [
+                element("td", cell, class_=kind, data_name=name if cards else None)
+                for cell, kind, name in zip(row[1:], kinds[1:], names[1:], strict=True)
+            ],
         )
         for row in rows
     ]
@@ -38,7 +57,8 @@ def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[Child]]
         element("thead", element("tr", head)),
         element("tbody", body),
     )
-    return element("div", whole, class_="scroll", tabindex=0, role="region", aria_label=caption)
+    kind = f"scroll {cards}" if cards else "scroll"
+    return element("div", whole, class_=kind, tabindex=0, role="region", aria_label=caption)
 
 
 def slim(box: Html) -> Html:
@@ -74,7 +94,7 @@ def breakable(name: str) -> Html:
 
 def absent() -> Html:
     """What stands where there is nothing."""
-    return element("span", "-", class_="quiet", title="not there")
+    return element("span", "-", class_="quiet absent", title="not there")
 
 
 def digest(value: str | None) -> Html:
