@@ -19,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from orchestrator.errors import Problem, SpecError
 from orchestrator.foreign import read_plain
 from orchestrator.method import Stage
+from orchestrator.yaml_text import Location as Location
+from orchestrator.yaml_text import dotted, parse
 
-Location = tuple[str | int, ...]
 MAX_BYTES = 1 << 17  # of a specification; PyYAML takes some 20 s for a MiB
-MAX_NODES = 10_000  # values in a specification, aliases written out; a few lines of aliases can stand for billions
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -249,11 +249,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int], list[Pr
     except (OSError, ValueError) as error:
         raise SpecError(f"{path} cannot be read: {error}", remedy="give a YAML file in UTF-8") from None
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        index = _Index(path)
-        if node is not None:
-            index.add(node, ())
-        data = _text_keys(yaml.load(text, Loader=_Loader))  # noqa: S506 - _Loader is a SafeLoader
+        data, lines, faults = parse(text, path, "specification")
         _as_json(data)  # refuses here what no JSON can say: integers of thousands of digits
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -265,7 +261,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int], list[Pr
         raise SpecError(f"not valid YAML: {error}", where=str(path)) from None
     if not isinstance(data, dict):
         raise SpecError("a specification is a mapping with version, name, model and steps", where=f"{path}:1")
-    return data, index.lines, index.faults
+    return data, lines, faults
 
 
 def validate_strictly(cls: type[M], data: Mapping[str, Any]) -> M:
@@ -277,78 +273,11 @@ def _as_json(data: Mapping[str, Any]) -> str:
     return json.dumps(data, default=str)  # YAML dates become text; NaN is refused by the models
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-class _Index:
-    """The line of every value, and every key that is given twice or is no text."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: dict[Location, int] = {}
-        self.faults: list[Problem] = []
-        self._nodes = 0
-
-    def add(self, node: yaml.Node, location: Location) -> None:
-        """Record a node and those below it. Raises `SpecError` for a document that grows too large."""
-        self._nodes += 1
-        if self._nodes > MAX_NODES:
-            raise SpecError(
-                f"the specification holds more than {MAX_NODES} values, aliases written out",
-                where=f"{self.path}:{node.start_mark.line + 1}",
-                remedy="write it without nested aliases",
-            )
-        self.lines[location] = node.start_mark.line + 1
-        if isinstance(node, yaml.MappingNode):
-            self._add_mapping(node, location)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                self.add(value, (*location, index))
-
-    def _add_mapping(self, node: yaml.MappingNode, location: Location) -> None:
-        seen: set[str] = set()
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise SpecError("a list or mapping cannot be a key", where=f"{self.path}:{line}", remedy="use text")
-            here = (*location, key.value)
-            where = f"{self.path}:{line}: {_dotted(here)}"
-            if key.tag not in _KEY_TAGS:
-                kind = key.tag.rpartition(":")[2]
-                self.faults.append(Problem(f"this key is no text, but of kind {kind}", where, "put it in quotes"))
-            if key.value in seen:
-                self.faults.append(Problem("this key is given twice", where, "keep one"))
-            seen.add(key.value)
-            self.add(value, here)
-            self.lines[here] = line
-
-
-_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
-
-
-def _text_keys(data: Any) -> Any:
-    """Return the data without the entries whose key is no text: `_Index` has named them."""
-    if isinstance(data, dict):
-        return {key: _text_keys(value) for key, value in data.items() if isinstance(key, str)}
-    return [_text_keys(value) for value in data] if isinstance(data, list) else data
-
-
-def _dotted(location: Location) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return text.removeprefix(".")
-
-
 def _place(path: Path, lines: Mapping[Location, int], location: Location) -> str:
     known = location
     while known and known not in lines:
         known = known[:-1]
-    return f"{path}:{lines.get(known, 1)}" + (f": {_dotted(location)}" if location else "")
+    return f"{path}:{lines.get(known, 1)}" + (f": {dotted(location)}" if location else "")
 
 
 def _known_core_keys(location: Location) -> Iterable[str]:

@@ -596,10 +596,14 @@ def test_a_policy_asks_for_approvals_by_certain_people(scene: Scene) -> None:
     [
         ("models: [", "not YAML"),
         ("models: {m: {require_aproval: [production]}}", "require_aproval: Extra inputs"),
-        ("models: {m: {require_approval: [prod]}}", "require_approval.0: Input should be"),
+        ("models: {m: {require_approval: [prod]}}", r"yaml:1: models.m.require_approval\[0\]: Input should be"),
         ("models: {m: {webhook: 'ftp://x'}}", "webhook"),
         ("models: {m: {webhook: 'https://user:secret@x'}}", "webhook"),
         ("", "Input should be"),
+        ("models:\n  m: {require_approval: [production]}\n  m: {}\n", r"yaml:3: models.m: this key is given twice"),
+        ("models: {m: {require_approval: [production], require_approval: []}}", "require_approval: this key is given"),
+        ("models: {}\nmodels: {m: {}}\n", "yaml:2: models: this key is given twice"),
+        ("models: {1: {}}", "this key is no text"),
         ("[" * 2000, "nested too deeply|not YAML"),
     ],
 )
@@ -615,6 +619,8 @@ def test_a_policy_that_is_named_has_to_be_there(tmp_path: Path) -> None:
     assert policy_for("m", tmp_path).require_approval == ()
     with pytest.raises(PreflightError, match="cannot be read"):
         policy_for("m", tmp_path, {VARIABLE: str(tmp_path / "nowhere.yaml")})
+    with pytest.raises(PreflightError, match="cannot be read"):
+        policy_for("m", tmp_path, {VARIABLE: "~no-such-user/promotion.yaml"})
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def test_no_source_runs_what_it_reads(path: Path) -> None:
 def test_the_loader_of_specifications_makes_no_objects() -> None:
     import yaml
 
-    from orchestrator.spec import _Loader
+    from orchestrator.yaml_text import _Loader
 
     assert issubclass(_Loader, yaml.SafeLoader)
 

@@ -15,16 +15,18 @@ get around is the store's own permissions.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from orchestrator.errors import PreflightError, Problem, SpecError
-from orchestrator.foreign import load_yaml, read_plain
+from orchestrator.foreign import read_plain
+from orchestrator.yaml_text import Location, dotted, parse
 
 VARIABLE = "ORCHESTRATOR_PROMOTION_POLICY"
 FILE = "promotion.yaml"
@@ -57,10 +59,11 @@ class PolicyFile(BaseModel):
 def policy_for(model: str, home: Path, environment: Mapping[str, str] = os.environ) -> Policy:
     """Return what holds for `model`; where there is no file, nothing does.
 
-    Raises `SpecError` for a file that is wrong, `PreflightError` for one that is named but cannot be read.
+    Raises `SpecError` for a file that is wrong, also where a key is given twice, of which YAML would keep the last;
+    `PreflightError` for one that is named but cannot be read.
     """
     named = environment.get(VARIABLE)
-    path = Path(named).expanduser() if named else home / FILE
+    path = Path(os.path.expanduser(named)) if named else home / FILE  # noqa: PTH111 - Path's fails for no such user
     try:
         text = read_plain(path, MOST_BYTES).decode("utf-8")
     except FileNotFoundError as error:
@@ -74,21 +77,26 @@ def policy_for(model: str, home: Path, environment: Mapping[str, str] = os.envir
     except ValueError as error:
         raise SpecError(f"this cannot be a policy: {error}", where=str(path), remedy="write it as YAML") from None
     try:
-        policies = PolicyFile.model_validate(load_yaml(text))
+        data, lines, faults = parse(text, path, "policy")
+        if faults:
+            raise SpecError(faults)
+        policies = PolicyFile.model_validate(data)
     except ValidationError as error:
-        raise SpecError([_problem(path, item) for item in error.errors(include_url=False)]) from None
-    except ValueError as error:
-        lines = re.findall(r"line (\d+)", str(error))[-1:]  # the rest may quote an address with a secret in it
-        where = f"{path}:{lines[0]}" if lines else str(path)
-        raise SpecError("this is not YAML", where=where, remedy="mend it") from None
+        raise SpecError([_problem(path, lines, item) for item in error.errors(include_url=False)]) from None
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
+        mark = getattr(error, "problem_mark", None)  # the rest may quote an address with a secret in it
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise SpecError("this is not YAML, or nested too deeply", where=where, remedy="mend it") from None
     found = next((policy for pattern, policy in policies.models.items() if fnmatchcase(model, pattern)), Policy())
     return found.model_copy(update={"verify_keys": tuple(str(path.parent / key) for key in found.verify_keys)})
 
 
-def _problem(path: Path, item: Mapping[str, object]) -> Problem:
-    location = item["loc"]
-    place = ".".join(str(part) for part in location) if isinstance(location, tuple) else ""
-    return Problem(f"{place or 'the file'}: {item['msg']}", str(path), "see the README, Promotion")
+def _problem(path: Path, lines: Mapping[Location, int], item: ErrorDetails) -> Problem:
+    location = known = item["loc"]
+    while known and known not in lines:
+        known = known[:-1]
+    place = f"{path}:{lines.get(known, 1)}"
+    return Problem(f"{dotted(location) or 'the file'}: {item['msg']}", place, "see the README, Promotion")
 
 
 def _unreadable(path: Path, error: OSError) -> PreflightError:
