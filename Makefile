@@ -55,6 +55,8 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.release_speed --save
 	$(BIN)/python -m benchmarks.release_faults --save
 	$(BIN)/python -m benchmarks.streaming --save
+	$(BIN)/python -m pip install --quiet -c constraints.txt atheris==3.0.0
+	$(BIN)/python -m benchmarks.fuzz --save
 
 # Kills runs at 200 moments and more.
 soak: $(VENV)/.installed-test
