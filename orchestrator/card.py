@@ -16,7 +16,7 @@ from orchestrator.bootstrap import CONFIDENCE
 from orchestrator.canonical import digest_of
 from orchestrator.foreign import leads_outside
 from orchestrator.provenance import CARD, Evidence, Provenance
-from orchestrator.report import Row, metric_rows
+from orchestrator.report import RATIO, Row, metric_rows, shown
 
 SOURCE_CARD = "README.source.md"
 _SURE = f"{100 * CONFIDENCE:g} %"
@@ -117,8 +117,8 @@ def _metrics(provenance: Provenance) -> Iterator[str]:
     yield f"| measured by | metric | dense | compressed | ratio | {_SURE} interval |"
     yield "|---|---|---:|---:|---:|---|"
     for method, intervals, row in measured:
-        cells = (_plain(row.name), _number(row.dense), _number(row.compressed), _number(row.ratio))
-        yield f"| `{method}` | {' | '.join(cells)} | {_interval(intervals.get(row.name))} |"
+        cells = (_plain(row.name), shown(row.name, row.dense), shown(row.name, row.compressed), shown(RATIO, row.ratio))
+        yield f"| `{method}` | {' | '.join(cells)} | {_interval(row.name, intervals.get(row.name))} |"
     yield ""
     yield "Ratios are compressed / dense, on held-out text of the pipeline; intervals are of what is compressed."
     yield ""
@@ -138,20 +138,17 @@ def _gates(provenance: Provenance) -> Iterator[str]:
     yield "|---|---|---|---:|---|---|"
     for method, gate in gates:
         sure = f", {100 * gate['confidence']:.6g} % confidence" if gate["confidence"] else ""
-        demanded = _DEMANDS[gate["bound"]].format(_number(gate["limit"])) + sure
-        cells = (_plain(gate["metric"]), demanded, _number(gate["value"]), _interval(gate["interval"]))
+        unit = RATIO if gate["bound"] == "retain" else gate["metric"]
+        demanded = _DEMANDS[gate["bound"]].format(shown(unit, gate["limit"])) + sure
+        cells = (_plain(gate["metric"]), demanded, shown(unit, gate["value"]), _interval(unit, gate["interval"]))
         yield f"| `{method}` | {' | '.join(cells)} | {'yes' if gate['passed'] else 'no'} |"
     yield ""
     yield "With a confidence, the worse end of the interval had to keep the bound."
     yield "Bounds on speed and memory, which depend on the machine, are not listed."
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
-
-
-def _interval(ends: tuple[float, float] | None) -> str:
-    return "" if ends is None else f"{_number(ends[0])} to {_number(ends[1])}"
+def _interval(name: str, ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"{shown(name, ends[0])} to {shown(name, ends[1])}"
 
 
 def _limits(folder: Path, config: Mapping[str, Any], provenance: Provenance) -> Iterator[str]:

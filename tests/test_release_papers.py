@@ -14,6 +14,7 @@ from orchestrator.plan import make_plan
 from orchestrator.plugins import discover
 from orchestrator.provenance import front_matter
 from orchestrator.registry import ModelRegistry
+from orchestrator.report import shown
 from orchestrator.run import run_locally
 from orchestrator.signing import VerifyKey
 from orchestrator.store import open_store
@@ -70,12 +71,11 @@ def test_a_release_has_its_papers_and_the_key_is_nowhere(spec: Path, tmp_path: P
     ):
         gate = gates[metric, bound]
         ends = gate["interval"]
-        found = [f"{gate['value']:.4g}" if ends else f"{gate['value']:,.0f}"]
-        found.append(f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else "")
+        found = [shown("", gate["value"]), f"{shown('', ends[0])} to {shown('', ends[1])}" if ends else ""]
         assert rows[f"`{method}`", metric, demanded] == [*found, "yes"]
     dense, compressed = (next(step["metrics"][name] for step in document["steps"] if step["stage"] == "validate")
                          for name in ("dense_perplexity", "perplexity"))  # fmt: skip
-    assert rows["`perplexity`", "perplexity", f"{dense:.4g}"][0] == f"{compressed:.4g}"
+    assert rows["`perplexity`", "perplexity", shown("", dense)][0] == shown("", compressed)
     assert (pulled / "README.source.md").read_text(encoding="utf-8").endswith("# Tiny\n")
     bill = json.loads((pulled / "bom.cdx.json").read_text(encoding="utf-8"))
     assert {"config.json", "README.md"} <= {part["name"] for part in bill["components"]}
