@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifact import Artifact
@@ -82,7 +83,7 @@ class RunRecord:
                 metrics=metrics,
                 tags=_tags(step, cached=outcome.cached)
                 | {"orchestrator.artifact": artifact.digest}
-                | {f"orchestrator.gate.{index}": _told(gate) for index, gate in enumerate(outcome.gates)},
+                | _gate_tags(outcome.gates),
                 manifest=artifact.manifest,
                 started_ms=started_ms,
                 ended_ms=ended_ms,
@@ -90,13 +91,16 @@ class RunRecord:
                 curves=_curves(artifact),
             )
 
+        if failed:
+            with suppress(OrchestratorError):  # what was refused is told by the caller, and is what matters
+                self.begin()  # the evidence belongs there, although all of it may be in the store already
         if self.mlflow_run is None:
             self._waiting.append(log)
         else:
             log(self.mlflow_run)
 
-    def failed_step(self, step: Step, message: str, started_ms: int) -> None:
-        """Record a step that failed. MLflow being the reason itself must not hide the failure."""
+    def failed_step(self, step: Step, message: str, started_ms: int, gates: Sequence[GateResult] = ()) -> None:
+        """Record a step that failed, or whose gates did. MLflow being the reason itself must not hide the failure."""
         if self.mlflow_run is None:
             return
         try:
@@ -104,8 +108,8 @@ class RunRecord:
                 self.mlflow_run,
                 name=step.label,
                 params=_parameters(step),
-                metrics={},
-                tags=_tags(step, cached=False) | {"orchestrator.error": message[:4000]},
+                metrics={gate.metric: gate.value for gate in gates},
+                tags=_tags(step, cached=False) | {"orchestrator.error": message[:4000]} | _gate_tags(gates),
                 manifest={"identity": step.identity, "error": message},
                 started_ms=started_ms,
                 ended_ms=time.time_ns() // 1_000_000,
@@ -173,8 +177,11 @@ def _tags(step: Step, *, cached: bool) -> dict[str, str]:
     }
 
 
-def _told(gate: GateResult) -> str:
-    return f"{'passed' if gate.passed else 'failed'}: {gate.what}"
+def _gate_tags(gates: Sequence[GateResult]) -> dict[str, str]:
+    return {
+        f"orchestrator.gate.{index}": f"{'passed' if gate.passed else 'failed'}: {gate.what}"
+        for index, gate in enumerate(gates)
+    }
 
 
 def _curves(artifact: Artifact) -> dict[str, list[tuple[int, float]]]:

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +22,12 @@ from orchestrator.calibration import CalibrationSet
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.errors import GateError, OrchestratorError, Problem, StepError
 from orchestrator.fit import check_fit, remember_fit
-from orchestrator.gates import gate_problems, gate_results
+from orchestrator.gates import GateResult, gate_problems, gate_results
 from orchestrator.healing import heal_runs
 from orchestrator.home import Settings
 from orchestrator.journal import Journal, lease
 from orchestrator.layer_method import LayerMethod
+from orchestrator.lineage import lineage_of
 from orchestrator.method import ModelMethod, Publisher
 from orchestrator.model import import_libraries
 from orchestrator.outcome import StepOutcome, unchanged
@@ -40,6 +41,7 @@ from orchestrator.register import release_step
 from orchestrator.remaking import Maker
 from orchestrator.status import remember
 from orchestrator.steps import StepInputs, perform
+from orchestrator.suite import REFUSED, Suite, fit_gates
 from orchestrator.usage import Usage, base_bytes, has_torch, out_of_memory
 from orchestrator.zeros import zeros_of
 
@@ -94,8 +96,8 @@ class Execution:
     def run_step(self, index: int) -> StepOutcome:
         """Bring one step's result about. Steps before it must have run.
 
-        Raises `StepError`, `GateError` or `PublishError`; nothing of a failed step stays in the store, except the
-        evidence of a failed gate.
+        Raises `StepError`, `PublishError`, or `GateError` with the failed gates of this step (`Suite` has those of
+        others); nothing of a failed step stays in the store, except the evidence of a failed gate.
         """
         step = self.plan.steps[index]
         with self._turn, self._failures_recorded(step):
@@ -148,6 +150,16 @@ class Execution:
                 raise GateError(violations)
             return outcome
 
+    def refuse_release(self, step: Step) -> list[Problem]:
+        """Record which gates of a register step, whose model is there, would fail too; return them as problems."""
+        with self._turn:
+            gates = fit_gates(step, self._model(step.inputs["model"]))
+            earlier = "a version was registered before there was this bound"
+            problems = gate_problems(step, gates, earlier if self.store.lookup(step.fingerprint) else REFUSED)
+            if problems:
+                self._failed(step, "\n".join(map(str, problems)), time.time_ns() // 1_000_000, gates)
+            return problems
+
     def _cached(self, step: Step) -> Artifact | None:
         """The step's artifact, if it is whole and was made from what the steps before gave in this run."""
         artifact = self.store.lookup(step.fingerprint)
@@ -192,7 +204,8 @@ class Execution:
                 self._import_seconds = seconds if fresh else 0.0
             inputs = self._inputs(step, scratch, state)
             if isinstance(step.method, Publisher):
-                facts = release_step(self.plan, step, inputs, self._lineage(step), self.record, folder, self.outcomes)
+                lineage = lineage_of(self.plan, step, self.outcomes)
+                facts = release_step(self.plan, step, inputs, lineage, self.record, folder, self.outcomes)
             else:
                 facts = perform(step, inputs, folder)
             return self.store.commit(
@@ -262,27 +275,6 @@ class Execution:
             for role, index in step.inputs.items()
         }
 
-    def _lineage(self, step: Step) -> list[dict[str, Any]]:
-        """The steps that gave the model that `step` reads, first to last."""
-        indices: set[int] = set()
-        pending = [step.inputs["model"]]
-        while pending:
-            index = pending.pop()
-            if index != SOURCE and index not in indices:
-                indices.add(index)
-                pending += self.plan.steps[index].inputs.values()
-        return [
-            {
-                "stage": self.plan.steps[index].stage.value,
-                "method": self.plan.steps[index].method.name,
-                "parameters": self.plan.steps[index].identity["parameters"],
-                "plugin": self.plan.steps[index].identity["plugin"],
-                "fingerprint": self.plan.steps[index].fingerprint,
-                "artifact": self.outcomes[index].digest,
-            }
-            for index in sorted(indices)
-        ]
-
     @contextmanager
     def _failures_recorded(self, step: Step) -> Iterator[None]:
         """Give every failure a place and a record; turn what a plugin raises into a `StepError`."""
@@ -292,8 +284,10 @@ class Execution:
         except OrchestratorError as error:
             placed = [Problem(p.what, p.where or step.place, p.remedy) for p in error.problems]
             error.__init__(placed)  # type: ignore[misc]
-            if step.index not in self.outcomes:  # a failed gate's step has its record, with the numbers
-                self._failed(step, str(error), started_ms)
+            if step.index not in self.outcomes:  # a validate step with a failed gate has its record, with the numbers
+                refused = isinstance(error, GateError) and isinstance(step.method, Publisher)
+                gates = fit_gates(step, self._model(step.inputs["model"])) if refused else []
+                self._failed(step, str(error), started_ms, gates)
             raise
         except (Exception, SystemExit) as error:  # a method that calls sys.exit has failed like any other
             path = self.journal.path.with_suffix(".traceback.txt")
@@ -309,9 +303,10 @@ class Execution:
                 self._failed(step, message, started_ms)
             raise StepError(message, where=step.place, remedy=remedy) from error
 
-    def _failed(self, step: Step, message: str, started_ms: int) -> None:
-        self.journal.write("step failed", step=step.index, error=message)
-        self.record.failed_step(step, message, started_ms)
+    def _failed(self, step: Step, message: str, started_ms: int, gates: Sequence[GateResult] = ()) -> None:
+        held = {"gates": [gate.as_dict() for gate in gates]} if gates else {}
+        self.journal.write("step failed", step=step.index, error=message, **held)
+        self.record.failed_step(step, message, started_ms, gates)
 
     def finish(self, error: BaseException | None = None) -> None:
         """Close the journal and the tracked run."""
@@ -379,8 +374,11 @@ def run_locally(spec_path: Path, methods: Methods, settings: Settings, observer:
     """Run a specification in this process, without Prefect."""
     execution = start(spec_path, methods, settings, observer, "local")
     with finishing(execution):
-        for step in execution.plan.steps:
-            execution.run_step(step.index)
+        suite = Suite(execution)
+        for step in suite.steps():
+            with suite.holding(step):
+                execution.run_step(step.index)
+        suite.end()
     return execution
 
 

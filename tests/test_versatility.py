@@ -375,6 +375,91 @@ def test_a_bound_on_the_worse_end_refuses_and_leaves_the_evidence(
     assert events[-1]["gates"] == [json.loads(json.dumps(gate.as_dict()))]
 
 
+SUITE = SPEC.replace("name: versatile", "name: suite").replace(
+    "  - register: release\n",
+    """\
+    require: {perplexity.code: {max: 1.0}}
+  - validate: fidelity
+    with: {source: prose.txt, length_tokens: 24, windows: 12}
+    require: {top1_agreement: {min: 1.0}, kl_mean: {max: 1.0e+9}}
+  - register: release
+    require: {max_concurrency.vllm: {min: 1.0e+9}}
+""",
+)
+
+
+def test_every_failed_gate_of_a_model_is_told_at_once(
+    material: Path, methods: Methods, settings: Settings, tracking_uri: str
+) -> None:
+    """Also of the register step; a second run tells the same from the store. What changes the model is not begun."""
+    from mlflow import MlflowClient
+
+    path = material / "suite.yaml"
+    path.write_text(SUITE, encoding="utf-8")
+    for cached in (False, True):
+        watcher = Watcher()
+        with pytest.raises(GateError) as caught:
+            run_locally(path, methods, settings, watcher)
+        assert [problem.where.partition(": ")[2] for problem in caught.value.problems if problem.where] == [
+            "steps[2].validate.require.perplexity.code",
+            "steps[3].validate.require.top1_agreement",
+            "steps[4].register.require.max_concurrency.vllm",
+        ]
+        assert [outcome.cached for outcome in watcher.finished] == [cached] * 4
+        events = list(Journal(settings.home, watcher.run_id).events())
+        held = [gate for event in events for gate in event.get("gates", ())]
+        assert [(gate["metric"], gate["passed"]) for gate in held] == [
+            ("perplexity.code", False),
+            ("top1_agreement", False),
+            ("kl_mean", True),
+            ("max_concurrency.vllm", False),
+        ]
+        assert events[-1]["event"] == "run failed" and events[-1]["error"] == str(caught.value)
+        page = (settings.home / "runs" / f"{watcher.run_id}.html").read_text(encoding="utf-8")
+        assert "3 of 4 gates not met" in page
+        client = MlflowClient(tracking_uri)
+        experiment = client.get_experiment_by_name("orchestrator")
+        (run,) = client.search_runs([experiment.experiment_id], f"tags.`orchestrator.run` = '{watcher.run_id}'")
+        children = client.search_runs(
+            [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and status = 'FAILED'"
+        )
+        assert sorted(child.data.tags["orchestrator.method"] for child in children) == [
+            "fidelity",
+            "perplexity",
+            "release",
+        ]
+    assert not (settings.home / "releases").exists()
+
+    later = SUITE.replace(
+        "  - register", "  - calibrate: text\n    with: {source: train.txt, length_tokens: 8}\n  - register"
+    )
+    path.write_text(later.replace("  - register", "  - quantize: rtn\n    with: {group_size: 16}\n  - register"))
+    watcher = Watcher()
+    with pytest.raises(GateError) as caught:
+        run_locally(path, methods, settings, watcher)
+    assert len(caught.value.problems) == 2  # the register step is of another model
+    assert [outcome.method for outcome in watcher.finished] == ["text", "magnitude", "perplexity", "fidelity"]
+
+
+def test_an_evaluator_that_fails_ends_the_run_and_the_failed_gates_are_told_too(
+    material: Path, methods: Methods, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Fidelity, candidate: Checkpoint, baseline: Checkpoint, context: Context) -> Measured:
+        raise StepError("the scales are broken", remedy="mend them")
+
+    monkeypatch.setattr(Fidelity, "measure", broken)
+    path = material / "broken.yaml"
+    path.write_text(SUITE.replace("windows: 12}\n    require: {top1", "windows: 11}\n    require: {top1"))
+    with pytest.raises(StepError) as caught:
+        run_locally(path, methods, settings, Watcher())
+    assert caught.value.exit_code == 4
+    assert [problem.what.partition(" is ")[0] for problem in caught.value.problems] == [
+        "the scales are broken",
+        "perplexity.code",
+    ]
+    assert "the scales are broken" in str(caught.value) and "max allowed is 1;" in str(caught.value)
+
+
 class Measures:
     """A step as far as gates are concerned."""
 

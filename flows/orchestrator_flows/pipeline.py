@@ -33,6 +33,7 @@ from orchestrator.record import REPORT_FILE
 from orchestrator.report import metric_rows, shown
 from orchestrator.run import Execution, finishing, start
 from orchestrator.spec import load_spec
+from orchestrator.suite import Suite
 from orchestrator.tracking import is_server
 from orchestrator_flows.heal import arrive
 from orchestrator_flows.nights import REFUSED, give_way, watched
@@ -128,8 +129,11 @@ async def _run_steps(execution: Execution, conduct: Conduct) -> dict[str, Any]:
     async with get_client() as client:
         await client.set_flow_run_name(flow_run.id, f"{execution.plan.name}-{execution.run_id}")
     try:
-        for step in execution.plan.steps:
-            await _task(execution, step, conduct)()
+        suite = Suite(execution)
+        for step in suite.steps():
+            with suite.holding(step):  # its task has failed, and the flow run fails when the others have been measured
+                await _task(execution, step, conduct)()
+        await conduct(suite.end)
     except OrchestratorError:
         await _show(execution)  # the numbers that a gate refused; what was measured before a step failed
         raise

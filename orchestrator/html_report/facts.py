@@ -145,7 +145,9 @@ def _steps(store: ArtifactStore, planned: Any, events: Sequence[Mapping[str, Any
         stage, method = str(plan.get("stage", "step")), str(plan.get("method", index + 1))
         error = _said(failed.get(index, {}))
         fingerprint = str(plan.get("fingerprint", ""))
-        steps.append(StepView(index, stage, method, state, fingerprint, demands=plan.get("demands"), error=error))
+        gates = failed.get(index, {}).get("gates", ())  # those on the KV cache are held before there is an artifact
+        demands = plan.get("demands")
+        steps.append(StepView(index, stage, method, state, fingerprint, demands=demands, gates=gates, error=error))
     return steps
 
 
