@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli_output import print_json, print_text, results_only, say
-from orchestrator.errors import PublishError
+from orchestrator.errors import PublishError, SpecError
+from orchestrator.foreign import shown
 
 if TYPE_CHECKING:
     from orchestrator.promotion.history import Entry, SignatureRef
@@ -59,7 +60,8 @@ def promote(
     as_json: JsonOption = False,
 ) -> None:
     """Put a version into staging or production: bytes verified, recorded in the store, shown by the registry."""
-    promotion = _promoter(model, store).promote(
+    promoter = _promoter(model, store)
+    promotion = promoter.promote(
         version,
         to,
         reason=reason,
@@ -68,7 +70,7 @@ def promote(
         require_approval=require_approval,
         verify_key=verify_key,
     )
-    _print(model, promotion, as_json)
+    _print(promoter.model, promotion, as_json)
 
 
 @results_only
@@ -79,14 +81,16 @@ def rollback(
         str | None, typer.Option("--to", metavar="VERSION", help="A version that it was at; else the one before.")
     ] = None,
     reason: ReasonOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Also to what was rejected, on the record.")] = False,
     expect: ExpectOption = None,
     verify_key: VerifyKeyOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Put back what was in production before. No byte of a model is moved or read."""
-    promotion = _promoter(model, store).rollback(alias, to=to, reason=reason, expect=expect, verify_key=verify_key)
-    _print(model, promotion, as_json)
+    promoter = _promoter(model, store)
+    promotion = promoter.rollback(alias, to=to, reason=reason, force=force, expect=expect, verify_key=verify_key)
+    _print(promoter.model, promotion, as_json)
 
 
 @results_only
@@ -117,7 +121,7 @@ def approve(
         return
     done = "rejected" if reject else "approved"
     until = "" if reject else f" until {filed.approval.expires}"
-    print_text(f"{model} version {number} ({release.digest[:12]}) {done} for {alias} by {filed.approval.by}{until}")
+    _text(f"{promoter.model} version {number} ({release.digest[:12]}) {done} for {alias} by {filed.approval.by}{until}")
 
 
 @results_only
@@ -142,27 +146,34 @@ def history(
         check_alias(alias)
     when = timeline.parse_moment(at) if at is not None else None
     if store is not None:
+        model = model.removeprefix("models:/")
         log, known = History(open_store(store), model), None
         stored = log.entries()
+        if not stored and not log.store.holds(model):
+            raise SpecError(
+                f"{log.store.uri} holds neither a history nor a release of {model!r}",
+                remedy="correct --store or the name; without --store the registry knows the place",
+            )
     else:
         promoter = _promoter(model, None)
+        model = promoter.model
         known, stored = promoter.read()
         log = promoter.history
     entries = [one.entry for one in stored]
     for line in differences(entries[-1].state, known) if entries and known else ():
-        say(f"note: {line}")
+        _note(line)
     for entry in timeline.from_the_future(entries):
-        say(
-            f"note: clocks disagree: entry {entry.sequence} ({entry.actor}) is of {entry.time}, which has not come "
+        _note(
+            f"clocks disagree: entry {entry.sequence} ({entry.actor}) is of {entry.time}, which has not come "
             "on this machine"
         )
     for one, after in timeline.disagreements(entries):
-        say(
-            f"note: clocks disagreed: entry {after.sequence} ({after.actor}) is of {after.time}, before entry "
+        _note(
+            f"clocks disagreed: entry {after.sequence} ({after.actor}) is of {after.time}, before entry "
             f"{one.sequence} ({one.actor}) of {one.time}"
         )
     if when is None:
-        shown = [one for one in stored if alias in (None, one.entry.alias)]
+        chosen = [one for one in stored if alias in (None, one.entry.alias)]
         if as_json:
             state = entries[-1].state if entries else {}
             print_json(
@@ -170,11 +181,11 @@ def history(
                     "model": model,
                     "store": log.uri,
                     "now": {name: placed.model_dump(mode="json") for name, placed in state.items()},
-                    "entries": [{**one.entry.document(), "sha256": one.sha256} for one in shown],
+                    "entries": [{**one.entry.document(), "sha256": one.sha256} for one in chosen],
                 }
             )
         else:
-            print_text("\n".join(_line(one.entry) for one in shown) or f"{model}: nothing was promoted yet")
+            _text(*[_line(one.entry) for one in chosen] or [f"{model}: nothing was promoted yet"])
         return
     alias = alias or "production"
     answer = timeline.at(entries, alias, when)
@@ -191,23 +202,24 @@ def history(
             }
         )
         return
-    print_text(_line(answer.entry) if answer.entry else f"{model}: nothing was in {alias} at {when.isoformat()}")
+    _text(_line(answer.entry) if answer.entry else f"{model}: nothing was in {alias} at {when.isoformat()}")
     for other in answer.others:
-        print_text(f"or, as clocks disagreed by then:\n{_line(other)}")
+        _text("or, as clocks disagreed by then:", _line(other))
 
 
 @results_only
 def reconcile(model: ModelArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Check the whole history, and make the registry say what it says: after a crash, or when an alias got lost."""
+    """Make the registry say what the history says, and tell whom nobody told: after a crash, or a lost alias."""
     from dataclasses import asdict
 
-    found = _promoter(model, store).reconcile()
+    promoter = _promoter(model, store)
+    found = promoter.reconcile()
     if as_json:
-        print_json({"model": model, **asdict(found)})
+        print_json({"model": promoter.model, **asdict(found)})
     else:
-        print_text("\n".join(found.repaired) or f"{model}: nothing to repair")
+        _text(*found.repaired or [f"{promoter.model}: nothing to repair"])
     for line in found.unrecorded:
-        say(f"note: {line}")
+        _note(line)
     if found.problems:
         raise PublishError(found.problems)
 
@@ -224,20 +236,31 @@ def _print(model: str, promotion: Promotion, as_json: bool) -> None:
     if as_json:
         print_json(promotion.document(model))
     elif done is None:
-        print_text(f"{model} version {promotion.version} is in {promotion.alias} already")
+        _text(f"{model} version {promotion.version} is in {promotion.alias} already")
     else:
-        previous = done.entry.previous
-        before = f"version {previous.version} before" if previous else "the first there"
-        print_text(
-            f"{model} version {promotion.version} is in {promotion.alias}; {before}; entry {done.entry.sequence}"
-        )
+        before = f"version {done.entry.before} before" if done.entry.before else "the first there"
+        _text(f"{model} version {promotion.version} is in {promotion.alias}; {before}; entry {done.entry.sequence}")
     for notice in promotion.notices:
-        if notice.problem:
-            say(f"warning: {notice.target} was not told: {notice.problem}; the promotion stands")
+        if notice.warning:
+            remedy = f"`orchestrator reconcile {model}` tries again"
+            say(f"warning: {_shown(notice.warning)}; the promotion stands; {remedy}")
+
+
+def _text(*lines: str) -> None:
+    print_text("\n".join(_shown(line) for line in lines))
+
+
+def _note(line: str) -> None:
+    say(f"note: {_shown(line)}")
+
+
+def _shown(line: str) -> str:
+    """One line, whatever somebody wrote into a store that others read."""
+    return shown(line).replace("\n", "\\n")
 
 
 def _line(entry: Entry) -> str:
-    previous = f" (was {entry.previous.version})" if entry.previous else ""
+    previous = f" (was {entry.before})" if entry.before else ""
     notes = [f"approved by {entry.approval.by}"] if entry.approval else []
     notes += [_signed(entry.signature)] if entry.signature else []
     notes += [f"forced: {', '.join(entry.forced)}"] if entry.forced else []

@@ -194,6 +194,12 @@ class Store(ReleaseReader):
         with self._errors(PublishError, f"cannot list {self.uri}/{folder}"):
             return sorted(self._list(folder))
 
+    def holds(self, folder: str) -> bool:
+        """Whether anything lies below `folder`. Raises PublishError."""
+        check_key(folder)
+        with self._errors(PublishError, f"cannot list {self.uri}/{folder}"):
+            return any(True for _ in self._list_tree(folder))
+
     def _is_whole(self, name: str, release: Release) -> bool:
         """Whether every file is there; PublishError if one has another size than was published."""
         sizes: dict[str, int | None] = {}

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 DIGEST_TAG = "orchestrator.digest"
+PROMOTIONS_TAG = "orchestrator.promotions"  # of a model that has a history of promotions: where that lies
+PROMOTION_TAG = "orchestrator.promotion."  # of a version, and an alias: the entry of the history that put it there
 HOSTED_FILE = "orchestrator-file://"
 ABSENT_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the second: an alias that is not set
 READY_SECONDS = 30
-_REF = re.compile(r"models:/(?P<name>[^/:@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+_REF = re.compile(r"models:/(?P<name>[^/:@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]{1,18}))")
 _NAME = re.compile(r"[^/:@'\"`\s][^/:@'\"`\n]*")
 T = TypeVar("T")
 
@@ -173,7 +175,11 @@ class ModelRegistry:
                 kind = "versions"
             if found is None:
                 wanted = f"alias {alias!r}" if alias is not None else f"version {version}"
-                raise SpecError(f"model {name!r} has no {wanted}", remedy=_suggestion(alias or "", choices, kind))
+                lost = alias is not None and PROMOTIONS_TAG in model.tags and self._was_promoted(name, alias)
+                remedy = f"a promotion put it there: `orchestrator reconcile {name}` puts it back" if lost else None
+                raise SpecError(
+                    f"model {name!r} has no {wanted}", remedy=remedy or _suggestion(alias or "", choices, kind)
+                )
             return self._as_registered(found, model)
 
     def model(self, name: str) -> KnownModel | None:
@@ -261,6 +267,10 @@ class ModelRegistry:
             token = page.token
             if not token:
                 return found
+
+    def _was_promoted(self, name: str, alias: str) -> bool:
+        """Whether a version remembers a promotion into `alias`."""
+        return any(PROMOTION_TAG + alias in known.tags for known in self._versions(name))
 
     def _find(self, name: str, address: str, digest: str) -> str | None:
         """Return the oldest version with that address and digest."""

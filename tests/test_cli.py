@@ -123,7 +123,7 @@ def test_the_surface_is_frozen() -> None:
             "VERSION",
             "VERSION",
         ],
-        "rollback": ["--json", "ALIAS", "KEY", "MODEL", "TEXT", "URI", "VERSION", "VERSION"],
+        "rollback": ["--force", "--json", "ALIAS", "KEY", "MODEL", "TEXT", "URI", "VERSION", "VERSION"],
         "approve": ["--json", "--reject", "ALIAS", "MODEL", "NAME", "TEXT", "TIME", "URI", "VERSION"],
         "history": ["--json", "ALIAS", "MODEL", "TIME", "URI"],
         "reconcile": ["--json", "MODEL", "URI"],

@@ -840,8 +840,12 @@ def test_history_needs_no_registry(scene: Scene, monkeypatch: pytest.MonkeyPatch
     assert run(monkeypatch, scene, "history", scene.model, "--store", scene.uri) == 0
     assert "version 1" in capfd.readouterr().out
     assert run(monkeypatch, scene, "history", scene.model) == 3
-    assert run(monkeypatch, scene, "history", "never", "--store", scene.uri) == 0
-    assert "nothing was promoted yet" in capfd.readouterr().out
+    monkeypatch.setattr(scene, "model", "never")
+    assert run(monkeypatch, scene, "history", "never", "--store", scene.uri) == 2
+    assert "holds neither a history nor a release of 'never'" in capfd.readouterr().err
+    scene.publish("one")
+    assert run(monkeypatch, scene, "history", "models:/never", "--store", scene.uri) == 0
+    assert "never: nothing was promoted yet" in capfd.readouterr().out
 
 
 def test_clocks_that_disagree_are_said(scene: Scene, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

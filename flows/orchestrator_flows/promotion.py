@@ -48,7 +48,7 @@ async def promote_model(
             verify_key=None if verify_key is None else Path(verify_key),
         )
     )
-    return await _shown(model, promotion)
+    return await _shown(promoter.model, promotion)
 
 
 @flow(name="rollback-model", persist_result=True, result_serializer="json", retries=0, validate_parameters=True)
@@ -58,6 +58,7 @@ async def rollback_model(
     to: str | None = None,
     reason: str | None = None,
     expect: str | None = None,
+    force: bool = False,
     verify_key: str | None = None,
 ) -> dict[str, Any]:
     """Put back what an alias named before, or version `to`, as `orchestrator rollback` does.
@@ -66,8 +67,10 @@ async def rollback_model(
     """
     promoter = Promoter(model, Settings.from_environment())
     key = None if verify_key is None else Path(verify_key)
-    promotion = await in_thread(lambda: promoter.rollback(alias, to=to, reason=reason, expect=expect, verify_key=key))
-    return await _shown(model, promotion)
+    promotion = await in_thread(
+        lambda: promoter.rollback(alias, to=to, reason=reason, force=force, expect=expect, verify_key=key)
+    )
+    return await _shown(promoter.model, promotion)
 
 
 async def _shown(model: str, promotion: Promotion) -> dict[str, Any]:
@@ -83,12 +86,12 @@ async def _shown(model: str, promotion: Promotion) -> dict[str, Any]:
         await acreate_markdown_artifact(
             key=f"{artifact_key(model)}-{promotion.alias}",
             markdown=f"`{entry.release.uri}`\n\n"
-            f"- version {entry.version}, before: {entry.previous.version if entry.previous else 'none'}\n"
+            f"- version {entry.version}, before: {entry.before or 'none'}\n"
             f"- digest `{entry.release.digest}`\n"
             f"- entry {entry.sequence} of the history, by {entry.actor}\n",
             description=f"{model} in {promotion.alias}",
         )
     for notice in promotion.notices:
-        if notice.problem:
-            logger.warning("%s was not told: %s; the promotion stands", notice.target, notice.problem)
+        if notice.warning:
+            logger.warning("%s; the promotion stands; `orchestrator reconcile %s` tries again", notice.warning, model)
     return document

@@ -11,7 +11,10 @@ and follow it; `reconcile` makes up for a crash in between.
     policy        promotion.yaml: who has to approve what, and who is told
     signature     whose signature is demanded, and whether it is there
     notify        a signed webhook, a command
+    deliveries    who was told of which entry, so that what failed is told later
     place         the store that has the history
     rules         candidate, staging, production
-    promoter      promote, roll back, reconcile
+    releases      the bytes that versions stand for
+    promoter      promote, roll back
+    reconciliation  the registry made to follow, and told what nobody was told
 """

@@ -117,6 +117,13 @@ class Approvals:
             filed.append(Filed(approval, key, hashlib.sha256(data).hexdigest()))
         return filed
 
+    def rejection(self, digest: str, alias: str, approvers: Sequence[str] | None = None) -> Approval | None:
+        """Return the newest decision of those who may decide, if it is a rejection."""
+        may = [
+            one.approval for one in self.decisions(digest, alias) if approvers is None or one.approval.by in approvers
+        ]
+        return may[-1] if may and may[-1].decision == "reject" else None
+
     def require(
         self, digest: str, alias: str, approvers: Sequence[str] | None = None, used: Mapping[str, int] | None = None
     ) -> ApprovalRef:

@@ -13,10 +13,11 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,6 +36,7 @@ TEXT_CHARACTERS = 1000  # of a name or a reason
 _KEY = re.compile(r"[0-9]{8}\.json|[1-9][0-9]{8,}\.json")
 
 Kind = Literal["promote", "rollback"]
+Receiver = Literal["webhook", "command"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Sequence = Annotated[int, Field(ge=1)]
 Version = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
@@ -85,8 +87,9 @@ class SignatureRef(Record):
 
 
 class Entry(Record):
-    """One step of one alias. forced: the rules that did not hold. signature: None of an unsigned release. state: of
-    all aliases, after this entry."""
+    """One step of one alias. registered: where registering a release had moved the alias meanwhile, which only the
+    registry says. forced: the rules that did not hold. signature: None of an unsigned release. tells: whom the policy
+    wanted told. state: of all aliases, after this entry."""
 
     layout: Literal[1] = 1
     sequence: Sequence
@@ -97,11 +100,13 @@ class Entry(Record):
     version: Version
     release: ReleaseRef
     previous: Placement | None
+    registered: Version | None = None
     actor: str
     reason: str | None
     forced: tuple[str, ...] = Field((), strict=False)
     approval: ApprovalRef | None
     signature: SignatureRef | None = None
+    tells: tuple[Receiver, ...] = Field((), strict=False)
     previous_sha256: Digest | None
     state: dict[str, Placement]
     nonce: str  # two entries are never the same bytes, so that whoever wrote one knows it
@@ -110,6 +115,11 @@ class Entry(Record):
     def at(self) -> datetime:
         """The writer's clock."""
         return parse_time(self.time)
+
+    @property
+    def before(self) -> str | None:
+        """The version that the alias was at."""
+        return self.registered or (self.previous.version if self.previous else None)
 
     def document(self) -> dict[str, Any]:
         """What people and other programs get to see: all of it but what keeps the history together."""
@@ -142,6 +152,8 @@ class Change:
     signature: SignatureRef | None = None
     promoted: int | None = None
     relies_on: str | None = None
+    registered: str | None = None
+    tells: tuple[Receiver, ...] = ()
 
 
 class History:
@@ -186,16 +198,20 @@ class History:
         if numbers != list(range(1, len(numbers) + 1)):
             missing = min(set(range(1, numbers[-1])) - set(numbers))
             raise self._broken(missing, "is missing")
+        return self._linked(numbers)
+
+    def since(self, sequence: int) -> list[Stored]:
+        """Return the entries from one to the newest, each checked against the one before it; `PublishError`."""
+        head = self.head()
+        return self._linked(range(sequence, head.entry.sequence + 1 if head else sequence))
+
+    def _linked(self, numbers: Iterable[int]) -> list[Stored]:
+        """Return entries that follow each other. The last is what proves the first."""
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            found = list(pool.map(lambda number: self._seen.get(number) or self._read(number), numbers))
-        entries: list[Stored] = []
-        for number, stored in zip(numbers, found, strict=True):
-            if stored is None:
-                raise self._broken(number, "is listed but not there")
-            expected = entries[-1].sha256 if entries else None
-            if stored.entry.previous_sha256 != expected:
-                raise self._broken(number, "does not follow the entry before it")
-            entries.append(stored)
+            entries = list(pool.map(self.entry, numbers))
+        for one, after in pairwise(entries):
+            if after.entry.previous_sha256 != one.sha256:
+                raise self._broken(after.entry.sequence, "does not follow the entry before it")
         return entries
 
     def entry(self, sequence: int) -> Stored:
@@ -254,11 +270,13 @@ class History:
             version=change.version,
             release=change.release,
             previous=_placement(head, change.alias),
+            registered=change.registered,
             actor=actor(),
             reason=change.reason,
             forced=change.forced,
             approval=change.approval,
             signature=change.signature,
+            tells=change.tells,
             previous_sha256=head.sha256 if head else None,
             state={**(head.entry.state if head else {}), change.alias: placement},
             nonce=secrets.token_hex(16),
@@ -309,16 +327,13 @@ def actor(environment: Mapping[str, str] = os.environ) -> str:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user id without a name
         user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
+    return check_text(f"{user}@{socket.gethostname()}", "the user's name", f"say who you are in {ACTOR_VARIABLE}")
 
 
-def check_text(text: str, what: str) -> str:
+def check_text(text: str, what: str, remedy: str = f"write one line of at most {TEXT_CHARACTERS} characters") -> str:
     """Return a text that people gave, if a record can hold it and a terminal show it; `SpecError` if not."""
     if len(text) > TEXT_CHARACTERS or not text.isprintable():
-        raise SpecError(
-            f"{what} is too long, or holds line breaks or characters that cannot be shown",
-            remedy=f"write one line of at most {TEXT_CHARACTERS} characters",
-        )
+        raise SpecError(f"{what} is too long, or holds line breaks or characters that cannot be shown", remedy=remedy)
     return text
 
 

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.canonical import canonical_json
 from orchestrator.errors import PreflightError
-from orchestrator.promotion.history import Stored
+from orchestrator.promotion.history import Receiver, Stored
 from orchestrator.promotion.policy import Policy
 
 SECRET_VARIABLE = "ORCHESTRATOR_WEBHOOK_SECRET"
@@ -39,10 +39,28 @@ COMMAND_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Notice:
-    """Whom was told. problem: why that did not work, or None. Addresses are shown without path and query."""
+    """Whom was told. target: an address without path and query, or a command. problem: why that did not work, or None.
+    told: also where it worked and only could not be recorded."""
 
     target: str
     problem: str | None
+    told: bool
+
+    @property
+    def warning(self) -> str | None:
+        """The problem as a sentence, or None."""
+        if self.problem is None:
+            return None
+        return (
+            f"{self.target} was told, but {self.problem}"
+            if self.told
+            else f"{self.target} was not told: {self.problem}"
+        )
+
+
+def receivers(policy: Policy) -> tuple[Receiver, ...]:
+    """Whom a policy wants told."""
+    return (*(("webhook",) if policy.webhook else ()), *(("command",) if policy.command else ()))
 
 
 def check_policy(policy: Policy, environment: Mapping[str, str] = os.environ) -> None:
@@ -51,16 +69,16 @@ def check_policy(policy: Policy, environment: Mapping[str, str] = os.environ) ->
         _secret(environment)
 
 
-def notify(policy: Policy, stored: Stored, environment: Mapping[str, str] = os.environ) -> tuple[Notice, ...]:
-    """Tell whoever the policy names. Never raises for what happens at their end."""
+def tell(policy: Policy, receiver: Receiver, stored: Stored, environment: Mapping[str, str] = os.environ) -> Notice:
+    """Tell one of those whom the policy names. Never raises for what happens at their end."""
     document = as_document(stored)
-    notices = []
-    if policy.webhook:
+    if receiver == "webhook" and policy.webhook:
         problem = post(policy.webhook, document, stored.sha256, _secret(environment))
-        notices.append(Notice(_shown(policy.webhook), problem))
-    if policy.command:
-        notices.append(Notice(policy.command[0], _run(policy.command, document, environment)))
-    return tuple(notices)
+        return Notice(_shown(policy.webhook), problem, told=problem is None)
+    if receiver == "command" and policy.command:
+        problem = _run(policy.command, document, environment)
+        return Notice(policy.command[0], problem, told=problem is None)
+    return Notice(f"a {receiver}", "promotion.yaml names none here", told=False)
 
 
 def as_document(stored: Stored) -> dict[str, Any]:

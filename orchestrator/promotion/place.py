@@ -5,16 +5,17 @@ from __future__ import annotations
 from orchestrator.errors import SpecError
 from orchestrator.promotion.history import History
 from orchestrator.promotion.rules import split
-from orchestrator.registry import KnownModel, ModelRegistry
+from orchestrator.registry import PROMOTIONS_TAG, KnownModel, ModelRegistry
 from orchestrator.store import Store, open_store
 
-STORE_TAG = "orchestrator.promotions"  # of a model: the root of the store that holds its history
+STORE_TAG = PROMOTIONS_TAG  # of a model: the root of the store that holds its history
 
 
 def find_store(registry: ModelRegistry, known: KnownModel, given: str | None) -> Store:
     """Return the store with the history: the one given, the one that the registry names, or that of the releases.
 
-    Raises `SpecError` if there is more than one to choose from, or the history has begun elsewhere than is given.
+    Raises `SpecError` if there is more than one to choose from, the history has begun elsewhere than is given, or what
+    is given has nothing to do with the model.
     """
     uri = known.address(STORE_TAG)
     if given is None and uri is not None:
@@ -31,6 +32,11 @@ def find_store(registry: ModelRegistry, known: KnownModel, given: str | None) ->
             raise SpecError(
                 f"the history of {known.name!r} lies in {found.uri}, and {store.uri} has none",
                 remedy="leave --store out; a model has one history",
+            )
+        if store.uri not in {found.uri for found in stores}:
+            raise SpecError(
+                f"{store.uri} holds neither a history nor a release of {known.name!r}",
+                remedy=f"its releases lie in {' and '.join(found.uri for found in stores) or 'no store'}",
             )
         return store
     candidates = with_history or stores

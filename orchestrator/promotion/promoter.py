@@ -11,44 +11,57 @@ and the history about the other two.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import OrchestratorError, Problem, PublishError, SpecError
+from orchestrator.errors import GateError, OrchestratorError, Problem, PublishError, SpecError
+from orchestrator.foreign import shown
 from orchestrator.home import Settings
 from orchestrator.promotion.approval import Approvals
+from orchestrator.promotion.deliveries import Deliveries
 from orchestrator.promotion.history import (
     LADDER,
     ApprovalRef,
     Change,
     History,
+    Placement,
     ReleaseRef,
-    SignatureRef,
     Stored,
+    actor,
+    check_text,
 )
-from orchestrator.promotion.notify import Notice, check_policy, notify
+from orchestrator.promotion.notify import Notice, check_policy, receivers
 from orchestrator.promotion.place import STORE_TAG as STORE_TAG
 from orchestrator.promotion.place import find_store
 from orchestrator.promotion.policy import Policy, policy_for
+from orchestrator.promotion.reconciliation import HEAD_TAG as HEAD_TAG
+from orchestrator.promotion.reconciliation import Reconciliation, reconcile
+from orchestrator.promotion.releases import Releases
 from orchestrator.promotion.rules import (
     broken_rules,
     check_alias,
     check_expected,
-    check_same,
+    check_number,
     earlier,
+    position,
     reference,
-    split,
 )
-from orchestrator.promotion.signature import SIGNED_BY_TAG, check_signed, demanded_keys
-from orchestrator.registry import DIGEST_TAG, KnownModel, ModelRegistry, OverwrittenError, RegisteredVersion
+from orchestrator.promotion.signature import demanded_keys
+from orchestrator.registry import (
+    DIGEST_TAG,
+    PROMOTION_TAG,
+    KnownModel,
+    ModelRegistry,
+    OverwrittenError,
+    RegisteredVersion,
+)
 from orchestrator.signing import VerifyKey
-from orchestrator.store import Progress, Store, open_store
+from orchestrator.store import Progress
 
-HEAD_TAG = "orchestrator.promotions.head"  # of a model: SEQUENCE:SHA256 of an entry, so that a shortened history shows
 SHOWINGS, PAUSE_SECONDS = 8, 0.1  # how often what the history says is shown while others write to the registry too
-VERSION_TAG = "orchestrator.promotion."  # of a version, and the alias: the entry that put it there
+VERSION_TAG = PROMOTION_TAG  # of a version, and the alias: the entry that put it there
 
 
 @dataclass(frozen=True)
@@ -68,27 +81,21 @@ class Promotion:
             "version": self.version,
             "changed": self.done is not None,
             "entry": {**self.done.entry.document(), "sha256": self.done.sha256} if self.done else None,
-            "notices": [{"target": notice.target, "problem": notice.problem} for notice in self.notices],
+            "notices": [
+                {"target": notice.target, "problem": notice.problem, "told": notice.told} for notice in self.notices
+            ],
         }
-
-
-@dataclass(frozen=True)
-class Reconciliation:
-    """What was repaired, what cannot be, and aliases that no promotion set and that were left alone."""
-
-    repaired: tuple[str, ...]
-    problems: tuple[Problem, ...]
-    unrecorded: tuple[str, ...]
 
 
 class Promoter:
     """The aliases of one model. Raises `SpecError`, `PreflightError`, `GateError` or `PublishError`.
 
+    model: its name, or ``models:/NAME``.
     store: the root of the store with the history; None: where the registry says, or beside the model's releases.
     """
 
     def __init__(self, model: str, settings: Settings, store: str | None = None) -> None:
-        self.model, self._settings, self._given = model, settings, store
+        self.model, self._settings, self._given = model.removeprefix("models:/"), settings, store
         self.registry = ModelRegistry(settings.tracking_uri)
         self._history: History | None = None
 
@@ -100,6 +107,20 @@ class Promoter:
                 find_store(self.registry, self.registry.need_model(self.model), self._given), self.model
             )
         return self._history
+
+    @cached_property
+    def releases(self) -> Releases:
+        """The bytes."""
+        return Releases(self.history.store, self.model)
+
+    @property
+    def deliveries(self) -> Deliveries:
+        """Who was told."""
+        return Deliveries(self.history.store, self.model)
+
+    def policy(self) -> Policy:
+        """What promotion.yaml says of the model. Raises as `policy_for` does."""
+        return policy_for(self.model, self._settings.home)
 
     def promote(
         self,
@@ -120,18 +141,16 @@ class Promoter:
         require_approval: whatever the policy says.
         verify_key: a public key (PEM) that must have signed the release; None: what the environment and the policy say.
         """
-        check_alias(alias)
-        policy = policy_for(self.model, self._settings.home)
-        check_policy(policy)
-        keys = demanded_keys(policy, verify_key)
+        policy, keys = self._begin(alias, reason, verify_key)
         known, head = self._look()
-        candidate = self._resolve(version)
+        candidate = self.registered(version)
         release = reference(candidate)
-        now = head.entry.state.get(alias) if head else None
-        check_expected(self.model, alias, now, expect)
-        if now is not None and (now.version, now.release) == (candidate.version, release):
-            self._signature(candidate, release, keys)
-            self._show(alias)
+        placed = head.entry.state.get(alias) if head else None
+        at = position(alias, head, known)
+        check_expected(self.model, alias, at, placed, expect)
+        if placed is not None and (placed.version, placed.release, at) == (candidate.version, release, placed.version):
+            self.releases.signature(candidate, release, keys)
+            self.show(alias)
             return Promotion(alias, candidate.version, None)
         broken = broken_rules(candidate.version, alias, head, known)
         if broken and not force:
@@ -141,19 +160,22 @@ class Promoter:
             )
         needs_approval = require_approval or alias in policy.require_approval
         self._approval(policy, release, alias, needed=needs_approval)
+        rejected = () if needs_approval else self._rejected(policy, candidate.version, release, alias, force=force)
         self.history.entries()  # all of it is sound
-        signature = self._signature(candidate, release, keys)
-        self._verify(release, progress)
+        signature = self.releases.signature(candidate, release, keys)
+        self.releases.verify(release, progress)
         change = Change(
             kind="promote",
             alias=alias,
             version=candidate.version,
             release=release,
             reason=reason,
-            forced=tuple(broken),
+            forced=(*broken, *rejected),
             approval=self._approval(policy, release, alias, needed=needs_approval),  # verifying may have taken hours
             signature=signature,
             relies_on=None if broken or alias == LADDER[0] else LADDER[LADDER.index(alias) - 1],
+            registered=_unrecorded(placed, at, candidate.version),
+            tells=receivers(policy),
         )
         return self._commit(head, change, policy)
 
@@ -163,80 +185,53 @@ class Promoter:
         *,
         to: str | None = None,
         reason: str | None = None,
+        force: bool = False,
         expect: str | None = None,
         verify_key: Path | None = None,
     ) -> Promotion:
         """Let `alias` name the release that it named before, or that of version `to`, which it must have named once.
 
         The bytes stay where they are; that the files are all there is looked at, but they are not read. The signature
-        is verified as it is by `promote`: it covers the listing, which is small.
+        is verified as it is by `promote`: it covers the listing, which is small. No approval is asked for.
+
+        force: also where the newest decision about the release is a rejection, which the entry then says.
         """
-        check_alias(alias)
-        policy = policy_for(self.model, self._settings.home)
-        check_policy(policy)
-        keys = demanded_keys(policy, verify_key)
-        _, head = self._look()
-        now = head.entry.state.get(alias) if head else None
-        if head is None or now is None:
+        policy, keys = self._begin(alias, reason, verify_key)
+        known, head = self._look()
+        placed = head.entry.state.get(alias) if head else None
+        if head is None or placed is None:
             raise SpecError(f"{self.model!r} never had a version in {alias}", remedy="nothing to roll back")
-        check_expected(self.model, alias, now, expect)
-        if to == now.version:
-            self._show(alias)
-            return Promotion(alias, now.version, None)
-        target = earlier(self.history, alias, now, to)
-        registered = self._resolve(target.version)
+        at = position(alias, head, known)
+        check_expected(self.model, alias, at, placed, expect)
+        if to == placed.version == at:
+            self.show(alias)
+            return Promotion(alias, placed.version, None)
+        target = placed if at != placed.version and to is None else earlier(self.history, alias, placed, to)
+        registered = self.registered(target.version)
         if registered.tags[DIGEST_TAG] != target.release.digest:
             raise PublishError(
                 f"version {target.version} of {self.model!r} is registered for another release than was in {alias}",
                 remedy="see who changed it in the registry, or name another version with --to",
             )
-        self._look_at(target.release)
-        signature = self._signature(registered, target.release, keys)
+        rejected = self._rejected(policy, target.version, target.release, alias, force=force)
+        self.releases.look_at(target.release)
         change = Change(
             kind="rollback",
             alias=alias,
             version=target.version,
             release=target.release,
             reason=reason,
-            signature=signature,
+            forced=rejected,
+            signature=self.releases.signature(registered, target.release, keys),
             promoted=target.promoted,
+            registered=_unrecorded(placed, at, target.version),
+            tells=receivers(policy),
         )
         return self._commit(head, change, policy)
 
     def reconcile(self) -> Reconciliation:
-        """Make the registry say what the history says, after checking the whole of it."""
-        known, entries = self.read()
-        state = entries[-1].entry.state if entries else {}
-        repaired: list[str] = []
-        problems: list[Problem] = []
-        for alias, placed in state.items():
-            try:
-                if (version := self._resolve(placed.version)).tags[DIGEST_TAG] != placed.release.digest:
-                    raise PublishError(
-                        f"version {placed.version} is registered for another release than was put into {alias}",
-                        remedy="see who changed it in the registry",
-                    )
-                self._look_at(placed.release)
-            except OrchestratorError as error:
-                problems += [Problem(problem.what, alias, problem.remedy) for problem in error.problems]
-                continue
-            at, tag = known.aliases.get(alias), version.tags.get(VERSION_TAG + alias)
-            if alias == LADDER[0] and at is not None and at != placed.version:
-                continue  # registered since
-            if at != placed.version:
-                before = f"version {at}" if at else "nothing"
-                repaired.append(f"{alias} was at {before} in the registry, is at version {placed.version} again")
-            elif tag != str(placed.since) or not {STORE_TAG, HEAD_TAG} <= set(known.tags):
-                repaired.append(f"{alias}: the tags about entry {placed.since} were missing in the registry")
-            else:
-                continue
-            self._show(alias)
-        unrecorded = [
-            f"{alias} is at version {known.aliases[alias]} in the registry, and no promotion put it there"
-            for alias in LADDER[1:]
-            if alias in known.aliases and alias not in state
-        ]
-        return Reconciliation(tuple(repaired), tuple(problems), tuple(unrecorded))
+        """Make the registry say what the history says, after checking the whole of it, and tell whom nobody told."""
+        return reconcile(self)
 
     def read(self) -> tuple[KnownModel, list[Stored]]:
         """Return what the registry says, and every entry of the history, which holds all that the registry knows of."""
@@ -247,13 +242,22 @@ class Promoter:
 
     def resolve(self, version: str) -> tuple[str, ReleaseRef]:
         """Return the number of a version, given as a number or an alias, and its release."""
-        found = self._resolve(version)
+        found = self.registered(version)
         return found.version, reference(found)
+
+    def _begin(self, alias: str, reason: str | None, verify_key: Path | None) -> tuple[Policy, tuple[VerifyKey, ...]]:
+        """Find all that is wrong before anything is looked at."""
+        check_alias(alias)
+        check_text(reason or "", "the reason")
+        actor()
+        policy = self.policy()
+        check_policy(policy)
+        return policy, demanded_keys(policy, verify_key)
 
     def _commit(self, head: Stored | None, change: Change, policy: Policy) -> Promotion:
         done = self.history.append(head, change)
         try:
-            self._show(change.alias)
+            self.show(change.alias)
         except OrchestratorError as error:
             raise PublishError(
                 [
@@ -266,9 +270,9 @@ class Promoter:
                     for problem in error.problems
                 ]
             ) from error
-        return Promotion(change.alias, change.version, done, notify(policy, done))
+        return Promotion(change.alias, change.version, done, self.deliveries.tell(policy, done))
 
-    def _show(self, alias: str) -> None:
+    def show(self, alias: str) -> None:
         """Write what the history says of `alias` to the registry, until nobody has moved it meanwhile.
 
         Of two promotions the later may be shown first. Whoever writes looks again afterwards, so that the last write
@@ -286,16 +290,16 @@ class Promoter:
                     version_tags={VERSION_TAG + alias: str(placed.since)},
                     model_tags={STORE_TAG: self.history.store.uri, HEAD_TAG: f"{head.entry.sequence}:{head.sha256}"},
                 )
-                shown = True
+                written = True
             except PublishError as error:
                 again -= 1
                 if self.history.head() == head:
                     if not again or not isinstance(error, OverwrittenError):
                         raise
                     time.sleep(PAUSE_SECONDS)  # an earlier promotion is being shown late: what counts is shown again
-                shown = False
+                written = False
             newest = self.history.head()
-            if shown and newest == head:
+            if written and newest == head:
                 return
             head = newest
 
@@ -323,12 +327,15 @@ class Promoter:
             f"the tag {HEAD_TAG} of the registered model",
         )
 
-    def _resolve(self, version: str) -> RegisteredVersion:
+    def registered(self, version: str) -> RegisteredVersion:
+        """Return a version, given as a number or an alias. Raises `SpecError` if it is none of this program's."""
         version = version.removeprefix("@")
         if version in LADDER[1:] and (head := self.history.head()) and (placed := head.entry.state.get(version)):
             version = placed.version  # decided here, wherever the registry's alias is
-        mark = "/" if version.isascii() and version.isdigit() else "@"
-        found = self.registry.resolve(f"models:/{self.model}{mark}{version}")
+        numbered = version.isascii() and version.isdigit()
+        if numbered:
+            check_number(version)
+        found = self.registry.resolve(f"models:/{self.model}{'/' if numbered else '@'}{version}")
         if DIGEST_TAG not in found.tags:
             raise SpecError(
                 f"version {found.version} of {self.model!r} was not registered by this program",
@@ -343,30 +350,22 @@ class Promoter:
         used = {entry.approval.sha256: entry.sequence for entry in entries if entry.approval}
         return Approvals(self.history.store, self.model).require(release.digest, alias, policy.approvers, used)
 
-    def _verify(self, release: ReleaseRef, progress: Progress | None) -> None:
-        """Read every byte. Raises `PublishError` if one is not what was registered."""
-        store, name = self._locate(release)
-        check_same(release, store.verify(name, progress), self.model)
-
-    def _signature(
-        self, version: RegisteredVersion, release: ReleaseRef, keys: Sequence[VerifyKey]
-    ) -> SignatureRef | None:
-        """Check the signature of a release, of which no file is read. Raises `PublishError`."""
-        store, name = self._locate(release)
-        found, signature = store.read_signed(name)
-        check_same(release, found, self.model)
-        return check_signed(found, signature, keys, version.tags.get(SIGNED_BY_TAG))
-
-    def _look_at(self, release: ReleaseRef) -> None:
-        store, name = self._locate(release)
-        found = store.read_release(name)
-        if found is None:
-            raise PublishError(
-                f"{release.uri} is not complete", remedy="run again what published it, or name another version"
+    def _rejected(
+        self, policy: Policy, version: str, release: ReleaseRef, alias: str, *, force: bool
+    ) -> tuple[str, ...]:
+        """Return what the history is to say of a rejection that is forced; `GateError` if it is not forced."""
+        decision = Approvals(self.history.store, self.model).rejection(release.digest, alias, policy.approvers)
+        if decision is None:
+            return ()
+        if not force:
+            why = f": {decision.reason}" if decision.reason else ""
+            raise GateError(
+                f"{decision.by} rejected version {version} of {self.model!r} for {alias}{why}",
+                remedy="ask them, name another version, or use --force, which the history will say",
             )
-        check_same(release, found, self.model)
+        return (f"was rejected by {shown(decision.by)}",)
 
-    def _locate(self, release: ReleaseRef) -> tuple[Store, str]:
-        """Return the store of a release, which is seldom another than the history's, and its name there."""
-        root, name = split(release.uri)
-        return (self.history.store if root == self.history.store.uri else open_store(root)), name
+
+def _unrecorded(placed: Placement | None, at: str | None, version: str) -> str | None:
+    """Return where registering moved an alias that now goes to `version`; None: there is nothing new to say."""
+    return None if at in (version, placed.version if placed else None) else at

@@ -11,11 +11,17 @@ from orchestrator.registry import DIGEST_TAG, KnownModel, RegisteredVersion
 from orchestrator.release import Release
 
 
+def position(alias: str, head: Stored | None, known: KnownModel) -> str | None:
+    """Return the version that an alias is at. Registering moves `candidate` too, and the registry alone knows of it."""
+    if alias == LADDER[0] and alias in known.aliases:
+        return known.aliases[alias]
+    placed = head.entry.state.get(alias) if head else None
+    return placed.version if placed else None
+
+
 def broken_rules(version: str, alias: str, head: Stored | None, known: KnownModel) -> list[str]:
     """Say which rules of the ladder a promotion would break."""
-    state = head.entry.state if head else {}
-    at = {rung: placed.version for rung, placed in state.items()}
-    at |= {LADDER[0]: known.aliases[LADDER[0]]} if LADDER[0] in known.aliases else {}  # registering moves it as well
+    at = {rung: position(rung, head, known) for rung in LADDER}
     rung = LADDER.index(alias)
     broken = []
     if rung and at.get(LADDER[rung - 1]) != version:
@@ -42,25 +48,28 @@ def check_alias(alias: str) -> None:
 
 def check_number(version: str) -> None:
     """Raise `SpecError` unless a version is given by its number."""
-    if not (version.isascii() and version.isdigit()):
-        raise SpecError(f"{version!r} is no version", remedy="give its number")
+    if not re.fullmatch(r"[0-9]{1,18}", version):
+        raise SpecError(f"{version[:40]!r} is no version", remedy="give its number, of at most 18 digits")
 
 
-def check_expected(model: str, alias: str, now: Placement | None, expect: str | None) -> None:
-    """Raise `ConflictError` if the alias is not where the user saw it."""
-    at = now.version if now else "none"
-    if expect is not None and expect != at:
-        since = f" since entry {now.since}" if now else ""
+def check_expected(model: str, alias: str, at: str | None, placed: Placement | None, expect: str | None) -> None:
+    """Raise `ConflictError` if the alias is not where the user saw it. placed: what the history says of it."""
+    now = at or "none"
+    if expect is not None and expect != now:
+        since = f" since entry {placed.since}" if placed and placed.version == at else ""
         raise ConflictError(
-            f"{alias} of {model!r} is at version {at}{since}, not at {expect}",
+            f"{alias} of {model!r} is at version {now}{since}, not at {expect}",
             remedy=f"look at `orchestrator history {model}` and decide again",
         )
 
 
 def earlier(history: History, alias: str, now: Placement, to: str | None) -> Placement:
-    """Return what `alias` stood at before `now`, or last at version `to`. Raises `SpecError` if there is no such."""
+    """Return what `alias` stood at before `now`, or last at version `to`. Raises `SpecError` if there is no such.
+
+    What it is taken from is proven by the newest entry: `PublishError` if anything in between was changed.
+    """
     if to is None:
-        before = history.entry(now.promoted).entry.previous
+        before = history.since(now.promoted)[0].entry.previous
         if before is None:
             raise SpecError(
                 f"version {now.version} is the first of {history.model!r} in {alias}", remedy="nothing to roll back to"
