@@ -113,7 +113,7 @@ def approve(
     lasts = parse_duration(expires)
     promoter = _promoter(model, store)
     number, release = promoter.resolve(version)
-    filed = Approvals(promoter.history.store, model).decide(
+    filed = Approvals(promoter.history.store, promoter.model).decide(
         number, release.digest, alias, by=by, lasts=lasts, approve=not reject, reason=reason
     )
     if as_json:
