@@ -5,6 +5,7 @@ the request, and with it what should stay secret.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN if there is one), or AWS_PROFILE"
 REDIRECT = "set AWS_ENDPOINT_URL_S3 to the final address (https?), or AWS_DEFAULT_REGION to the bucket's region"
@@ -48,6 +49,16 @@ _ANSWERS = (  # error codes (HEAD answers carry only a number), what they mean, 
     ),
     (("SlowDown", "ServiceUnavailable", "503"), "{endpoint} is overloaded", "try again later"),
 )
+
+
+def error_code(error: Any) -> str:
+    """The server's word for what went wrong; of a HEAD answer its number."""
+    return str(error.response.get("Error", {}).get("Code", "no code"))
+
+
+def status_of(error: Any) -> int:
+    """The HTTP status of the answer; 0 if it had none."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def explain_answer(code: str, operation: str, bucket: str, endpoint: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from orchestrator.errors import OrchestratorError, PreflightError, PublishError
 from orchestrator.publishing import Store
 from orchestrator.release import COMPLETE, PARTS_AT_ONCE, Item, StoredFile, hash_file, read_piece
 from orchestrator.s3_direct import DirectPut, Piece
-from orchestrator.s3_errors import REDIRECT, explain_answer, explain_failure
+from orchestrator.s3_errors import REDIRECT, error_code, explain_answer, explain_failure, status_of
 from orchestrator.s3_parts import base64_of, is_part, is_whole, joined, listed
 from orchestrator.transfer import ATTEMPTS, CHUNK_BYTES, FILES_AT_ONCE, Meter, MissingError, StoppedError, TakenError
 
@@ -114,7 +114,7 @@ class S3Store(Store):
         try:
             client.head_bucket(Bucket=self._bucket)
         except ClientError as error:
-            if not (self._create_bucket and _code(error) in ("404", "NoSuchBucket")):
+            if not (self._create_bucket and error_code(error) in ("404", "NoSuchBucket")):
                 raise
             region = client.meta.region_name
             place = {"LocationConstraint": region} if region not in (None, "us-east-1", "aws-global") else None
@@ -135,7 +135,7 @@ class S3Store(Store):
         try:
             return self._client.head_object(Bucket=self._bucket, Key=self._path(key), ChecksumMode="ENABLED")
         except ClientError as error:
-            if _code(error) in ("404", "NoSuchKey"):
+            if error_code(error) in ("404", "NoSuchKey"):
                 return None
             raise
 
@@ -162,9 +162,9 @@ class S3Store(Store):
             try:
                 answer = self._client.get_object(Bucket=self._bucket, Key=self._path(key), **begin)
             except ClientError as error:
-                if _code(error) == "NoSuchKey":
+                if error_code(error) == "NoSuchKey":
                     raise MissingError from None
-                if _code(error) == "InvalidRange":  # it ends where the caller wants it to go on
+                if error_code(error) == "InvalidRange":  # it ends where the caller wants it to go on
                     return
                 raise
             try:
@@ -195,9 +195,13 @@ class S3Store(Store):
         try:
             create(key, item, meter)
         except ClientError as error:
-            if _code(error) in _TRY_AGAIN:
+            if self._overtaken(key, error):
                 raise TakenError from None
             raise
+
+    def _overtaken(self, key: str, error: Any) -> bool:
+        """Whether somebody else was there. Some servers fail (5xx) where one ends an upload that others still send."""
+        return error_code(error) in _TRY_AGAIN or (status_of(error) >= 500 and self._size(key) is not None)
 
     def _create_whole(self, key: str, item: Item, meter: Meter) -> None:
         body = b"".join(item.chunks(CHUNK_BYTES))
@@ -237,7 +241,7 @@ class S3Store(Store):
         try:
             item = hash_file(key, path, cut, send)
         except (ClientError, TakenError) as error:
-            if isinstance(error, TakenError) or _code(error) in _TRY_AGAIN:  # somebody has published it and cleared up
+            if isinstance(error, TakenError) or self._overtaken(f"{name}/{key}", error):  # published and cleared up
                 return hash_file(key, path, cut)
             raise
         item.ahead.append((place, etags))
@@ -308,7 +312,7 @@ class S3Store(Store):
                 pages = self._client.get_paginator("list_parts").paginate(**place, UploadId=upload)
                 there = {part["PartNumber"] - 1: part for page in pages for part in page.get("Parts", ())}
             except ClientError as error:
-                if _code(error) == "NoSuchUpload":
+                if error_code(error) == "NoSuchUpload":
                     continue
                 raise
             if there and all(is_part(part, item, number, size) for number, part in there.items()):
@@ -336,7 +340,7 @@ class S3Store(Store):
         try:
             return [(entry["Key"], entry["UploadId"]) for page in pages for entry in page.get("Uploads", ())]
         except ClientError as error:
-            if _code(error) not in ("AccessDenied", "403", "NotImplemented"):
+            if error_code(error) not in ("AccessDenied", "403", "NotImplemented"):
                 raise
             _log.warning("unfinished uploads to %s cannot be listed; they are neither resumed nor removed", self.uri)
             return []
@@ -348,7 +352,7 @@ class S3Store(Store):
         try:
             self._client.abort_multipart_upload(**place)
         except (BotoCoreError, ClientError) as error:
-            if not (isinstance(error, ClientError) and _code(error) == "NoSuchUpload"):
+            if not (isinstance(error, ClientError) and error_code(error) == "NoSuchUpload"):
                 _log.warning("an unfinished upload of %s stays in the bucket until it is aborted", place["Key"])
 
     @contextmanager
@@ -360,7 +364,7 @@ class S3Store(Store):
             try:
                 yield
             except ClientError as error:
-                what, remedy = explain_answer(_code(error), error.operation_name, self._bucket, self._endpoint())
+                what, remedy = explain_answer(error_code(error), error.operation_name, self._bucket, self._endpoint())
                 raise failure(f"{doing}: {what}", remedy=remedy) from None
             except RecursionError:  # botocore follows a redirect that names no region for ever
                 what = f"{self._endpoint()} redirects to somewhere else"
@@ -386,15 +390,11 @@ def _direct(client: Any) -> DirectPut:
     return put
 
 
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", "no code"))
-
-
 def _without_answer(error: BaseException) -> bool:
     """Whether the same upload may well succeed later: no answer, an overloaded server, an interrupt."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
 
     if isinstance(error, ClientError):
-        return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) >= 500
+        return status_of(error) >= 500
     return isinstance(error, BotoCoreError | ResponseParserError | StoppedError | KeyboardInterrupt)
