@@ -17,8 +17,9 @@ import pytest
 from orchestrator.errors import PublishError
 from orchestrator.promotion import notify as notify_module
 from orchestrator.promotion.deliveries import Deliveries
+from orchestrator.registry import ModelRegistry
 from tests.promotion_scene import Scene, anywhere, scene
-from tests.test_promotion import run, set_policy
+from tests.test_promotion import Killed, run, set_policy
 
 __all__ = ["anywhere", "scene"]
 
@@ -121,8 +122,7 @@ def test_a_promotion_that_the_registry_did_not_show_is_told_once_it_does(
     assert scene.anew().reconcile().repaired == ()
 
 
-@pytest.mark.parametrize("dies_in", ["ModelRegistry.show_promotion", "notify.post", "Deliveries.add"])
-def test_who_is_killed_before_the_delivery_is_recorded_is_made_up_for(scene: Scene, hook: Any, dies_in: str) -> None:
+def test_who_is_killed_before_the_delivery_is_recorded_is_made_up_for(scene: Scene, hook: Any) -> None:
     url, taken, _ = hook
     set_policy(scene, f"models: {{'*': {{webhook: '{url}'}}}}\n")
     version = scene.register("one")
@@ -130,11 +130,9 @@ def test_who_is_killed_before_the_delivery_is_recorded_is_made_up_for(scene: Sce
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from orchestrator.home import Settings\n"
-        "from orchestrator.promotion import notify\n"
         "from orchestrator.promotion.deliveries import Deliveries\n"
         "from orchestrator.promotion.promoter import Promoter\n"
-        "from orchestrator.registry import ModelRegistry\n"
-        f"{dies_in} = lambda *a, **o: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Deliveries.add = lambda *a, **o: os.kill(os.getpid(), signal.SIGKILL)\n"
         "home, tracking, model, version = sys.argv[1:]\n"
         "Promoter(model, Settings(Path(home), tracking)).promote(version, 'candidate')\n"
     )
@@ -142,8 +140,29 @@ def test_who_is_killed_before_the_delivery_is_recorded_is_made_up_for(scene: Sce
     done = subprocess.run([sys.executable, "-c", script, *words], check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL and len(scene.history.entries()) == 1
     assert not scene.anew().reconcile().problems
-    assert len({delivery for delivery, _ in taken}) == 1
-    assert len(taken) == (2 if dies_in == "Deliveries.add" else 1)  # twice: the receiver knows it by its id
+    (first, document), again = taken  # twice, and the receiver knows it by its id
+    assert again == (first, document)
+    assert scene.anew().reconcile().repaired == () and told(scene) == ["00000001-webhook.json"]
+
+
+@pytest.mark.parametrize("owner", [ModelRegistry, Deliveries], ids=["before the alias", "before the webhook"])
+def test_who_ends_before_anybody_is_told_is_made_up_for(
+    scene: Scene, hook: Any, monkeypatch: pytest.MonkeyPatch, owner: type
+) -> None:
+    url, taken, _ = hook
+    set_policy(scene, f"models: {{'*': {{webhook: '{url}'}}}}\n")
+    version = scene.register("one")
+    with monkeypatch.context() as patched:
+
+        def die(*ignored: Any, **also: Any) -> None:
+            raise Killed
+
+        patched.setattr(owner, "show_promotion" if owner is ModelRegistry else "has", die)
+        with pytest.raises(Killed):
+            scene.promoter.promote(version, "candidate")
+    assert (taken, len(scene.history.entries())) == ([], 1)
+    assert not scene.anew().reconcile().problems
+    assert [document["version"] for _, document in taken] == [version]
     assert scene.anew().reconcile().repaired == () and told(scene) == ["00000001-webhook.json"]
 
 
@@ -168,9 +187,9 @@ def test_a_policy_that_no_longer_names_a_receiver_says_so(scene: Scene, hook: An
     codes += [400]
     scene.promoter.promote(scene.register("one"), "candidate")
     set_policy(scene, "models: {}\n")
-    (problem,) = scene.anew().reconcile().problems
-    assert "a webhook was not told: promotion.yaml names none here" in problem.what
-    assert taken == []
+    found = scene.anew().reconcile()
+    assert "candidate: a webhook was not told: promotion.yaml names none here; entry 1" in found.unrecorded[0]
+    assert (found.repaired, found.problems, taken) == ((), (), [])
 
 
 def test_a_delivery_that_cannot_be_recorded_is_said_and_the_promotion_stands(

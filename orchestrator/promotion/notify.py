@@ -35,6 +35,7 @@ REQUEST_SECONDS = 5.0
 DELIVERY_SECONDS = 30.0  # all attempts together, also where a receiver answers a byte at a time
 PAUSE_SECONDS = 0.5  # before the second attempt; twice that before the third
 COMMAND_SECONDS = 60.0
+NOBODY = "promotion.yaml names none here"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def tell(policy: Policy, receiver: Receiver, stored: Stored, environment: Mappin
     if receiver == "command" and policy.command:
         problem = _run(policy.command, document, environment)
         return Notice(policy.command[0], problem, told=problem is None)
-    return Notice(f"a {receiver}", "promotion.yaml names none here", told=False)
+    return Notice(f"a {receiver}", NOBODY, told=False)
 
 
 def as_document(stored: Stored) -> dict[str, Any]:

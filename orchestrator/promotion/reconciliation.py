@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import OrchestratorError, Problem, PublishError
 from orchestrator.promotion.history import LADDER, Placement
+from orchestrator.promotion.notify import NOBODY, Notice
 from orchestrator.promotion.place import STORE_TAG
 from orchestrator.registry import DIGEST_TAG, PROMOTION_TAG, KnownModel, RegisteredVersion
 
@@ -21,7 +22,7 @@ HEAD_TAG = "orchestrator.promotions.head"  # of a model: SEQUENCE:SHA256 of an e
 
 @dataclass(frozen=True)
 class Reconciliation:
-    """What was repaired or told, what cannot be, and aliases that no promotion set and that were left alone."""
+    """What was repaired or told, what cannot be, and what was left alone, such as aliases that no promotion set."""
 
     repaired: tuple[str, ...]
     problems: tuple[Problem, ...]
@@ -53,9 +54,14 @@ def reconcile(promoter: Promoter) -> Reconciliation:
         if repair:
             promoter.show(alias)
             repaired.append(repair)
-        told, untold = _tell(promoter, alias, placed)
-        repaired += told
-        problems += untold
+        for notice in _tell(promoter, alias, placed):
+            if notice.told:
+                repaired.append(f"{alias}: {notice.target} was told of entry {placed.since}")
+            if notice.problem == NOBODY:
+                unrecorded.append(f"{alias}: {notice.warning}; entry {placed.since} wanted it")
+            elif notice.warning:
+                again = f"the promotion stands; `orchestrator reconcile {promoter.model}` tries again"
+                problems.append(Problem(notice.warning, alias, again))
     unrecorded += [
         f"{alias} is at version {known.aliases[alias]} in the registry, and no promotion put it there"
         for alias in LADDER[1:]
@@ -87,16 +93,9 @@ def _repair(alias: str, placed: Placement, known: KnownModel, *, shown: bool) ->
     return None
 
 
-def _tell(promoter: Promoter, alias: str, placed: Placement) -> tuple[list[str], list[Problem]]:
+def _tell(promoter: Promoter, alias: str, placed: Placement) -> tuple[Notice, ...]:
     """Tell who was not told where an alias is, unless it has moved meanwhile."""
     head = promoter.history.head()
     if head is None or head.entry.state[alias].since != placed.since:
-        return [], []
-    notices = promoter.deliveries.tell(promoter.policy(), promoter.history.entry(placed.since))
-    told = [f"{alias}: {notice.target} was told of entry {placed.since}" for notice in notices if notice.told]
-    untold = [
-        Problem(notice.warning, alias, f"the promotion stands; `orchestrator reconcile {promoter.model}` tries again")
-        for notice in notices
-        if notice.warning
-    ]
-    return told, untold
+        return ()
+    return promoter.deliveries.tell(promoter.policy(), promoter.history.entry(placed.since))
