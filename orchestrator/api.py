@@ -33,6 +33,7 @@ from orchestrator.layer_method import (
 )
 from orchestrator.method import (
     DENSE,
+    TRAINED_TOKENS,
     CalibrationSources,
     Calibrator,
     Context,
@@ -70,6 +71,7 @@ __all__ = [
     "DENSE",
     "FLOAT8_MAX",
     "MAX_RAISES",
+    "TRAINED_TOKENS",
     "CacheDtype",
     "CachePolicy",
     "CalibrationSet",

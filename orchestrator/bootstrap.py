@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.sign_test import Pairs
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -181,6 +183,23 @@ class Samples:
         first, second = map(quotient_of, pair)
         columns = {name: self.columns[name] for one in pair for name in (one.numerator, one.denominator)}
         return _Drawn(columns, seed).interval(lambda sums: first(sums) - second(sums), confidence)
+
+    def pairs(self, metric: str, other: str) -> Pairs | None:
+        """What became of the units from `other` to `metric`, if both are shares of units that are 0 or 1."""
+        import numpy as np
+
+        quotients = [self.quotients.get(name) for name in (metric, other)]
+        columns: list[Floats] = []
+        for quotient in quotients:
+            if quotient is None or quotient.exponential:
+                return None
+            columns.append(np.asarray(self.columns[quotient.numerator], np.float64))
+            if not (np.asarray(self.columns[quotient.denominator], np.float64) == 1).all():
+                return None
+        after_N, before_N = columns
+        if not np.isin([after_N, before_N], (0.0, 1.0)).all():
+            return None
+        return Pairs(int((after_N > before_N).sum()), int((after_N < before_N).sum()), self.units)
 
     def _sums(self) -> dict[str, Floats]:
         import numpy as np

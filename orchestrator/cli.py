@@ -105,6 +105,7 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
     """Check a specification; show its steps, and which are cached or why not."""
     from orchestrator.artifact import ArtifactStore
     from orchestrator.fit import check_fit, remember_fit
+    from orchestrator.gate_checks import unnoticed
     from orchestrator.home import Settings
     from orchestrator.plan import make_plan
     from orchestrator.plugins import discover
@@ -133,6 +134,7 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
                         "why": status.why,
                         "artifact": _reference(status.artifact) if status.artifact else None,
                         "predicted": None if status.artifact else estimate.as_dict(),
+                        **({"notes": unnoticed(step)} if unnoticed(step) else {}),
                         **({"models_to_make": len(models_to_make(step, made.steps))} if step.variants else {}),
                     }
                     for step, status, estimate in zip(made.steps, found, estimates, strict=True)
@@ -148,6 +150,8 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
             state += f"; makes the model {making} times more" if making else ""
             state += f"; about {foreseen(estimate.as_dict())}"
         print_text(f"{step.index + 1:>3}  {step.label:<22} {step.fingerprint[:12]}  {state}")
+        for said in unnoticed(step):
+            print_text(f"     {said}")
 
 
 @app.command()

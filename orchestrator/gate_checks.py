@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from orchestrator.bootstrap import CONFIDENCE, FEWEST_UNITS, RESAMPLES
 from orchestrator.checks import Draft, Gates, Note, PluginFaultError, plugin_fault
@@ -17,8 +18,12 @@ from orchestrator.layer_method import LayerMethod
 from orchestrator.method import Evaluator, Method, ModelMethod, Publisher
 from orchestrator.parameters import marked_fields
 from orchestrator.plugins import InstalledMethod
-from orchestrator.sources import HeldOutFiles, InputFile
+from orchestrator.sign_test import fewest_noticed
+from orchestrator.sources import CalibrationFiles, HeldOutFiles, InputFile
 from orchestrator.spec import Bound, Location, StepSpec
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Step
 
 KL = "kl_"
 LEAST_CONFIDENCE = 0.5  # below, somebody means 1 - confidence
@@ -50,12 +55,12 @@ def gates_of(
             fault = _unheld(installed.cls, name, bound, declared) or _unsure(method, bound.confidence)
             if fault:
                 note(fault, place)
-            given = {**require.get(name, {}), **bound.model_dump(exclude_none=True)}
-            if given.get("min", -math.inf) > given.get("max", math.inf):  # each by itself can be held
-                note(
-                    SpecError(f"together with another bound, {name} has min {given['min']} above max {given['max']}"),
-                    place,
-                )
+            given = bound.model_dump(exclude_none=True)
+            if name in require:
+                given = _stricter(require[name], given)
+                fault = None if fault else _together(installed.cls, name, given, declared)
+                if fault:
+                    note(fault, place)
             require[name] = given
     fallen: list[str] = []
     for index, pattern in enumerate(step.must_not_fall if method else ()):
@@ -99,13 +104,32 @@ def _unheld(cls: type[Method], name: str, bound: Bound, declared: set[str]) -> S
     return None if bound.confidence is None else _no_interval(cls, (name,))
 
 
+def _stricter(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """Two bounds on the same metric as one that holds both: a later one loosens nothing."""
+    pick = {"max": min, "min": max, "retain": max, "confidence": max}
+    return {
+        key: pick[key](bound[key] for bound in (one, other) if key in bound)
+        for key in (*one, *(key for key in other if key not in one))
+    }
+
+
+def _together(cls: type[Method], name: str, given: Mapping[str, float], declared: set[str]) -> SpecError | None:
+    """Why two bounds, each of which can be held, cannot both be."""
+    if given.get("min", -math.inf) > given.get("max", math.inf):
+        return SpecError(
+            f"together with another bound, {name} has min {given['min']:g} above max {given['max']:g}",
+            remedy="bounds on the same metric all hold, those of a pattern too; correct one",
+        )
+    return _unheld(cls, name, Bound.model_validate(given), declared)
+
+
 def _unsure(method: Method | None, confidence: float | None) -> SpecError | None:
     """Why an interval of this confidence could not be had, or would say nothing."""
     if confidence is None:
         return None
     if not LEAST_CONFIDENCE <= confidence <= MOST_CONFIDENCE:
         remedy = f"give {LEAST_CONFIDENCE} to {MOST_CONFIDENCE}, for instance 0.95 for an interval of 95 %"
-        return SpecError(f"a confidence of {confidence:g} cannot be had from {RESAMPLES:,} resamples", remedy=remedy)
+        return SpecError(f"a confidence of {confidence} cannot be had from {RESAMPLES:,} resamples", remedy=remedy)
     units = method.most_units() if isinstance(method, Evaluator) else None
     if units is not None and units < FEWEST_UNITS:
         return SpecError(
@@ -165,16 +189,53 @@ def check_gated(drafts: Sequence[Draft], note: Note) -> None:
                 )
     for draft in drafts:
         if isinstance(draft.method, Evaluator):
-            for name, sha256 in _texts(draft, HeldOutFiles):
-                if sha256 in seen:
-                    owner, field = seen[sha256]
-                    note(
-                        SpecError(
-                            f"this is the text of `{field}` of {owner.label}, so it is not held out",
-                            remedy="name a text that no step calibrates or trains on",
-                        ),
-                        (*draft.location, "with", *name.split(".")),
-                    )
+            _check_held_out(draft, seen, note)
+
+
+def _check_held_out(draft: Draft, seen: Mapping[str, tuple[Draft, str]], note: Note) -> None:
+    """Refuse a text that was calibrated or trained on where bounds rest on it, and one under two names."""
+    named: dict[str, str] = {}
+    for name, sha256 in _texts(draft, HeldOutFiles):
+        if sha256 in named:
+            note(
+                SpecError(
+                    f"this is the text of `{named[sha256]}`, under another name",
+                    remedy="name another text, or leave it out",
+                ),
+                (*draft.location, "with", *name.split(".")),
+            )
+        named.setdefault(sha256, name)
+    held_out = {field.partition(".")[0] for field in named.values()}
+    resting = bool(draft.gates.require or draft.gates.must_not_fall)
+    others = set(marked_fields(type(draft.method), CalibrationFiles)) | held_out
+    for name, sha256 in _texts(draft, InputFile) if resting else ():
+        if name.partition(".")[0] not in others:
+            named.setdefault(sha256, name)
+    for sha256, name in named.items():
+        if sha256 in seen:
+            owner, field = seen[sha256]
+            note(
+                SpecError(
+                    f"this is the text of `{field}` of {owner.label}, so it is not held out",
+                    remedy="name a text that no step calibrates or trains on",
+                ),
+                (*draft.location, "with", *name.split(".")),
+            )
+
+
+def unnoticed(step: Step) -> list[str]:
+    """How little `must_not_fall` cannot tell from chance, as sentences for the plan."""
+    method = step.method
+    if not isinstance(method, Evaluator):
+        return []
+    names = [name for name in step.must_not_fall if base_of(name) in method.right_or_wrong]
+    if not names:
+        return []
+    units, noticed = method.most_units(), fewest_noticed(CONFIDENCE)
+    of = f" of at most {units}" if units else ""
+    return [
+        f"must_not_fall {', '.join(names)}: fewer than {noticed}{of} lost, with none won, cannot be told from chance"
+    ]
 
 
 def _of_quality(name: str, owner: Draft) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.bootstrap import CONFIDENCE, FEWEST_UNITS, Samples
 from orchestrator.errors import Problem
 from orchestrator.method import Evaluator
+from orchestrator.sign_test import Pairs
 
 if TYPE_CHECKING:
     from orchestrator.plan import Step
@@ -90,7 +91,20 @@ def gate_results(step: Step, metrics: Mapping[str, float], folder: Path | None) 
         int(step.identity.get("seed", 0)),
     )
     results = [result for name, bound in step.require.items() for result in measured.bounded(name, bound)]
-    return results + [measured.fallen(name) for name in step.must_not_fall]
+    results += [measured.fallen(name) for name in step.must_not_fall]
+    return [*_without_ground(step, metrics), *results] if results else []
+
+
+def _without_ground(step: Step, metrics: Mapping[str, float]) -> Iterator[GateResult]:
+    """What bounds presuppose and is not so, as failed bounds; what is so needs no row of its own."""
+    if isinstance(step.method, Evaluator):
+        declared = step.method.declared()
+        for name, (limit, remedy) in step.method.presupposed().items():
+            value = metrics[name]
+            if not value <= limit:
+                what = f"{name} is {value:.6g}, at most {limit:.6g} is allowed where bounds rest on it"
+                what += f" ({declared[name]}); {remedy}"
+                yield GateResult(name, "max", limit, value, None, None, False, what)
 
 
 def gate_problems(step: Step, results: Sequence[GateResult], remedy: str) -> list[Problem]:
@@ -141,11 +155,25 @@ class _Measurement:
         few = _too_few(samples)
         if few:
             return GateResult(name, "must_not_fall", 0.0, value - dense, None, CONFIDENCE, False, f"{said}; {few}")
+        pairs = samples.pairs(name, dense_of(name))
+        if pairs:
+            return self._outnumbered(name, pairs, value - dense, said, samples.unit)
         low, high = samples.difference(name, dense_of(name), CONFIDENCE, self.seed)
         passed = low <= 0 if self.better[base_of(name)] == "lower" else high >= 0
         verdict = "within chance" if passed else "worse beyond chance"
         what = f"{said}: {verdict}, the {100 * CONFIDENCE:g} % interval of the difference is {low:.6g} to {high:.6g}"
         return GateResult(name, "must_not_fall", 0.0, value - dense, (low, high), CONFIDENCE, passed, what)
+
+    def _outnumbered(self, name: str, pairs: Pairs, value: float, said: str, unit: str) -> GateResult:
+        """`fallen` of what each unit has right or wrong: one-sided, at half of what `CONFIDENCE` leaves over."""
+        worse = pairs.won if self.better[base_of(name)] == "lower" else pairs.lost
+        chance, level = pairs.chance(worse), (1 - CONFIDENCE) / 2
+        passed = chance > level
+        what = (
+            f"{said}: {'within chance' if passed else 'worse beyond chance'}, {pairs.lost} of {pairs.units} {unit}s "
+            f"lost and {pairs.won} won, p = {chance:.3g} of the sign test at {level:.3g}"
+        )
+        return GateResult(name, "must_not_fall", 0.0, value, pairs.interval(CONFIDENCE), CONFIDENCE, passed, what)
 
     def _held(
         self,

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from orchestrator.calibration import CalibrationSet
+from orchestrator.method import Evaluator
 from orchestrator.outcome import StepOutcome
 from orchestrator.plan import SOURCE, Plan, Step
+from orchestrator.steps import TRAINED_FOLDER
 
 
 def made_from(plan: Plan, step: Step) -> list[Step]:
@@ -34,3 +37,11 @@ def lineage_of(plan: Plan, step: Step, outcomes: Mapping[int, StepOutcome]) -> l
         }
         for made in made_from(plan, step)
     ]
+
+
+def trained_on(plan: Plan, step: Step, outcomes: Mapping[int, StepOutcome]) -> tuple[CalibrationSet, ...]:
+    """What an evaluator is told of the texts that the steps before trained on; () for any other step."""
+    if not isinstance(step.method, Evaluator):
+        return ()
+    folders = (outcomes[made.index].path / TRAINED_FOLDER for made in made_from(plan, step))
+    return tuple(CalibrationSet.load(folder) for folder in folders if folder.is_dir())

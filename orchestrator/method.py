@@ -35,6 +35,7 @@ from orchestrator.sources import CalibrationFiles, HeldOutFiles, InputFile, Inpu
 from orchestrator.work import ModelFacts, Work
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from orchestrator.cache_policy import CachePolicy
@@ -88,6 +89,9 @@ DENSE = "dense"
 WeightedModels = Annotated[Mapping[str, Annotated[float, Field(gt=0)]], InputModels()]
 
 
+TRAINED_TOKENS = 1 << 22  # of a text that was trained on, so many are kept with the model: 16 MiB
+
+
 @dataclass(frozen=True)
 class ModelResult:
     """What a `ModelMethod` returns: the changed model and numbers worth recording.
@@ -98,6 +102,8 @@ class ModelResult:
     kv_scales: by name of the attention module ("model.layers.0.self_attn"), the scales of its keys and of its values in
         an fp8 cache. A method that keeps `Invariant.KV_SCALES` and gives none leaves them as they are.
     curves: by name, (update, value) in the order of the updates; they become metrics with a history in MLflow.
+    trained_on: token windows [N, T] of a text other than the calibration set that the method trained on: what measures
+        the model later looks whether its own texts are among them.
     """
 
     model: PreTrainedModel
@@ -106,6 +112,7 @@ class ModelResult:
     encodings: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     kv_scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    trained_on: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,7 @@ class Context:
     cache: a folder that steps and runs share, for what is dear to compute; what it holds may be gone at any time.
     policy: how keys and values are kept, of an `Evaluator` that `takes_policy`; None where the step names none.
     variants: the `recalibrations` of an `Evaluator`, in their order.
+    trained_on: of an `Evaluator`, what the steps that made the model trained on, each at most `TRAINED_TOKENS` long.
     """
 
     seed: int
@@ -153,6 +161,7 @@ class Context:
     cache: Path | None = None
     policy: CachePolicy | None = None
     variants: tuple[Variant, ...] = ()
+    trained_on: tuple[CalibrationSet, ...] = ()
 
 
 class Method(BaseModel):
@@ -270,6 +279,7 @@ class Evaluator(Method):
     better: by metric (without tier), which way is better; bounds relative to the dense model need it.
     quality: whether this is about how well the model does its work, and not about what it costs.
     sampled: metrics (without tier) that `measure` gives samples of, so that a gate can ask for confidence.
+    right_or_wrong: those of them of which each unit has one answer, right or wrong; they are held by exact tests.
     takes_policy: whether the step may name a `CachePolicy`, found in `Context.policy`.
     """
 
@@ -277,6 +287,7 @@ class Evaluator(Method):
     better: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {}
     quality: ClassVar[bool] = True
     sampled: ClassVar[frozenset[str]] = frozenset()
+    right_or_wrong: ClassVar[frozenset[str]] = frozenset()
     takes_policy: ClassVar[bool] = False
 
     def declared(self) -> Mapping[str, str]:
@@ -292,6 +303,11 @@ class Evaluator(Method):
     def reads_calibration(self) -> bool:
         """Whether, with these parameters, the calibration set is looked at, if a step before made one."""
         return False
+
+    def presupposed(self) -> Mapping[str, tuple[float, str]]:
+        """Return, by metric, the largest value with which bounds on the others mean anything, and what to do about a
+        larger one. Held as soon as there are bounds; for instance how much of a text was trained on."""
+        return {}
 
     def recalibrations(self) -> Sequence[Recalibration]:
         """Return other calibrations that the model is to be made with; `measure` finds them in `Context.variants`.

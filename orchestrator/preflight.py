@@ -240,7 +240,11 @@ def _other(
     method = step.method
     work = method.estimate(model, dense, calibration)
     if isinstance(method, ModelMethod):
-        work = replace(work, disk_bytes=model_bytes(step.gives), moved_bytes=work.moved_bytes + 20 * dense.stored_bytes)
+        work = replace(
+            work,
+            disk_bytes=model_bytes(step.gives) + work.disk_bytes,
+            moved_bytes=work.moved_bytes + 20 * dense.stored_bytes,
+        )
     elif isinstance(method, Evaluator):
         work = replace(work, disk_bytes=report_bytes(method)).then(variants)
     for export in step.formats:

@@ -27,7 +27,7 @@ from orchestrator.healing import heal_runs
 from orchestrator.home import Settings
 from orchestrator.journal import Journal, lease
 from orchestrator.layer_method import LayerMethod
-from orchestrator.lineage import lineage_of
+from orchestrator.lineage import lineage_of, trained_on
 from orchestrator.method import ModelMethod, Publisher
 from orchestrator.model import import_libraries
 from orchestrator.outcome import StepOutcome, unchanged
@@ -246,6 +246,7 @@ class Execution:
             statistics=self.settings.home / "statistics",
             cache=self.settings.home / CACHE,
             workers=self.estimates[step.index].workers,
+            trained_on=trained_on(self.plan, step, self.outcomes),
             variants=Maker(self.plan, self.store, scratch, lambda at: self.estimates[at].workers).variants(step),
         )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.bootstrap import CONFIDENCE, FEWEST_UNITS
 from orchestrator.calibration import CalibrationSet
@@ -19,13 +19,17 @@ from orchestrator.errors import StepError
 from orchestrator.foreseen import check_foreseen
 from orchestrator.gates import INTERVALS_FILE, SAMPLES_FILE
 from orchestrator.layer_method import LayerMethod, MixedMethod
-from orchestrator.method import Calibrator, Context, Evaluator, Invariant, Measured, ModelMethod
+from orchestrator.method import TRAINED_TOKENS, Calibrator, Context, Evaluator, Invariant, Measured, ModelMethod
 from orchestrator.plan import Step
 from orchestrator.recalibration import Variant
 from orchestrator.scheme import QuantScheme
 
+if TYPE_CHECKING:
+    import torch
+
 METRICS_FILE = "metrics.json"
 CURVES_FILE = "curves.json"  # by name, [update or place, value] in their order
+TRAINED_FOLDER = "trained_on"  # of a model artifact: the windows that its step trained on, if not the calibration set
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class StepInputs:
     cache: Path | None = None  # what model methods keep for each other
     workers: int | None = None  # of a walk; None: as many as torch has threads
     variants: tuple[Variant, ...] = ()  # of an evaluator that asks for some
+    trained_on: tuple[CalibrationSet, ...] = ()  # of an evaluator, what the steps before trained on
 
     def context(self) -> Context:
         """The context that a method gets."""
@@ -59,6 +64,7 @@ class StepInputs:
             state=self.state,
             cache=self.cache,
             variants=self.variants,
+            trained_on=self.trained_on,
         )
 
 
@@ -178,11 +184,22 @@ def _change_model(step: Step, method: ModelMethod, inputs: StepInputs, folder: P
         kv_scales=kv_scales_of(result, scales),
     )
     _write_curves(result.curves, folder)
+    if result.trained_on is not None:
+        _keep_trained(result.trained_on, folder / TRAINED_FOLDER)
     changed = Checkpoint(folder)
     check_foreseen(step.gives, changed, result.blocks)
     claims: dict[str, Any] = {"kv_scales": {}} if Invariant.KV_SCALES in method.provides else {}
     invariants = check_artifact(inputs.model, changed, kept=inputs.invariants, claims=claims, blocks=result.blocks)
     return StepFacts("model", finite(method.name, result.metrics), invariants)
+
+
+def _keep_trained(tokens_NT: torch.Tensor, folder: Path) -> None:
+    """Keep the first windows [N, T]; they come in random order."""
+    import torch
+
+    kept_NT = tokens_NT[: max(1, TRAINED_TOKENS // tokens_NT.shape[1])].to(torch.int32)
+    folder.mkdir()
+    CalibrationSet(kept_NT, {"sequences": len(tokens_NT), "kept": len(kept_NT)}).save(folder)
 
 
 def _evaluate(step: Step, method: Evaluator, inputs: StepInputs, folder: Path) -> StepFacts:

@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator import bootstrap
 from orchestrator.bootstrap import Quantile, Quotient, Samples, bca
+from orchestrator.sign_test import Pairs, fewest_noticed
 
 UNITS = 60
 
@@ -233,3 +234,44 @@ def test_a_quantile_of_values_that_are_all_alike_keeps_few_of_them() -> None:
     assert samples.interval("p99", 0.95, seed=0) == (0.0, 0.0)
     short = Samples("window", {"n": [1.0, 1.0]}, {}, {"p99": Quantile(0.99, "n", [[1.0]])})
     assert short.faults({"p99": 1.0}) == ["p99 of values in 1 units, not 2"]
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (0, 3), (3, 0), (2, 9), (40, 71), (300, 350), (0, 6), (0, 5)])
+def test_lost_and_won_units_are_held_as_scipy_holds_them(won: int, lost: int) -> None:
+    from scipy.stats import binomtest
+
+    pairs = Pairs(won, lost, units=1000)
+    changed = won + lost
+    low, high = pairs.interval(0.95)
+    if not changed:
+        assert pairs.chance(lost) == 1 and (low, high) == (0, 0)
+        return
+    assert pairs.chance(lost) == pytest.approx(binomtest(lost, changed, 0.5, "greater").pvalue)
+    exact = binomtest(won, changed).proportion_ci(0.95, "exact")
+    assert low == pytest.approx((2 * exact.low - 1) * changed / 1000)
+    assert high == pytest.approx((2 * exact.high - 1) * changed / 1000)
+    assert (high < 0) is (pairs.chance(lost) <= 0.025)
+
+
+def test_the_fewest_lost_units_that_are_noticed() -> None:
+    noticed = fewest_noticed(0.95)
+    assert noticed == 6
+    assert Pairs(0, noticed, 50).chance(noticed) <= 0.025 < Pairs(0, noticed - 1, 50).chance(noticed - 1)
+
+
+def test_a_model_that_is_no_worse_is_refused_no_more_often_than_said() -> None:
+    """Of two equally good models, where few questions are answered differently; the bootstrap refuses 5 % here."""
+    generator = np.random.default_rng(3)
+    refused = 0
+    for changed in generator.binomial(20, 0.3, 4000):
+        lost = int(generator.binomial(changed, 0.5))
+        refused += Pairs(int(changed) - lost, lost, 20).chance(lost) <= 0.025
+    assert refused / 4000 <= 0.025
+
+
+def test_only_what_is_right_or_wrong_is_paired(samples: Samples) -> None:
+    before, after = (np.asarray(samples.columns[name]) for name in ("before", "after"))
+    pairs = samples.pairs("accuracy", "dense_accuracy")
+    assert pairs == Pairs(int((after > before).sum()), int((after < before).sum()), UNITS)
+    assert samples.pairs("perplexity", "dense_perplexity") is None
+    assert samples.pairs("accuracy_ratio", "dense_accuracy") is None  # a share of those that were right before

@@ -230,11 +230,16 @@ def test_a_violated_gate_comes_out_with_its_exit_code_and_its_numbers_are_shown(
     workplace: Workplace, server: str, run_here: Any
 ) -> None:
     spec = workplace.spec("gated", {"require": {"tensors": {"min": 2.0}}})
-    with pytest.raises(GateError, match="tensors is 1, min allowed is 2") as caught:
+    spec.write_text(
+        spec.read_text().replace("- validate: count\n", "- validate: count\n  require: {tensors: {max: 0}}\n", 1)
+    )
+    with pytest.raises(GateError, match="tensors is 1, max allowed is 0") as caught:
         run_here(spec, server)
     assert caught.value.exit_code == 5
+    assert "tensors is 1, min allowed is 2" in str(caught.value)  # the second step has been measured too
     (flow_run,) = flow_runs(server, "gated-")
-    assert flow_run.state.is_failed()
+    assert flow_run.state.is_failed() and "min allowed is 2" in flow_run.state.message
+    assert all(task.state.is_failed() for task in task_runs(server, flow_run.id))
     with client(server) as api:
         shown = {
             artifact.key: artifact for artifact in api.read_artifacts() if (artifact.key or "").startswith("gated-")

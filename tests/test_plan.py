@@ -37,7 +37,7 @@ steps:
   - quantize: gptq
     with: {num_bits: 4, group_size: 32}
   - validate: perplexity
-    with: {source: text.txt, length_tokens: 16}
+    with: {source: valid.txt, length_tokens: 16}
     require: {perplexity_ratio: {max: 2}}
   - register: release
     engines: [{vllm: {gpu_memory_gib: 8, max_model_len: 32}}]
@@ -61,6 +61,7 @@ def planner(tmp_path: Path, model: Path, methods: Methods) -> Callable[[str], Pl
     for file in model.iterdir():
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "text.txt").write_text("some words to read. " * 200, encoding="utf-8")
+    (tmp_path / "valid.txt").write_text("more words, held out. " * 200, encoding="utf-8")
 
     def plan(text: str) -> Plan:
         (tmp_path / "spec.yaml").write_text(text, encoding="utf-8")
@@ -128,7 +129,7 @@ def test_moving_the_folder_changes_no_fingerprint_but_the_release_address(
     before = fingerprints(planner(CHAIN))
     moved = tmp_path / "moved"
     moved.mkdir()
-    for name in ("model", "text.txt", "spec.yaml"):
+    for name in ("model", "text.txt", "valid.txt", "spec.yaml"):
         (tmp_path / name).rename(moved / name)
     assert fingerprints(make_plan(moved / "spec.yaml", methods, tmp_path / "home"))[:4] == before[:4]
 
@@ -143,7 +144,7 @@ def test_moving_the_folder_changes_no_fingerprint_but_the_release_address(
         ("{sparsity: 0.5}", "{sparsty: 0.5}", 8, 'did you mean "sparsity"?'),
         ("group_size: 32", "group_size: 100", 10, "100"),
         ("group_size: 32", "group_size: 32, scale_dtype: float32", 10, "the model is loaded in bfloat16"),
-        ("text.txt, length_tokens: 16}\n    require", "none.txt, length_tokens: 16}\n    require", 12, "none.txt"),
+        ("valid.txt, length_tokens: 16}\n    require", "none.txt, length_tokens: 16}\n    require", 12, "none.txt"),
         ("perplexity_ratio:", "perplexity_ration:", 13, "perplexity_ratio"),
         ("{vllm:", "{vlm:", 15, 'did you mean "vllm"?'),
         ("{vllm:", "{release:", 15, "no serving engine"),
@@ -185,7 +186,7 @@ def test_a_mistake_in_a_core_key_hides_no_other(planner: Callable[[str], Plan]) 
     text = (
         CHAIN.replace("name: chain", "nme: chain").replace("wanda", "wnada").replace("group_size: 32", "group_size: 7")
     )
-    text = text.replace("text.txt, length_tokens: 16}\n    require", "none.txt, length_tokens: 16}\n    require")
+    text = text.replace("valid.txt, length_tokens: 16}\n    require", "none.txt, length_tokens: 16}\n    require")
     text = text.replace("register: release", "register: release\n    skp: [x]")
     message = refused(planner, text)
     for said in ("nme: there is no such key", "wnada", "group_size", "none.txt", 'did you mean "skip"?'):
@@ -197,7 +198,7 @@ def test_a_mistake_in_a_core_key_hides_no_other(planner: Callable[[str], Plan]) 
 
 def test_a_faulty_key_hides_no_other_fault_of_its_step(planner: Callable[[str], Plan]) -> None:
     text = CHAIN.replace("prune: wanda", "prune: wnada\n    wth: {}").replace("perplexity_ratio", "perplexity_rato")
-    text = text.replace("text.txt, length_tokens: 16}\n    require", "none.txt, lenght_tokens: 16}\n    require")
+    text = text.replace("valid.txt, length_tokens: 16}\n    require", "none.txt, lenght_tokens: 16}\n    require")
     message = refused(planner, text)
     assert all(word in message for word in ("wnada", "wth", "perplexity_rato", "none.txt", "lenght_tokens"))
 
@@ -439,7 +440,8 @@ def _header(**changes: Any) -> Callable[[Path], None]:
         (_index('{"weight_map": {"a": 5}}'), "weight_map must give a file name"),
         (_index('{"weight_map": {"a": ["x"]}}'), "weight_map must give a file name"),
         (_index('{"weight_map": 5}'), "cannot be read"),
-        (_index(json.dumps({"weight_map": {"a": "x" * 5000}})), "not in the folder"),
+        (_index(json.dumps({"weight_map": {"a": "x" * 500}})), "not in the folder"),
+        (_index(json.dumps({"weight_map": {"a": "x" * 5000}})), "characters); copy the model again"),
         (_raw_header("[" * 100_000), "cannot be read"),
         (_raw_header('{"w": 5}'), "cannot be read"),
         (_header(dtype="U8", shape=["64"], data_offsets=[0, 64]), "the header gives 'w' the shape"),

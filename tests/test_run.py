@@ -43,9 +43,9 @@ steps:
   - quantize: gptq
     with: {num_bits: 4, group_size: 32}
   - validate: perplexity
-    with: {source: text.txt, length_tokens: 32, windows: 8}
+    with: {source: valid.txt, length_tokens: 32, windows: 8}
   - validate: fidelity
-    with: {source: text.txt, length_tokens: 32, windows: 8}
+    with: {source: valid.txt, length_tokens: 32, windows: 8}
   - register: release
     with: {alias: candidate}
     engines: [{vllm: {gpu_memory_gib: 8, max_model_len: 32}}]
@@ -109,6 +109,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
     make_model(folder / "model")
     (folder / "text.txt").write_text("the quick brown fox reads a book of words. " * 400, encoding="utf-8")
+    (folder / "valid.txt").write_text("seven wizards judge a model, layer by layer. " * 100, encoding="utf-8")
     (folder / "spec.yaml").write_text(CHAIN, encoding="utf-8")
     return folder
 

@@ -196,7 +196,7 @@ def test_a_text_that_stands_in_the_calibration_set_is_refused(
     method = Perplexity(sources=sources, length_tokens=LENGTH, windows=12)
     seen = method.tokens_NT(dense, sources["prose"])
     context = Context(0, dense, CalibrationSet(seen, {}), context.scratch)
-    with pytest.raises(StepError, match=r"100\.0% of the runs of 13 tokens in sources\.prose stand in the calibration"):
+    with pytest.raises(StepError, match=r"100\.0% of the runs of 13 tokens in sources\.prose stand in what the model"):
         method.measure(dense, dense, context)
     allowed = method.model_copy(update={"max_overlap": 1.0}).measure(dense, dense, context)
     assert allowed.metrics["calibration_overlap.prose"] == 1.0
@@ -217,6 +217,48 @@ def test_a_text_of_calibration_or_training_is_no_held_out_text(plan: Callable[[s
         1,
     )
     assert "sources.code" in refused(plan, later)
+
+
+def test_one_text_is_held_out_where_bounds_rest_on_it(plan: Callable[[str], Plan], material: Path) -> None:
+    one = SPEC.replace("sources: {code: code.txt, prose: prose.txt}", "source: train.txt")
+    plan(one)  # a number, on which nothing rests
+    bound = "windows: 12}\n    require: {perplexity: {max: 1.0e+9}}\n"
+    said = refused(plan, one.replace("windows: 12}\n", bound, 1))
+    assert "steps[2].with.source: this is the text of `source` of calibrate text, so it is not held out" in said
+    shutil.copy(material / "code.txt", material / "copied.txt")
+    said = refused(plan, SPEC.replace("prose.txt", "copied.txt"))
+    assert "steps[2].with.sources.prose: this is the text of `sources.code`, under another name" in said
+
+
+@pytest.mark.parametrize("stage", ["calibrated", "trained"])
+def test_bounds_do_not_rest_on_a_text_that_hardly_differs_from_what_was_learned(
+    material: Path, methods: Methods, settings: Settings, stage: str
+) -> None:
+    """One line break more is another file, but not another text."""
+    name = {"calibrated": "train", "trained": "code"}[stage]
+    (material / f"{stage}.txt").write_text((material / f"{name}.txt").read_text(encoding="utf-8") + "\n")
+    text = SPEC.replace("name: versatile", f"name: {stage}").replace("sequences: 8", "sequences: 150")
+    text = text.replace("sources: {code: code.txt, prose: prose.txt}", f"source: {stage}.txt")
+    if stage == "trained":
+        given = "source: code.txt, sequences: 150, length_tokens: 24, updates: 1"
+        text = text.replace("  - validate", f"  - distill: logits\n    with: {{{given}}}\n  - validate", 1)
+    path = material / f"{stage}.yaml"
+    path.write_text(text, encoding="utf-8")
+    watcher = Watcher()
+    metrics = run_locally(path, methods, settings, watcher).outcomes[2 + (stage == "trained")].metrics
+    assert metrics["calibration_overlap"] > 0.12
+    bound = "windows: 12}\n    require: {perplexity: {max: 1.0e+9}}\n"
+    path.write_text(text.replace("windows: 12}\n", bound, 1), encoding="utf-8")
+    with pytest.raises(
+        GateError, match=r"require\.calibration_overlap: calibration_overlap is 0\.\d+, at most 0\.1 is"
+    ):
+        run_locally(path, methods, settings, watcher)
+    assert watcher.finished[-1].cached
+    (overlapping, bounded) = watcher.finished[-1].gates
+    assert (overlapping.passed, bounded.passed) == (False, True)
+    path.write_text(text.replace("windows: 12}\n", "max_overlap: 1, " + bound, 1), encoding="utf-8")
+    (bounded,) = run_locally(path, methods, settings, watcher).outcomes[2 + (stage == "trained")].gates
+    assert bounded.passed
 
 
 @pytest.mark.parametrize(
@@ -263,13 +305,13 @@ def test_sources_that_are_none(plan: Callable[[str], Plan], given: str, said: st
         ("require: {perplexity.code: {min: 9, max: 8}}", "min 9.0 is larger than max 8.0"),
         (
             "require: {'perplexity.*': {min: 9}, perplexity.code: {max: 8}}",
-            "together with another bound, perplexity.code has min 9.0 above max 8.0",
+            "together with another bound, perplexity.code has min 9 above max 8",
         ),
         (
             "require: {perplexity.code: {max: 9, confidence: 0.05}}",
             "a confidence of 0.05 cannot be had from 10,000 resamples; give 0.5 to 0.998",
         ),
-        ("require: {perplexity.code: {max: 9, confidence: 0.9999999}}", "a confidence of 1 cannot be had"),
+        ("require: {perplexity.code: {max: 9, confidence: 0.9999999}}", "a confidence of 0.9999999 cannot be had"),
     ],
 )
 def test_a_gate_that_nothing_can_be_held_against(plan: Callable[[str], Plan], require: str, said: str) -> None:
@@ -289,6 +331,11 @@ def test_a_star_is_every_metric_that_it_matches(plan: Callable[[str], Plan]) -> 
         "perplexity.code": {"retain": 0.6, "confidence": 0.9},
         "perplexity.prose": {"retain": 0.5},
     }
+    loosened = plan(gated("require: {perplexity.code: {max: 10, min: 2}, '*': {max: 1.0e+6, min: 0}}"))
+    assert loosened.steps[2].require["perplexity.code"] == {"max": 10, "min": 2}
+    assert loosened.steps[2].require["perplexity.prose"] == {"max": 1e6, "min": 0}
+    mixed = "require: {perplexity_tokens.code: {min: 2}, 'perplexity*': {max: 9.0e+9, confidence: 0.9}}"
+    assert "there is no interval of perplexity_tokens.code" in refused(plan, gated(mixed))
     assert plan(gated("must_not_fall: ['perplexity.*']")).steps[2].must_not_fall == (
         "perplexity.code",
         "perplexity.prose",
@@ -465,7 +512,7 @@ class Measures:
 
     def __init__(self, require: dict[str, dict[str, float]], must_not_fall: tuple[str, ...] = ()) -> None:
         self.require, self.must_not_fall, self.identity, self.place = require, must_not_fall, {"seed": 0}, "here"
-        self.method = Perplexity.model_construct()
+        self.method = Perplexity.model_construct(sources={"arc": "text"})
         object.__setattr__(self.method, "__class__", Graded)
 
 
@@ -497,6 +544,11 @@ def test_what_must_not_fall_may_fall_within_chance(tmp_path: Path) -> None:
     assert not worse.passed and worse.interval and worse.interval[1] < 0 and "worse beyond chance" in worse.what
     (better,) = gate_results(step, answers(tmp_path, 45, 60, 100), tmp_path)
     assert better.passed
+    (three,) = gate_results(step, answers(tmp_path, 60, 57, 200), tmp_path)
+    assert three.passed and three.interval and three.interval[1] > 0  # a coin falls three times alike: one in eight
+    assert "3 of 200 questions lost and 0 won, p = 0.125 of the sign test at 0.025" in three.what
+    assert gate_results(step, answers(tmp_path, 60, 55, 200), tmp_path)[0].passed
+    assert not gate_results(step, answers(tmp_path, 60, 54, 200), tmp_path)[0].passed
     (few,) = gate_results(step, answers(tmp_path, 6, 6, 9), tmp_path)
     assert not few.passed and "9 questions are too few for an interval: it takes 10" in few.what
 

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from orchestrator.api import (
     DENSE,
+    TRAINED_TOKENS,
     Checkpoint,
     Context,
     Invariant,
@@ -200,6 +201,7 @@ class Training(ModelMethod):
         return replace(
             passed,
             memory_bytes=max(memory, alone),
+            disk_bytes=0 if self.source is None else 4 * min(windows * length, TRAINED_TOKENS),
             scratch_bytes=4 * model.float32_bytes,
             moved_bytes=passed.moved_bytes
             + self.updates * 10.0 * model.float32_bytes
@@ -286,7 +288,8 @@ class Training(ModelMethod):
             "zeros_kept": float(zeros.count),
             "layers_on_grid": float(len(encodings)),
         }
-        return ModelResult(model, metrics, encodings=encodings, curves=course.curves)
+        own = None if self.source is None else tokens_NT
+        return ModelResult(model, metrics, encodings=encodings, curves=course.curves, trained_on=own)
 
     def _examine_every(self) -> int:
         return self.examine_every or max(1, self.updates // _EXAMS)

@@ -23,6 +23,7 @@ from orchestrator.api import (
     Work,
 )
 from orchestrator_evaluation.forward import WindowEvaluator, chunks, load_float32, logits_of
+from orchestrator_evaluation.overlap import OVERLAP_METRIC
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ class Fidelity(WindowEvaluator):
         "top1_agreement": "share of positions where both models' likeliest token is the same, 0 to 1",
         "top1_flips": "share of positions where it is not the same: 1 - top1_agreement",
         "fidelity_tokens": "number of positions compared",
+        **OVERLAP_METRIC,
     }
     better: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {
         "kl_mean": "lower",

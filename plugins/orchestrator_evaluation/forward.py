@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+_REMEDY = "name a text that is held out, or raise max_overlap if such repetition is its nature"
 # Float32 numbers of a vocabulary-wide temporary: 64 MiB.
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -56,7 +57,8 @@ class WindowEvaluator(Evaluator):
         0.1,
         ge=0,
         le=1,
-        description="Of several texts, the largest share of runs of 13 tokens that may stand in the calibration set.",
+        description="The largest share of runs of 13 tokens that may stand in what the model was calibrated or trained "
+        "on: of `sources` always, of `source` where there are bounds.",
     )
     windows: int | None = Field(None, ge=1, description="Number of windows, from the start of each text. Default: all.")
     length_tokens: int = Field(512, ge=2, le=1_048_576, description="Length of each window, tokens.")
@@ -70,17 +72,22 @@ class WindowEvaluator(Evaluator):
         return self
 
     def declared(self) -> Mapping[str, str]:
-        """The metrics of every text, and how much of it the calibration set holds."""
+        """The metrics of every text, and how much of it the model was calibrated or trained on."""
         if self.sources is None:
             return self.metrics
-        each = {**self.metrics, OVERLAP: "share of the runs of 13 tokens that stand in the calibration set too, 0 to 1"}
         return {
-            f"{name}.{tier}": f"{what}; text {tier}" for tier in sorted(self.sources) for name, what in each.items()
+            f"{name}.{tier}": f"{what}; text {tier}"
+            for tier in sorted(self.sources)
+            for name, what in self.metrics.items()
         }
 
     def reads_calibration(self) -> bool:
-        """Several texts are compared with the calibration set."""
-        return self.sources is not None
+        """Texts are compared with the calibration set."""
+        return True
+
+    def presupposed(self) -> Mapping[str, tuple[float, str]]:
+        """A text that bounds rest on is held out. (Of several, one that is not is no longer measured.)"""
+        return {} if self.sources else {OVERLAP: (self.max_overlap, _REMEDY)}
 
     def most_units(self) -> int | None:
         """Windows of each text, if their number is given."""
@@ -114,11 +121,12 @@ class WindowEvaluator(Evaluator):
     ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Return the windows [N, T] of every text, by what is put behind a metric's name, and the overlap metrics.
 
-        Raises `StepError` for too little text, too long windows, or a text that is in the calibration set.
+        Raises `StepError` for too little text, too long windows, or one of several texts that is not held out.
         """
         texts = self.tokens_of_texts(baseline)
-        shares = {} if self.sources is None else overlaps(texts, context.calibration)
-        self.refuse_overlap(shares, "the calibration set")
+        shares = overlaps(texts, *((context.calibration,) if context.calibration else ()), *context.trained_on)
+        if self.sources:
+            self.refuse_overlap(shares, "what the model was calibrated or trained on")
         return texts, shares
 
     def tokens_of_texts(self, baseline: Checkpoint) -> dict[str, torch.Tensor]:
@@ -126,14 +134,14 @@ class WindowEvaluator(Evaluator):
         return {suffix: self.tokens_NT(baseline, source) for suffix, source in self._texts().items()}
 
     def refuse_overlap(self, shares: Mapping[str, float], what: str) -> None:
-        """Raise `StepError` if one of `overlaps` is too large. what: the calibration set, for people."""
+        """Raise `StepError` if one of `overlaps` is too large. what: that was compared with, for people."""
         for metric, share in shares.items():
             if share > self.max_overlap:
                 text = f"sources{metric.removeprefix(OVERLAP)}" if self.sources else "source"
                 raise StepError(
                     f"{share:.1%} of the runs of {RUN_TOKENS} tokens in {text} stand in {what} too; at most "
                     f"{self.max_overlap:.1%} may",
-                    remedy="name a text that is held out, or raise max_overlap if such repetition is its nature",
+                    remedy=_REMEDY,
                 )
 
     def tokens_NT(self, baseline: Checkpoint, source: str | None = None) -> torch.Tensor:
@@ -155,10 +163,10 @@ class WindowEvaluator(Evaluator):
         return windows.tokens_NT
 
 
-def overlaps(texts: Mapping[str, torch.Tensor], calibration: CalibrationSet | None) -> dict[str, float]:
-    """By metric, how much of each text's windows [N, T] stands in a calibration set, 0 to 1."""
+def overlaps(texts: Mapping[str, torch.Tensor], *seen: CalibrationSet) -> dict[str, float]:
+    """By metric, how much of each text's windows [N, T] stands in one of the sets, 0 to 1."""
     return {
-        f"{OVERLAP}{suffix}": 0.0 if calibration is None else overlap(tokens_NT, calibration.tokens_NT)
+        f"{OVERLAP}{suffix}": overlap(tokens_NT, *(one.tokens_NT for one in seen))
         for suffix, tokens_NT in texts.items()
     }
 

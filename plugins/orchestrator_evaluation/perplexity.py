@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator.api import Checkpoint, Context, Measured, ModelFacts, Quotient, Samples, Stage, StepError, Work
 from orchestrator_evaluation.forward import WindowEvaluator, chunks, load_float32, logits_of
+from orchestrator_evaluation.overlap import OVERLAP_METRIC
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ class Perplexity(WindowEvaluator):
         "dense_perplexity": "perplexity per token of the dense model on the same windows",
         "perplexity_ratio": "perplexity / dense_perplexity",
         "perplexity_tokens": "number of predicted tokens",
+        **OVERLAP_METRIC,
     }
 
     better: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {"perplexity": "lower"}

@@ -47,7 +47,7 @@ _OF_A_TEXT = {
     "perplexity_spread": "perplexity of the worst variant / that of the best, minus 1",
     "loss_mean": "what compression adds to the negative log-likelihood, mean over the variants, nats per token",
     "calibration_share": "share of loss_mean that the best variant does not have, 0 to 1: what is due to calibration",
-    OVERLAP: "largest share of the runs of 13 tokens that stand in a variant's calibration set too, 0 to 1",
+    OVERLAP: "largest share of the runs of 13 tokens that a variant was calibrated or trained on, 0 to 1",
 }
 _OF_CORPORA = "standard deviation of what compression adds between texts (of their means over seeds), nats per token"
 _OF_SEEDS = "standard deviation of what compression adds between seeds on the same text, nats per token"
@@ -121,6 +121,10 @@ class Robustness(WindowEvaluator):
     def reads_calibration(self) -> bool:
         """Texts are compared with the sets of the variants, not with the specification's."""
         return False
+
+    def presupposed(self) -> Mapping[str, tuple[float, str]]:
+        """Nothing: a text that is not held out is not measured at all."""
+        return {}
 
     def recalibrations(self) -> Sequence[Recalibration]:
         """Every corpus with every seed."""
@@ -214,13 +218,13 @@ class Robustness(WindowEvaluator):
         known = kept.read()
         if known is None:
             with variant.remade(_part(context, begin, 0.8 * share, name)) as made:
-                shares = overlaps(texts, made.calibration)
-                self.refuse_overlap(shares, f"the calibration set of {name}")
+                shares = overlaps(texts, made.calibration, *context.trained_on)
+                self.refuse_overlap(shares, f"what {name} was calibrated or trained on")
                 context.progress(begin + 0.8 * share, f"{name}: measuring")
                 known = self._losses(made.model, texts), shares
             kept.write(*known)
         losses, shares = known
-        self.refuse_overlap(shares, f"the calibration set of {name}")
+        self.refuse_overlap(shares, f"what {name} was calibrated or trained on")
         for suffix, tokens_NT in texts.items():
             mean = sum(losses[suffix]) / tokens_NT[:, 1:].numel()
             if not mean < 700.0:  # exp overflows above; also false for NaN

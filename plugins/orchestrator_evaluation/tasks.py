@@ -75,6 +75,7 @@ class Tasks(Evaluator):
         "won": "higher",
     }
     sampled: ClassVar[frozenset[str]] = frozenset(_MEASURED) - {"questions"}
+    right_or_wrong: ClassVar[frozenset[str]] = frozenset({"accuracy"})
 
     task_files: TierFolders = Field(
         min_length=1,
@@ -118,6 +119,12 @@ class Tasks(Evaluator):
             memory = max(facts.load_bytes(as_float32=True), held)
             whole = whole.then(replace(passed, memory_bytes=memory, moved_bytes=passed.moved_bytes + 3 * held))
         return whole
+
+    def most_units(self) -> int | None:
+        """Questions of the tier with the most tasks, if their number is given."""
+        if self.questions is None:
+            return None
+        return self.questions * max(len(read_tasks(tier, Path(at))) for tier, at in self.task_files.items())
 
     def expected_units(self) -> int:
         """As many questions as the data files have lines, about."""

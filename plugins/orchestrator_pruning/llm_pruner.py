@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from orchestrator.api import (
+    TRAINED_TOKENS,
     Context,
     Invariant,
     ModelFacts,
@@ -194,7 +195,9 @@ class LLMPruner(ModelMethod):
                 recovering += dense.load_bytes(as_float32=False)
             memory = max(memory, recovering)
         held = model.parameters * model.item_bytes + model.wide_bytes + memory
-        return replace(work, memory_bytes=max(held, model.load_bytes(as_float32=False)), scratch_bytes=scratch)
+        kept = 0 if self.source is None else 4 * min(self.sequences * self.length_tokens, TRAINED_TOKENS)
+        memory = max(held, model.load_bytes(as_float32=False))
+        return replace(work, memory_bytes=memory, disk_bytes=kept, scratch_bytes=scratch)
 
     def apply(self, model: PreTrainedModel, context: Context) -> ModelResult:
         """Prune and recover `model` in place.
@@ -203,6 +206,7 @@ class LLMPruner(ModelMethod):
         config.json cannot say, and for a layer that tracing cannot place; later for numbers that are not finite.
         """
         held_out_NT, used_NT = self._windows(context)
+        own_NT: torch.Tensor | None = None
         with frozen(model), in_float32(model):
             blocks = blocks_of(model)
             probe = make_probe(model, list(blocks.values()))
@@ -225,11 +229,12 @@ class LLMPruner(ModelMethod):
             numbers |= {"parameters_after": _num_parameters(model), **after}
             numbers |= _loss("loss_pruned", model, held_out_NT)
             if self.lora_rank and used_NT is not None and held_out_NT is not None:
-                trained_on_NT = used_NT if self.source is None else self._drawn(self.source, context)
+                own_NT = None if self.source is None else self._drawn(self.source, context)
+                trained_on_NT = used_NT if own_NT is None else own_NT
                 model, followed = self._recover(model, blocks, trained_on_NT, held_out_NT, context)
                 numbers |= followed
                 numbers |= _loss("loss_recovered", model, held_out_NT)
-        return ModelResult(model, numbers)
+        return ModelResult(model, numbers, trained_on=own_NT)
 
     def _windows(self, context: Context) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The windows that are only measured, and those that are used, [N, T] each; None without a calibration set."""
