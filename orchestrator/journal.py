@@ -41,8 +41,8 @@ class Journal:
         self.write("run started", **facts)
 
     @contextmanager
-    def ending(self) -> Iterator[None]:
-        """Write the run's end in this block; once it is left without an error, there is nothing to heal."""
+    def ending(self, whole: Callable[[], bool]) -> Iterator[None]:
+        """Write the run's end in this block; once it is left without an error, and whole, there is nothing to heal."""
         try:
             yield
         except BaseException:
@@ -50,7 +50,7 @@ class Journal:
                 self._presence.give_up()
             raise
         if self._presence:
-            self._presence.leave()
+            self._presence.leave() if whole() else self._presence.give_up()
 
     def write(self, event: str, **facts: Any) -> None:
         """Append one event; returns once it is on disk."""

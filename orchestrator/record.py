@@ -31,7 +31,10 @@ REPORT_FILE = "report.html"
 
 
 class RunRecord:
-    """One run's record. `mlflow_run` is the id of the parent run once there is one."""
+    """One run's record. `mlflow_run` is the id of the parent run once there is one.
+
+    left_open: whether MLflow could not be told how the run ended; the next run tells it (`healing`).
+    """
 
     def __init__(self, plan: Plan, settings: Settings, run_id: str, engine: str) -> None:
         self._plan = plan
@@ -40,6 +43,7 @@ class RunRecord:
         self._tracker = Tracker(settings.tracking_uri, EXPERIMENT)
         self.registry = ModelRegistry(settings.tracking_uri, settings.home)
         self.mlflow_run: str | None = None
+        self.left_open = False
         self._waiting: list[Callable[[str], object]] = []  # cached steps before the first computed one
 
     def begin(self) -> str:
@@ -116,7 +120,8 @@ class RunRecord:
                 status="FAILED",
             )
         except OrchestratorError:
-            self.mlflow_run = None  # the step's own error is raised by the caller, and is what matters
+            # The step's own error is raised by the caller, and is what matters.
+            self.mlflow_run, self.left_open = None, True
 
     def release_gone(self, publisher: Publisher, release: Mapping[str, Any]) -> str | None:
         """Return what of a recorded release is no longer there, or None."""
@@ -164,6 +169,7 @@ class RunRecord:
         try:
             self._tracker.finish_pipeline(run, status, metrics, table or None)
         except OrchestratorError:
+            self.left_open = True
             if not failed:  # otherwise the failure that is on its way up is the one to see
                 raise
 

@@ -311,7 +311,7 @@ class Execution:
 
     def finish(self, error: BaseException | None = None) -> None:
         """Close the journal and the tracked run."""
-        with self.journal.ending():
+        with self.journal.ending(whole=lambda: not self.record.left_open):
             if error is None:
                 self.journal.write("run finished", unchanged=unchanged(self.outcomes))
                 remember(self.plan, self.settings.home)

@@ -19,6 +19,7 @@ from orchestrator.healing import heal_runs
 from orchestrator.home import Settings
 from orchestrator.journal import Journal
 from orchestrator.presence import FLOW_RUN, RUN, alone, enter, look
+from orchestrator.record import EXPERIMENT
 
 
 def test_clocks_that_disagree_are_told_and_the_server_s_decides(home: Path) -> None:
@@ -89,9 +90,26 @@ def test_a_run_at_work_is_never_healed_and_one_that_ended_leaves_nothing(home: P
     journal.begin(pipeline="p")
     assert heal_runs(settings_of(home), pytest.fail) == []
     assert [seen.alive for seen in look(home, RUN)] == [True]
-    with journal.ending():
+    with journal.ending(whole=lambda: True):
         journal.write("run finished")
     assert look(home, RUN) == []
+
+
+def test_a_run_whose_end_mlflow_was_not_told_is_ended_there_by_the_next(home: Path) -> None:
+    from orchestrator.tracking import Tracker, connect
+
+    settings = settings_of(home)
+    home.mkdir()
+    journal = Journal(home)
+    tracker = Tracker(settings.tracking_uri, EXPERIMENT)
+    run = tracker.start_pipeline("p", {}, {"orchestrator.run": journal.run_id})
+    journal.begin(pipeline="p")
+    with journal.ending(whole=lambda: False):
+        journal.write("run failed", kind="StepError", error="MLflow was gone")
+    assert [seen.alive for seen in look(home, RUN)] == [False]
+    assert heal_runs(settings, pytest.fail) == [journal.run_id]
+    assert connect(settings.tracking_uri).get_run(run).info.status == "FAILED"
+    assert [event["event"] for event in journal.events()] == ["run started", "run failed"]
 
 
 def test_a_run_of_another_machine_is_left_alone_unless_asked(home: Path) -> None:
@@ -127,7 +145,7 @@ def test_whoever_is_alone_is_refused_beside_others_and_others_are_not_stopped(ho
         alone(home, "p"),
     ):
         pass
-    with journal.ending():
+    with journal.ending(whole=lambda: True):
         pass
     with alone(home, "p"):
         pass
