@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.api import CalibrationSet, Checkpoint, Context, Measured, Quotient, Samples, StepError
 from orchestrator.errors import GateError, OrchestratorError, SpecError
+from orchestrator.gate_checks import unnoticed
 from orchestrator.gates import gate_results, read_intervals, read_samples
 from orchestrator.home import Settings
 from orchestrator.journal import Journal
@@ -29,6 +30,7 @@ from orchestrator.run import run_locally
 from orchestrator_evaluation.fidelity import Fidelity
 from orchestrator_evaluation.overlap import RUN_TOKENS, overlap
 from orchestrator_evaluation.perplexity import Perplexity
+from orchestrator_evaluation.tasks import Tasks
 from tests.test_run import Watcher
 from tests.tiny import make_model
 
@@ -551,6 +553,14 @@ def test_what_must_not_fall_may_fall_within_chance(tmp_path: Path) -> None:
     assert not gate_results(step, answers(tmp_path, 60, 54, 200), tmp_path)[0].passed
     (few,) = gate_results(step, answers(tmp_path, 6, 6, 9), tmp_path)
     assert not few.passed and "9 questions are too few for an interval: it takes 10" in few.what
+
+
+def test_the_plan_says_how_little_goes_unnoticed() -> None:
+    step: Any = Measures({}, ("accuracy.arc", "perplexity.arc"))
+    step.method = Tasks.model_construct(task_files={}, questions=None)
+    said = "must_not_fall accuracy.arc: fewer than 6 lost, with none won, cannot be told from chance"
+    assert unnoticed(step) == [said]
+    assert unnoticed(Measures({}, ("perplexity.arc",))) == []  # type: ignore[arg-type]
 
 
 def test_retention_is_compressed_by_dense_and_the_other_way_where_less_is_better(tmp_path: Path) -> None:
