@@ -30,6 +30,7 @@ from orchestrator.errors import SpecError, StepError
 from orchestrator.foreign import read_plain
 from orchestrator.journal import lease_if_free
 from orchestrator.manifest import MOST_BYTES, read_manifest
+from orchestrator.remote_code import ModelCode
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -232,7 +233,12 @@ class ArtifactStore:
 def model_digest(artifact: Artifact) -> str:
     """Return `Checkpoint.digest` of a model artifact, from what its manifest knows already."""
     files = artifact.manifest["files"]
-    return Checkpoint(artifact.path).digest(lambda path: str(files[path.name]["sha256"]))
+    return model_of(artifact).digest(lambda path: str(files[path.name]["sha256"]))
+
+
+def model_of(artifact: Artifact) -> Checkpoint:
+    """Return the model in a model artifact, to be looked at: code that comes with it does not run."""
+    return Checkpoint(artifact.path, code=ModelCode.recorded(artifact.manifest["identity"]))
 
 
 def _is_folder(reference: str) -> bool:

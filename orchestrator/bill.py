@@ -33,7 +33,7 @@ def write_bill(folder: Path, files: Mapping[str, str], provenance: Provenance) -
             for name, version in sorted(provenance.libraries.items())
             if name not in provenance.plugins()
         ),
-        *(_file(key, sha256) for key, sha256 in sorted(files.items())),
+        *(_file(key, sha256, runs=key in provenance.code) for key, sha256 in sorted(files.items())),
     ]
     bill = {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
@@ -131,12 +131,13 @@ def _package(name: str, version: str, role: str) -> dict[str, Any]:
     }
 
 
-def _file(key: str, sha256: str) -> dict[str, Any]:
+def _file(key: str, sha256: str, *, runs: bool) -> dict[str, Any]:
     return {
         "type": "file",
         "bom-ref": f"file:{key}",
         "name": key,
         "hashes": [{"alg": "SHA-256", "content": sha256}],
+        **({"properties": [{"name": "orchestrator:role", "value": "code that runs with the model"}]} if runs else {}),
     }
 
 

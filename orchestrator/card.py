@@ -16,6 +16,7 @@ from orchestrator.bootstrap import CONFIDENCE
 from orchestrator.canonical import digest_of
 from orchestrator.foreign import leads_outside
 from orchestrator.provenance import CARD, Evidence, Provenance
+from orchestrator.remote_code import KEY
 from orchestrator.report import RATIO, Row, metric_rows, shown
 
 SOURCE_CARD = "README.source.md"
@@ -58,6 +59,12 @@ def _lines(folder: Path, config: Mapping[str, Any], provenance: Provenance) -> I
     yield ""
     yield f"{source} ({provenance.architecture}), compressed: {made}."
     yield ""
+    if provenance.code:
+        yield "**Warning: this model runs code of its own when it is loaded. Read it first.**"
+        yield "It came with the source model, and ran where this release was made:"
+        yield ""
+        yield from (f"- `{name}`, sha256 `{digest}`" for name, digest in sorted(provenance.code.items()))
+        yield ""
     yield "## Quality"
     yield ""
     yield from _metrics(provenance)
@@ -91,7 +98,8 @@ def _lines(folder: Path, config: Mapping[str, Any], provenance: Provenance) -> I
         yield f"- `serving/{engine}/`: settings for {engine}, with what they assume."
     for form in sorted(provenance.formats):
         yield f"- `formats/{form}/`: the same model as {form}."
-    yield "- Transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)`."
+    trust = f", {KEY}=True" if provenance.code else ""
+    yield f"- Transformers: `AutoModelForCausalLM.from_pretrained(FOLDER{trust})`."
     yield ""
     yield "## Verifying"
     yield ""

@@ -19,6 +19,7 @@ from orchestrator.errors import PreflightError
 from orchestrator.foreign import leads_outside, read_plain
 from orchestrator.layers import is_embedding, is_router, stores_transposed
 from orchestrator.quantized import quantizes_weights, schemes_of
+from orchestrator.remote_code import ModelCode, check_code, read_code, with_verified_code
 from orchestrator.scheme import QuantScheme
 
 if TYPE_CHECKING:
@@ -76,10 +77,13 @@ class Checkpoint:
 
     Raises `PreflightError` when the folder is missing, holds no readable config.json or no safetensors weights, or
     when a weight file is truncated.
+
+    code: what comes with the model and is trusted; None where no code of a model may run, and none is expected.
     """
 
-    def __init__(self, path: Path, *, dtype: str = "auto") -> None:
+    def __init__(self, path: Path, *, dtype: str = "auto", code: ModelCode | None = None) -> None:
         self.path = Path(path)
+        self.code = code
         self.dtype = dtype  # "auto" (as stored), or a torch dtype name to load in
         if not _is_folder(self.path):
             raise PreflightError(
@@ -106,12 +110,7 @@ class Checkpoint:
         for entry in ("quantization_config", "compression_config"):
             if not isinstance(config.get(entry, {}), dict | None):
                 raise PreflightError(f"{path} gives {entry} as no mapping", remedy="copy the model again")
-        code = _code_asked_for(config)
-        if code is not None:
-            raise PreflightError(
-                f"{path} asks to run code that comes with the model or from the hub ({code})",
-                remedy="remote code is never run here; use an architecture that Transformers ships",
-            )
+        check_code(self.path, config, self.code)
         if (self.path / _ADAPTER).exists():  # Transformers would load what it names in place of this model
             raise PreflightError(
                 f"{self.path} is an adapter, not a model: it holds {_ADAPTER}",
@@ -238,7 +237,7 @@ class Checkpoint:
         return max(sorted(count), key=lambda name: count[name], default="float32")
 
     def companion_files(self) -> list[str]:
-        """Names of the tokenizer, generation and licence files, sorted. They travel with the model, as they are.
+        """Names of the tokenizer, generation, licence and code files, sorted. They travel with the model, as they are.
 
         Raises `PreflightError` for a link to a file that is not the model's: it would be published with it.
         """
@@ -249,6 +248,7 @@ class Checkpoint:
                     f"{self.path / name} is a link to a file outside of the model's folder",
                     remedy="copy the file into the folder if it belongs to the model, else remove the link",
                 )
+        found |= set(self.code.files) if self.code else set()
         return sorted(name for name in found if Path(name).suffix not in PICKLE_SUFFIXES)
 
     def model_files(self) -> list[str]:
@@ -285,6 +285,10 @@ class Checkpoint:
 
         return load_model(self, dtype or self.torch_dtype)
 
+    def loadable(self, scratch: Path) -> Path:
+        """Return a folder that another process can load: this one, or one below `scratch` if code comes with it."""
+        return self.path if self.code is None else with_verified_code(self, scratch)
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer. Raises `PreflightError` if the folder has none that Transformers can read."""
         from orchestrator.model import load_tokenizer
@@ -292,11 +296,13 @@ class Checkpoint:
         return load_tokenizer(self)
 
 
-def locate_model(model_id: str, revision: str, base: Path, dtype: str = "auto") -> Checkpoint:
+def locate_model(
+    model_id: str, revision: str, base: Path, dtype: str = "auto", *, trust_remote_code: bool = False
+) -> Checkpoint:
     """Return the checkpoint for a local folder (relative to `base`) or a hub id.
 
     A hub id is taken from the local hub cache, or downloaded: safetensors, configuration and tokenizer only.
-    Raises `PreflightError` when it cannot be had.
+    trust_remote_code: let code in a local folder run. Raises `PreflightError` when the model cannot be had.
     """
     if "://" in model_id:  # what follows the path may be a signature: it is not repeated
         raise PreflightError(
@@ -305,7 +311,14 @@ def locate_model(model_id: str, revision: str, base: Path, dtype: str = "auto") 
         )
     folder = base / expand_home(model_id)
     if _is_folder(folder) or model_id.startswith((".", "/", "~")) or not _HUB_ID.match(model_id):
-        return Checkpoint(folder, dtype=dtype)
+        found = Checkpoint(folder, dtype=dtype)
+        found.code = read_code(folder, may_run=True) if trust_remote_code else None
+        return found
+    if trust_remote_code:
+        raise PreflightError(
+            f"code of {model_id!r} on the hub is not downloaded, and not run",
+            remedy="download the model into a folder, read its code, and name the folder",
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -329,20 +342,6 @@ def expand_home(path: str) -> Path:
     except RuntimeError:
         user = path.partition("/")[0]
         raise PreflightError(f"{user} is nobody's home folder here", remedy="write the whole path") from None
-
-
-def _code_asked_for(config: Mapping[str, Any]) -> str | None:
-    """Which entry of a config.json, at any depth, makes Transformers run code that it does not ship; None for none.
-
-    `auto_map` names classes in files beside it; OWNER/NAME as an implementation is a kernel of the hub.
-    """
-    for key, value in config.items():
-        kernel = key.endswith(("attn_implementation", "experts_implementation")) and "/" in json.dumps(value)
-        if kernel or key == "auto_map":
-            return key
-        if isinstance(value, dict) and (code := _code_asked_for(value)):
-            return code
-    return None
 
 
 def _is_folder(path: Path) -> bool:

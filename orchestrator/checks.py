@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.allocation import planned_schemes
 from orchestrator.cache_policy import CachePolicy
 from orchestrator.checkpoint import Checkpoint, TensorInfo
-from orchestrator.errors import OrchestratorError, PreflightError, SpecError
+from orchestrator.errors import OrchestratorError, PreflightError, Problem, SpecError
 from orchestrator.export_format import ExportFormat
+from orchestrator.kv_scales import has_kv_scales
 from orchestrator.layer_method import LayerMethod, MixedMethod, Needs
 from orchestrator.layers import is_skipped, several_schemes, split_fused_groups, unquantizable, unsupported
 from orchestrator.method import (
@@ -161,6 +162,23 @@ def _destroys(draft: Draft, invariant: Invariant, owner: Draft) -> SpecError:
         return SpecError(what, remedy=f"a model is {done} once; remove one of the two")
     remedy = f"put {draft.label} before {owner.label}, or use a method that keeps {invariant}"
     return SpecError(what, remedy=remedy)
+
+
+def check_source_model(source: Checkpoint, name: str) -> None:
+    """Raise `PreflightError` unless the first step can start from this model, which the specification calls `name`."""
+    if source.is_quantized:
+        raise PreflightError(f"{name} is already quantized", remedy="start from the dense model")
+    if has_kv_scales(source.config):  # they would be stale after the first step
+        raise PreflightError(
+            f"{name} has scales of a KV cache already",
+            remedy="start from the model without them, and measure them again with quantize kv_scales",
+        )
+    if not source.tensors:
+        raise PreflightError(f"{name} holds no tensors")
+    faults = check_config(source)
+    if faults:
+        remedy = "copy the model again, config.json and weights together"
+        raise PreflightError([Problem(fault, remedy=remedy) for fault in faults])
 
 
 def check_config(source: Checkpoint) -> list[str]:

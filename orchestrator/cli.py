@@ -110,6 +110,7 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
     from orchestrator.plan import make_plan
     from orchestrator.plugins import discover
     from orchestrator.preflight import foresee
+    from orchestrator.remote_code import recorded_code
     from orchestrator.report import foreseen
     from orchestrator.status import statuses
     from orchestrator.variants import models_to_make
@@ -124,7 +125,11 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
         print_json(
             {
                 "name": made.name,
-                "model": {"path": str(made.source.path), "digest": made.source_digest},
+                "model": {
+                    "path": str(made.source.path),
+                    "digest": made.source_digest,
+                    **recorded_code(made.source.code),
+                },
                 "steps": [
                     {
                         "stage": step.stage.value,
@@ -143,6 +148,8 @@ def plan(spec: SpecArgument, as_json: JsonOption = False) -> None:
         )
         return
     print_text(f"{made.name}: {made.source.path} ({made.source_digest[:12]})")
+    if made.source.code:
+        print_text(f"  `run` will run code that comes with the model: {made.source.code.described()}")
     for step, status, estimate in zip(made.steps, found, estimates, strict=True):
         state = f"cached, artifact {status.artifact.digest[:12]}" if status.artifact else f"to do: {status.why}"
         if not status.artifact:

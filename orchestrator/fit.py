@@ -30,11 +30,12 @@ _CHUNK_BYTES = 1 << 24
 def check_fit(plan: Plan, known: Sequence[Artifact | None], home: Path, *, apart: bool = False) -> str | None:
     """Refuse a model that a waiting step would have to walk and cannot.
 
-    known: the artifacts of the steps that have one. Returns what `remember_fit` takes; None if nothing was asked.
+    known: the artifacts of the steps that have one. apart: ask a process of its own; not of a model that would run its
+    own code for the answer. Returns what `remember_fit` takes; None if nothing was asked.
     Raises `PreflightError`, placed at the first such step.
     """
     step = next((s for s in plan.steps if isinstance(s.method, LayerMethod) and known[s.index] is None), None)
-    if step is None:
+    if step is None or (apart and plan.source.code):
         return None
     key = digest_of([plan.source_digest, step.identity["core"], step.identity["environment"]])
     if key in Experience.read(home).fitting:

@@ -30,6 +30,7 @@ from orchestrator.errors import OrchestratorError, PreflightError, Problem, Spec
 from orchestrator.method import ModelMethod
 from orchestrator.packing import unpack
 from orchestrator.plugins import discover, library_versions, package_digest
+from orchestrator.remote_code import KEY, ModelCode, recorded_code
 from orchestrator.usage import has_torch
 
 _FILE = "foreseen.json"
@@ -48,7 +49,7 @@ class Foreseen(Checkpoint):
     """
 
     def __init__(self, source: Checkpoint, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        super().__init__(source.path, dtype=source.dtype)
+        super().__init__(source.path, dtype=source.dtype, code=source.code)
         self.whole: Checkpoint | None = None
         stored = _STORED.get(source.dtype_name, "F32")
         kept = {name: info.dtype for name, info in source.tensors.items() if info.dtype not in _ITEM_BYTES}
@@ -157,9 +158,14 @@ def _stored_layers(model: Checkpoint) -> dict[str, LayerShape]:
 
 
 class Foresight:
-    """Answers questions of what a step will make; `home` keeps the answers."""
+    """Answers questions of what a step will make; `home` keeps the answers.
 
-    def __init__(self, home: Path) -> None:
+    may_run_code: whether code of the model may run for an answer. If not, such a model is foreseen as it was, but for
+    the blocks that are removed, and what the method would refuse is found when the steps are run.
+    """
+
+    def __init__(self, home: Path, *, may_run_code: bool = False) -> None:
+        self._may_run_code = may_run_code
         self._path = home / _FILE
         self._answers: dict[str, Any] = {}
         self._changed = False
@@ -194,9 +200,12 @@ class Foresight:
                 write_atomically(self._path, canonical_json(kept))
 
     def _shapes(self, draft: Draft, method: ModelMethod, model: Checkpoint, config: Mapping[str, Any]) -> Shapes:
+        if model.code and not self._may_run_code:
+            return shapes_of(model)
         question = {
             "folder": str(model.path),
             "dtype": model.dtype,
+            **recorded_code(model.code),
             "before": dict(model.config),
             "after": dict(config),
             "shapes": shapes_of(model),
@@ -261,7 +270,8 @@ def main() -> int:
         installed = discover().find(question["stage"], question["method"])
         method = installed.cls.model_validate(question["parameters"])
         assert isinstance(method, ModelMethod)
-        source = Checkpoint(Path(question["folder"]), dtype=question["dtype"])
+        code = ModelCode(question[KEY], may_run=True) if KEY in question else None
+        source = Checkpoint(Path(question["folder"]), dtype=question["dtype"], code=code)
         model = Foreseen(source, question["before"], question["shapes"])
         with plugin_fault(installed, "check_model"):
             found = ask(method, model, question["after"])

@@ -40,6 +40,7 @@ class Identity(BaseModel):
     parameters: Table
     plugin: PluginEntry
     environment: dict[str, str] = {}
+    trust_remote_code: dict[Annotated[str, Field(pattern=r"^[^/]+\.py$")], Hash] = {}
 
 
 class Manifest(BaseModel):

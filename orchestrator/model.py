@@ -1,4 +1,5 @@
-"""Loading a whole model or tokenizer with stock Transformers: quietly, offline, from safetensors, without remote code.
+"""Loading a whole model or tokenizer with stock Transformers: quietly, offline, from safetensors. Code that comes
+with a model is run only where `orchestrator.remote_code` gives its classes.
 
 For access block by block see `orchestrator.skeleton`.
 """
@@ -19,6 +20,7 @@ from orchestrator.kv_scales import kv_scale_names
 from orchestrator.packing import unpack
 from orchestrator.quantized import schemes_of
 from orchestrator.reader import TensorReader
+from orchestrator.remote_code import CONFIG, MODEL, TOKENIZER, own_class
 from orchestrator.usage import reuse_memory
 
 if TYPE_CHECKING:
@@ -55,11 +57,14 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None) -
         schemes = schemes_of(checkpoint.config, checkpoint.tensors)
     try:
         with quiet():
-            kind: Any = AutoModelForCausalLM
+            own = own_class(checkpoint, MODEL)
+            kind: Any = own or AutoModelForCausalLM
+            if own:  # such a class would not find the class of its configuration
+                options.setdefault("config", load_config(checkpoint))
             if schemes is not None:  # which the automatic class does not take without a folder
                 folder, options = None, {"config": _dense_config(checkpoint, config)}
                 options["state_dict"] = _decompressed(checkpoint, schemes)
-                kind = AutoModelForCausalLM._model_mapping[type(options["config"])]
+                kind = own or AutoModelForCausalLM._model_mapping[type(options["config"])]
             model, loading = kind.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -132,7 +137,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+            kind: Any = own_class(checkpoint, TOKENIZER) or AutoTokenizer
+            return kind.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    except PreflightError:
+        raise
     except Exception as error:  # the Rust tokenizer raises bare Exception
         raise PreflightError(
             f"{checkpoint.path} has no tokenizer that Transformers can read: {_first_line(error)}",
@@ -144,10 +152,13 @@ def load_config(checkpoint: Checkpoint) -> Any:
     """Return the Transformers configuration object. Raises `PreflightError` for an unknown architecture."""
     from transformers import AutoConfig
 
-    _ = checkpoint.config  # refuses a folder that asks for remote code
+    _ = checkpoint.config  # refuses a folder that asks for code which is not trusted
     try:
         with quiet():
-            return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+            kind = own_class(checkpoint, CONFIG) or AutoConfig
+            return kind.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    except PreflightError:
+        raise
     except Exception as error:  # strict configuration classes raise their own validation errors
         raise _unloadable(checkpoint, error) from error
 
@@ -160,7 +171,7 @@ def import_libraries(checkpoint: Checkpoint) -> float:
         from transformers import AutoModelForCausalLM
 
         with suppress(PreflightError, KeyError, ImportError):  # who loads the model says what is wrong with it
-            _ = AutoModelForCausalLM._model_mapping[type(load_config(checkpoint))]
+            _ = own_class(checkpoint, MODEL) or AutoModelForCausalLM._model_mapping[type(load_config(checkpoint))]
     return time.perf_counter() - started
 
 

@@ -24,7 +24,7 @@ from orchestrator.checks import (
     PluginFaultError,
     check_against_model,
     check_chain,
-    check_config,
+    check_source_model,
     plugin_fault,
 )
 from orchestrator.digests import FileDigests
@@ -33,12 +33,12 @@ from orchestrator.export_format import ExportFormat
 from orchestrator.foreseen import Foresight
 from orchestrator.formats import chosen_policy, format_identity, listed_methods
 from orchestrator.gate_checks import check_gated, gates_of
-from orchestrator.kv_scales import has_kv_scales
 from orchestrator.layer_method import InputMode, LayerMethod, Needs
 from orchestrator.method import Calibrator, Evaluator, Method, ModelMethod, Publisher, Stage
 from orchestrator.parameters import parameterize, parameters_of
 from orchestrator.plugins import InstalledMethod, Methods, library_versions, package_digest
 from orchestrator.release_checks import check_listed
+from orchestrator.remote_code import recorded_code
 from orchestrator.serving_engine import ServingEngine
 from orchestrator.spec import Location, ModelSpec, SpecFile, SpecText, StepSpec, read_spec
 from orchestrator.variants import VariantPlan, check_recalibrations, variant_plans
@@ -136,13 +136,20 @@ class Plan:
 
 
 def make_plan(
-    spec_path: Path, methods: Methods, home: Path, *, tracking_uri: str | None = None, trust_file_times: bool = True
+    spec_path: Path,
+    methods: Methods,
+    home: Path,
+    *,
+    tracking_uri: str | None = None,
+    trust_file_times: bool = True,
+    may_run_code: bool = False,
 ) -> Plan:
     """Resolve a specification. Raises `SpecError` or `PreflightError` with every problem found.
 
     home: where the artifact store is; nothing is written there but a memory of file digests.
     tracking_uri: where releases are registered; part of a register step's identity.
     trust_file_times: take the sha256 of unchanged files from that memory.
+    may_run_code: let trusted code of the model run where a step's result is foreseen; see `orchestrator.foreseen`.
     """
     file = read_spec(spec_path)
     digests = FileDigests(home, trust=trust_file_times)
@@ -166,7 +173,7 @@ def make_plan(
         check_recalibrations(drafts, digests, note)
     reads: list[Checkpoint] = []
     if source:
-        foresight = Foresight(home)
+        foresight = Foresight(home, may_run_code=may_run_code)
         model = source[0]
         for draft in drafts:
             _settle_dtype(draft, source[0], digests, note)
@@ -204,20 +211,9 @@ def _settle_dtype(draft: Draft, source: Checkpoint, digests: FileDigests, note: 
 
 def _open_source(file: SpecText, model: ModelSpec, digests: FileDigests, note: Note) -> tuple[Checkpoint, str] | None:
     try:
-        source = locate_model(model.id, model.revision, file.folder, model.dtype)
-        if source.is_quantized:
-            raise PreflightError(f"{model.id} is already quantized", remedy="start from the dense model")
-        if has_kv_scales(source.config):  # they would be stale after the first step
-            raise PreflightError(
-                f"{model.id} has scales of a KV cache already",
-                remedy="start from the model without them, and measure them again with quantize kv_scales",
-            )
-        if not source.tensors:
-            raise PreflightError(f"{model.id} holds no tensors")
-        faults = check_config(source)
-        if faults:
-            remedy = "copy the model again, config.json and weights together"
-            raise PreflightError([Problem(fault, remedy=remedy) for fault in faults])
+        trusted = model.trust_remote_code
+        source = locate_model(model.id, model.revision, file.folder, model.dtype, trust_remote_code=trusted)
+        check_source_model(source, model.id)
         return source, source.digest(digests.sha256)
     except OrchestratorError as error:
         note(error, ("model", "id"))
@@ -334,6 +330,7 @@ def _fingerprinted(
             "core": core,
             "environment": library_versions(),
             "inputs": {role: reference(at) for role, at in inputs.items()},
+            **recorded_code(source.code),
         }
         if not isinstance(method, LayerMethod | Publisher):
             identity["seed"] = spec.seed

@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.machine import num_threads
 from orchestrator.plan import Plan
+from orchestrator.remote_code import recorded_code
 
 
 def journal_facts(plan: Plan) -> dict[str, Any]:
@@ -18,6 +19,7 @@ def journal_facts(plan: Plan) -> dict[str, Any]:
         "spec": str(plan.spec_path),
         "model": str(plan.source.path),
         "model_digest": plan.source_digest,
+        **recorded_code(plan.source.code),
         "seed": plan.seed,
         "machine": {
             "orchestrator": version("compression-orchestrator"),

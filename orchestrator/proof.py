@@ -38,7 +38,8 @@ def prove(checkpoint: Checkpoint, *, whole_bytes: int = WHOLE_BYTES) -> int:
 
     from orchestrator.skeleton import Skeleton
 
-    checkpoint = Checkpoint(checkpoint.path)  # in the stored dtype, so that both sides hold the same numbers
+    # In the stored dtype, so that both sides hold the same numbers.
+    checkpoint = Checkpoint(checkpoint.path, code=checkpoint.code)
     skeleton = Skeleton(checkpoint)
     depth = len(skeleton.blocks) if checkpoint.weight_bytes() <= whole_bytes else _depth_of_all_kinds(skeleton)
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Provenance:
     hub_id, licence: of the source model, where they are known.
     lineage: the steps that made the model, first to last; each with stage, method, parameters and plugin.
     libraries: name -> version of what computed.
+    code: file -> sha256 of the code that the model brings, which runs when it is loaded.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Provenance:
     formats: Sequence[str]
     zeros: str | None = None
     signed_by: str | None = None
+    code: Mapping[str, str] = field(default_factory=dict)
 
     def data_sets(self) -> dict[str, list[str]]:
         """sha256 (hex) -> the stages that read this text."""

@@ -19,6 +19,7 @@ from orchestrator.home import Settings
 from orchestrator.method import Publisher
 from orchestrator.plan import Plan, Step
 from orchestrator.registry import ModelRegistry
+from orchestrator.remote_code import KEY
 from orchestrator.report import as_markdown, metric_rows
 from orchestrator.steps import CURVES_FILE
 from orchestrator.tracking import RunStatus, Tracker
@@ -61,6 +62,7 @@ class RunRecord:
                 "orchestrator.run": self._run_id,
                 "orchestrator.engine": self._engine,
                 "orchestrator.model": plan.source_digest,
+                **({f"orchestrator.{KEY}": plan.source.code.described()[:4000]} if plan.source.code else {}),
             }
             self.mlflow_run = self._tracker.start_pipeline(plan.name, params, tags)
             for log in self._waiting:

@@ -19,6 +19,7 @@ from orchestrator.plugins import library_versions
 from orchestrator.provenance import Evidence, Provenance, describe_source
 from orchestrator.published import PUBLISHED_FILE
 from orchestrator.record import RunRecord
+from orchestrator.remote_code import KEY, recorded_code
 from orchestrator.serving import ModelShape
 from orchestrator.steps import StepFacts, StepInputs, finite
 from orchestrator.zeros import zeros_note
@@ -45,7 +46,9 @@ def release_step(
     bundle = inputs.scratch / "bundle"
     bundle.mkdir()
     inputs.progress(0.0, "bundling")
-    fits = kv_metrics(step.engines, ModelShape.from_config(inputs.model.config), inputs.model.weight_bytes())
+    fits = {}
+    if step.engines:
+        fits = kv_metrics(step.engines, ModelShape.from_config(inputs.model.config), inputs.model.weight_bytes())
     remedy = "nothing was registered; compress further, or plan with more memory or shorter sequences"
     held = gate_results(step, fits, None)
     refused = gate_problems(step, held, remedy)
@@ -67,6 +70,7 @@ def release_step(
         "lineage": list(lineage),
         "invariants": dict(inputs.invariants),
         **({"zeros": note} if note else {}),
+        **recorded_code(plan.source.code),
     }
     name = f"{plan.name}/{content[:16]}"
     inputs.progress(0.2, "publishing")
@@ -81,6 +85,7 @@ def release_step(
             "orchestrator.artifact": lineage[-1]["artifact"] if lineage else plan.source_digest,
             "orchestrator.fingerprint": step.fingerprint,
             **({"orchestrator.signed_by": provenance.signed_by} if provenance.signed_by else {}),
+            **({f"orchestrator.{KEY}": plan.source.code.described()[:4000]} if plan.source.code else {}),
         },
         alias=publisher.alias,
         description=f"Compressed by the pipeline {plan.name}: "
@@ -139,4 +144,5 @@ def _provenance(
         formats=[export.name for export in step.formats],
         zeros=zeros,
         signed_by=step.identity["parameters"].get("signing_key"),
+        code=plan.source.code.files if plan.source.code else {},
     )

@@ -31,6 +31,7 @@ def check_listed(
     for draft, facts in zip(drafts, _facts(drafts, reads), strict=False):
         for index, (installed, export) in enumerate(draft.formats):
             try:
+                _check_code(facts.model, export.name)
                 _check_format(installed, export, facts)
             except PluginFaultError as error:
                 note(error, draft.place)
@@ -39,6 +40,7 @@ def check_listed(
         written = {export.name for _, export in draft.formats}
         for index, (installed, engine) in enumerate(draft.engines):
             try:
+                _check_code(facts.model, engine.name)
                 _check_engine(installed, engine, facts, written, engines)
             except OrchestratorError as error:
                 note(error, (*draft.location, "engines", index, engine.name))
@@ -60,6 +62,14 @@ def _facts(drafts: Sequence[Draft], reads: Sequence[Checkpoint]) -> Iterator[Exp
             layers = [layer.name for layer in model.block_layers()]
             schemes |= {name: found for name in layers if found and not is_skipped(name, draft.spec.skip)}
         yield ExportFacts(model, frozenset(held), dict(schemes))
+
+
+def _check_code(model: Checkpoint, name: str) -> None:
+    if model.code:
+        raise SpecError(
+            f"{name} does not run code that comes with a model ({', '.join(sorted(model.code.files))})",
+            remedy="leave it out: the release can be loaded with Transformers",
+        )
 
 
 def _check_format(installed: InstalledMethod, export: ExportFormat, facts: ExportFacts) -> None:

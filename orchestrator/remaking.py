@@ -69,7 +69,9 @@ class Maker:
                 self._forget_inputs(step, made)
             last = variant.steps[-1]
             drawn = max(step.index for step in variant.steps if isinstance(step.method, Calibrator))
-            yield Remade(Checkpoint(made[last.index].path), CalibrationSet.load(made[drawn].path))
+            yield Remade(
+                Checkpoint(made[last.index].path, code=self.plan.source.code), CalibrationSet.load(made[drawn].path)
+            )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -93,7 +95,7 @@ class Maker:
         facts = perform(
             step,
             StepInputs(
-                model=self.plan.source if source is None else Checkpoint(source.path),
+                model=self.plan.source if source is None else Checkpoint(source.path, code=self.plan.source.code),
                 dense=self.plan.source,
                 calibration=None if calibration is None else CalibrationSet.load(made[calibration].path),
                 invariants={} if source is None else source.invariants,
@@ -110,7 +112,7 @@ class Maker:
         )
         for path in (scratch, state):
             shutil.rmtree(path, ignore_errors=True)
-        digest = Checkpoint(result).digest() if step.makes_model else ""
+        digest = Checkpoint(result, code=self.plan.source.code).digest() if step.makes_model else ""
         return _Made(result, digest, json.loads(canonical_json(dict(facts.invariants))), None)
 
     def _forget_inputs(self, step: Step, made: Mapping[int, _Made]) -> None:

@@ -265,7 +265,9 @@ class Execution:
         return {name: value for name, value in outcome.as_dict().items() if name in measured}
 
     def _model(self, index: int) -> Checkpoint:
-        return self.plan.source if index == SOURCE else Checkpoint(self.outcomes[index].path)
+        return (
+            self.plan.source if index == SOURCE else Checkpoint(self.outcomes[index].path, code=self.plan.source.code)
+        )
 
     def _artifact(self, index: int) -> Artifact:
         return self.store.find(self.outcomes[index].digest)
@@ -357,9 +359,8 @@ def start(spec_path: Path, methods: Methods, settings: Settings, observer: Obser
 
     Raises `SpecError` or `PreflightError`, before anything is computed or written.
     """
-    plan = make_plan(
-        spec_path, methods, settings.home, tracking_uri=settings.public_tracking_uri, trust_file_times=False
-    )
+    uri = settings.public_tracking_uri
+    plan = make_plan(spec_path, methods, settings.home, tracking_uri=uri, trust_file_times=False, may_run_code=True)
     store = ArtifactStore(settings.home)
     known = [store.lookup(step.fingerprint) for step in plan.steps]
     fit = check_fit(plan, known, settings.home)

@@ -24,6 +24,7 @@ from orchestrator.kv_scales import kv_scale_names
 from orchestrator.layers import is_router, unsupported
 from orchestrator.model import COPY_AGAIN, load_config, quiet
 from orchestrator.reader import TensorReader
+from orchestrator.remote_code import CONFIG, MODEL, own_class
 
 if TYPE_CHECKING:
     import torch
@@ -76,10 +77,14 @@ class Skeleton:
         self.checkpoint = checkpoint
         config = load_config(checkpoint)
         model = build_empty(checkpoint, config)
-        self.is_known = config.model_type in KNOWN  # if not, `orchestrator.proof` has to vouch for it
+        # If it is not known, or brings its own code, `orchestrator.proof` has to vouch for it.
+        self.is_known = config.model_type in KNOWN and checkpoint.code is None
         self._ignored = (*_IGNORED, *(model._keys_to_ignore_on_load_unexpected or ()))
         self._whole: Any = model
         self.base = model.base_model
+        for owner, entry in ((config, "num_hidden_layers"), (self.base.config, "hidden_size")):
+            if type(getattr(owner, entry, None)) is not int:  # of a configuration that came with the model
+                raise self._refusal(f"its configuration gives no {entry}")
         inner = set(self.base.modules())
         try:
             adapted = adapt(model, checkpoint.tensors.keys())
@@ -311,9 +316,16 @@ def build_empty(checkpoint: Checkpoint, config: Any) -> Any:
     try:
         with quiet():
             if isinstance(config, Mapping):
-                config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+                kind = own_class(checkpoint, CONFIG) or CONFIG_MAPPING[config["model_type"]]
+                config = kind.from_dict(dict(config))
+            own = own_class(checkpoint, MODEL)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+                if own:
+                    model = own._from_config(config, dtype=torch.float32)
+                else:
+                    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except PreflightError:
+        raise
     except Exception as error:  # configurations check themselves, each in its own way
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise _refusal(checkpoint, f"Transformers cannot build it: {said[-1].strip()}") from error

@@ -36,6 +36,7 @@ class ModelSpec(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype to load and store plain weights in; 'auto' is the stored one."
     )
+    trust_remote_code: bool = Field(False, description="Run the code (*.py) in the folder of the model. Read it first.")
 
 
 class Bound(BaseModel):
@@ -311,8 +312,6 @@ def _problems(
             near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
             message = "there is no such key"
             remedy = f'did you mean "{near[0]}"?' if near else f"allowed here: {', '.join(allowed) or 'none'}"
-            if name == "trust_remote_code":
-                message, remedy = "code that comes with a model is never run", "use an architecture of Transformers"
         elif item["type"] == "missing":
             message, location_above = f"the key {item['loc'][-1]!r} is missing", (*prefix, *item["loc"][:-1])
             location = location_above

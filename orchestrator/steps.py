@@ -158,7 +158,9 @@ def _compress_layers(step: Step, method: LayerMethod, inputs: StepInputs, folder
         claims["zeros"] = {"pattern": method.sparsity_pattern(), "skip": list(step.skip)}
     if writer.schemes:
         claims["grid"] = grid_fact(writer.schemes)
-    invariants = check_artifact(inputs.model, Checkpoint(folder), kept=inputs.invariants, claims=claims)
+    invariants = check_artifact(
+        inputs.model, Checkpoint(folder, code=inputs.model.code), kept=inputs.invariants, claims=claims
+    )
     (folder / "layers.json").write_bytes(canonical_json(report.layers))
     return StepFacts("model", finite(method.name, {**report.metrics, **allocation.metrics}), invariants)
 
@@ -186,7 +188,7 @@ def _change_model(step: Step, method: ModelMethod, inputs: StepInputs, folder: P
     _write_curves(result.curves, folder)
     if result.trained_on is not None:
         _keep_trained(result.trained_on, folder / TRAINED_FOLDER)
-    changed = Checkpoint(folder)
+    changed = Checkpoint(folder, code=inputs.model.code)
     check_foreseen(step.gives, changed, result.blocks)
     claims: dict[str, Any] = {"kv_scales": {}} if Invariant.KV_SCALES in method.provides else {}
     invariants = check_artifact(inputs.model, changed, kept=inputs.invariants, claims=claims, blocks=result.blocks)

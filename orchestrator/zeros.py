@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.artifact import Artifact
+from orchestrator.artifact import Artifact, model_of
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.report import size_text
 
@@ -22,7 +22,7 @@ SPARSE_LAYOUTS = frozenset({"marlin-24", "sparse-24-bitmask"})
 
 def zeros_of(artifact: Artifact) -> str | None:
     """Return the sentence for a model in the store."""
-    return zeros_note(Checkpoint(artifact.path), artifact.manifest["invariants"])
+    return zeros_note(model_of(artifact), artifact.manifest["invariants"])
 
 
 def zeros_note(model: Checkpoint, invariants: Mapping[str, Any]) -> str | None:

@@ -117,12 +117,14 @@ class Footprint(Evaluator):
             result[f"{prefix}bytes_on_disk"] = float(sum(file.stat().st_size for file in files))
             result[f"{prefix}weight_bytes"] = float(checkpoint.weight_bytes())
         with ExitStack() as stack:
-            deadline = time.monotonic() + self.timeout_seconds
+            deadline, scratch = time.monotonic() + self.timeout_seconds, context.scratch
             context.progress(0.0, "loading the dense model")
-            dense = stack.enter_context(Probe(self._command(baseline), baseline.path, deadline))
+            dense = stack.enter_context(Probe(self._command(baseline, scratch), baseline.path, deadline, scratch))
             result["dense_load_seconds"] = dense.read("load_seconds")
             context.progress(0.3, "loading the compressed model")
-            compressed = stack.enter_context(Probe(self._command(candidate), candidate.path, deadline))
+            compressed = stack.enter_context(
+                Probe(self._command(candidate, scratch), candidate.path, deadline, scratch)
+            )
             result["load_seconds"] = compressed.read("load_seconds")
             rounds = []
             for number in range(self.repeats):
@@ -144,14 +146,16 @@ class Footprint(Evaluator):
         context.progress(1.0, "both models measured")
         return result
 
-    def _command(self, checkpoint: Checkpoint) -> list[str]:
+    def _command(self, checkpoint: Checkpoint, scratch: Path) -> list[str]:
         dtype = checkpoint.dtype if self.dtype == "auto" else self.dtype
         probe = Path(__file__).with_name("footprint_probe.py")
         # -P: the probe's folder must not become a place to import from; its modules have common names.
-        command = [sys.executable, "-P", str(probe), str(checkpoint.path), "--dtype", dtype]
+        command = [sys.executable, "-P", str(probe), str(checkpoint.loadable(scratch)), "--dtype", dtype]
         command += ["--new-tokens", str(self.new_tokens)]
         if self.threads is not None:
             command += ["--threads", str(self.threads)]
+        if checkpoint.code is not None:
+            command += ["--trust-remote-code"]
         return command
 
 
@@ -181,10 +185,11 @@ def _of_a_batch(batch: int, pairs: Sequence[tuple[Mapping[str, float], Mapping[s
 class Probe:
     """A process that holds one model. Ends with the block that opened it, whatever happens.
 
+    scratch: where Transformers may copy trusted code of the model to.
     Raises `StepError` when the process dies or the deadline (of `time.monotonic`) passes.
     """
 
-    def __init__(self, command: Sequence[str], model: Path, deadline: float) -> None:
+    def __init__(self, command: Sequence[str], model: Path, deadline: float, scratch: Path) -> None:
         self._model = model
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._late = False
@@ -194,7 +199,8 @@ class Probe:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ
+            | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_MODULES_CACHE": str(scratch / "modules")},
         )
         self._timer = threading.Timer(max(deadline - time.monotonic(), 0.0), self._stop)
         self._timer.daemon = True

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args()
 
     import torch
@@ -47,16 +48,17 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     # Transformers imports an architecture's code, and compressed-tensors, only when a model needs them: seconds that
     # would drown the loading of a small model.
-    config = AutoConfig.from_pretrained(options.folder, local_files_only=True, trust_remote_code=False)
+    trusted = options.trust_remote_code
+    config = AutoConfig.from_pretrained(options.folder, local_files_only=True, trust_remote_code=trusted)
     with torch.device("meta"):
-        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     if hasattr(config, "quantization_config"):
         import compressed_tensors  # noqa: F401
         from transformers.quantizers import quantizer_compressed_tensors  # noqa: F401
 
     start = time.perf_counter()
     loaded = AutoModelForCausalLM.from_pretrained(
-        options.folder, dtype=options.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        options.folder, dtype=options.dtype, local_files_only=True, trust_remote_code=trusted, use_safetensors=True
     )
     load_seconds = time.perf_counter() - start
     model: Any = loaded.eval()
