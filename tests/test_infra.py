@@ -64,7 +64,9 @@ def without(document: Any, action: str) -> Any:
     return {**document, "Statement": statements}
 
 
-NEEDED = [(role, action) for role in ("publisher", "reader", "promoter") for action in actions(load(ROLES[role][0]))]
+NEEDED = [
+    (role, action) for role in ("publisher", "reader", "promoter") for action in sorted(actions(load(ROLES[role][0])))
+]
 
 
 @dataclass

@@ -146,6 +146,9 @@ def _header_facts(run: RunView) -> Html:
             pairs.append((name, str(run.facts[key])))
     if "model_digest" in run.facts:
         pairs.append(("digest of the source model", element("code", str(run.facts["model_digest"])[:16])))
+    if code := run.facts.get("trust_remote_code"):
+        files = ", ".join(f"{name} {str(sha256)[:16]}" for name, sha256 in sorted(code.items()))
+        pairs.append(("code of the model that ran", element("code", files)))
     states = [step.state for step in run.steps]
     counts = [
         f"{states.count(state)} {state}"
