@@ -224,7 +224,7 @@ class Execution:
                 peak_memory_bytes=usage.peak_memory_bytes,
                 predicted=self.estimates[step.index].as_dict(),
             )
-        except (KeyboardInterrupt, Exception) as error:
+        except BaseException as error:
             keep = resumable and _no_fault_of_the_step(error)  # run again, it goes on where it was
             raise
         finally:
@@ -351,7 +351,7 @@ class Execution:
 
 
 def _no_fault_of_the_step(error: BaseException) -> bool:
-    return isinstance(error, KeyboardInterrupt | OSError) or out_of_memory(error)
+    return isinstance(error, KeyboardInterrupt | SystemExit | OSError) or out_of_memory(error)
 
 
 def start(spec_path: Path, methods: Methods, settings: Settings, observer: Observer, engine: str) -> Execution:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -158,3 +159,43 @@ def test_files_that_are_not_ours_stop_nobody(home: Path) -> None:
     (home / "locks" / "run-x.3").mkdir()
     assert look(home, RUN) == []
     assert heal_runs(settings_of(home), pytest.fail) == []
+
+
+PRINTS_ON = """
+import logging, sys
+from prefect.logging.configuration import setup_logging
+from orchestrator_flows.output import outlive_reader
+setup_logging()
+if sys.argv[2] == "outlives":
+    outlive_reader()
+logging.getLogger("prefect").warning("at work")
+sys.stdin.readline()
+try:
+    for message in range(100):
+        logging.getLogger("prefect").warning("still at work")
+        print(message, flush=True)
+    how = "whole"
+except BaseException as error:
+    how = type(error).__name__
+with open(sys.argv[1], "w") as said:
+    said.write(how)
+"""
+
+
+@pytest.mark.parametrize(("what", "ends"), [("outlives", "whole"), ("does not", "SystemExit")])
+def test_a_flow_outlives_the_worker_that_reads_what_it_prints(tmp_path: Path, what: str, ends: str) -> None:
+    said = tmp_path / "said"
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRINTS_ON, str(said), what],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PREFECT_HOME": str(tmp_path)},
+    )
+    assert process.stdin and process.stdout and process.stderr
+    assert b"at work" in process.stderr.readline()
+    process.stdout.close()  # as the kernel does for a worker that is killed
+    process.stderr.close()
+    process.stdin.close()
+    process.wait()
+    assert said.read_text() == ends

@@ -30,6 +30,7 @@ from orchestrator.healing import heal_runs, where_it_was
 from orchestrator.home import Settings
 from orchestrator.presence import FLOW_RUN, Presence, Seen, enter, look
 from orchestrator_flows.nights import keep_place, take_up_again, told_at
+from orchestrator_flows.output import outlive_reader
 from orchestrator_flows.server import public
 
 Logger = logging.Logger | logging.LoggerAdapter[Any]
@@ -47,6 +48,7 @@ async def heal(other_machines: bool = False) -> dict[str, Any]:
     """
     from orchestrator_flows.pipeline import in_thread
 
+    outlive_reader()
     logger = get_run_logger()
     settings = Settings.from_environment()
     settings.make_home()

@@ -38,6 +38,7 @@ from orchestrator.tracking import is_server
 from orchestrator_flows.heal import arrive
 from orchestrator_flows.nights import REFUSED, give_way, watched
 from orchestrator_flows.observers import LogObserver, Relay
+from orchestrator_flows.output import outlive_reader
 
 T = TypeVar("T")
 UNCHANGED = "Unchanged"
@@ -85,6 +86,8 @@ async def compress(spec: str, overlap: Literal["wait", "refuse"] = "wait") -> An
     """
     logger = get_run_logger()
     given = _given.get()
+    if not given:
+        outlive_reader()
     settings = given.execution.settings if given else Settings.from_environment()
     settings.make_home()
     async with get_client() as client:

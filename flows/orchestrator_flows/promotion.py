@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 
 from orchestrator.home import Settings
 from orchestrator.promotion.promoter import Promoter, Promotion
+from orchestrator_flows.output import outlive_reader
 from orchestrator_flows.pipeline import artifact_key, in_thread
 
 Alias = Literal["candidate", "staging", "production"]
@@ -36,6 +37,7 @@ async def promote_model(
     version: a number or an alias. verify_key: a file on the worker; else what ORCHESTRATOR_VERIFY_KEY says there.
     Returns the document of `orchestrator promote --json`. Raises `OrchestratorError`.
     """
+    outlive_reader()
     promoter = Promoter(model, Settings.from_environment())
     promotion = await in_thread(
         lambda: promoter.promote(
@@ -65,6 +67,7 @@ async def rollback_model(
 
     Returns the document of `orchestrator rollback --json`. Raises `OrchestratorError`.
     """
+    outlive_reader()
     promoter = Promoter(model, Settings.from_environment())
     key = None if verify_key is None else Path(verify_key)
     promotion = await in_thread(
