@@ -86,7 +86,7 @@ def deployed() -> list[Container]:
         Container(
             f"kubernetes: {name}",
             container["image"],
-            container.get("command", []),
+            container.get("args", container.get("command", [])),  # where there are both, the command looks at secrets
             {entry["name"]: entry.get("value") for entry in container.get("env", [])},
         )
         for name, pod in pods().items()

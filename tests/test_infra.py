@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -17,7 +18,7 @@ from orchestrator.promotion.approval import Approvals
 from orchestrator.promotion.history import Change, History, ReleaseRef
 from orchestrator.store import open_store
 from orchestrator.store_s3 import PART_BYTES
-from tests.s3_server import serve, use_endpoint
+from tests.s3_server import FaultyProxy, Request, s3_client, serve, use_endpoint
 
 S3 = Path(__file__).parents[1] / "infra" / "s3"
 ROLES = {
@@ -303,6 +304,66 @@ def test_nothing_else_is_granted(
     client = account.act(monkeypatch, role)
     allowed = {action for action, attempt in attempts(client, bucket, key).items() if not denied(attempt)}
     assert allowed == granted
+
+
+def is_refused(request: Request, statement: Any) -> bool:
+    """What Amazon documents of the statement's two keys, at a request as it came. (moto denies whatever has them.)
+
+    s3:ObjectCreationOperation is true of PutObject, CopyObject and CompleteMultipartUpload, not of an upload's parts.
+    """
+    address = urlsplit(request.path)
+    query = parse_qs(address.query, keep_blank_values=True)
+    whole = request.method == "PUT" and address.path.count("/") > 1 and not query
+    known = {
+        "s3:if-none-match": request.headers.get("if-none-match"),
+        "s3:ObjectCreationOperation": str(whole or (request.method == "POST" and "uploadId" in query)).lower(),
+    }
+    condition = statement["Condition"]
+    return all((known[key] is None) == (value == "true") for key, value in condition["Null"].items()) and all(
+        known[key] == value for key, value in condition["Bool"].items()
+    )
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["urllib3", "boto3"])
+def test_nothing_that_publishing_and_promotion_send_could_overwrite(
+    direct: bool, model: Path, s3_endpoint: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So never-overwrite.json forbids overwriting and nothing that we do."""
+    (statement,) = load("never-overwrite.json")["Statement"]
+    if not direct:
+        monkeypatch.setattr("orchestrator.s3_direct.GIVE_UP", 0)
+    with FaultyProxy(s3_endpoint) as proxy:
+        use_endpoint(monkeypatch, proxy.endpoint)
+        store = open_store(f"s3://{s3_bucket}")
+        store.check()
+        store.publish("a/1", model, {"schema": 1})
+        client = s3_client(s3_endpoint)
+        lost = [f"a/1/{name}" for name in ("config.json", "model.safetensors", "COMPLETE")]
+        for key in lost:
+            client.delete_object(Bucket=s3_bucket, Key=key)
+        release = store.publish("a/1", model, {"schema": 1})
+        assert store.verify("a/1").digest == release.digest
+        Approvals(store, "a").decide("1", release.digest, "production", by="ada", lasts=timedelta(days=1))
+        change = Change("promote", "candidate", "1", ReleaseRef(name="a/1", uri=release.uri, digest=release.digest))
+        history = History(store, "a")
+        history.append(history.head(), change)
+        sent = [request for request in proxy.requests if request.method in ("PUT", "POST")]
+        assert [request for request in sent if is_refused(request, statement)] == []
+        guarded = [(one.method, one.headers["if-none-match"]) for one in sent if "if-none-match" in one.headers]
+        assert set(guarded) == {("PUT", "*"), ("POST", "*")}
+        assert guarded.count(("POST", "*")) == 2  # the file in parts, and once more when it was lost
+        direct_puts = [one for one in sent if one.method == "PUT" and "Boto3" not in one.headers.get("user-agent", "")]
+        assert bool(direct_puts) == direct
+
+        proxy.requests.clear()
+        other = s3_client(proxy.endpoint)
+        place = {"Bucket": s3_bucket, "Key": "a/1/COMPLETE"}
+        other.put_object(**place, Body=b"forged")
+        other.copy_object(**place, CopySource=f"{s3_bucket}/a/1/config.json")
+        upload = other.create_multipart_upload(**place)["UploadId"]
+        part = {"PartNumber": 1, "ETag": other.upload_part(**place, UploadId=upload, PartNumber=1, Body=b"x")["ETag"]}
+        other.complete_multipart_upload(**place, UploadId=upload, MultipartUpload={"Parts": [part]})
+        assert [is_refused(request, statement) for request in proxy.requests] == [True, True, False, False, True]
 
 
 def test_mlflow_keeps_and_finds_artifacts_with_its_key(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.infra_files import INFRA, KUBERNETES, ROOT, Container, composed, deployed
+from tests.infra_files import INFRA, KUBERNETES, ROOT, Container, compose, composed, deployed, pods
 
 
 def check_command(command: list[str]) -> None:
@@ -63,6 +63,18 @@ def test_the_commands_in_the_comments_and_the_readme_are_accepted() -> None:
     }
     for line in found:
         check_command(shlex.split(line))
+
+
+def test_the_readme_names_files_where_a_container_can_have_them() -> None:
+    """flows/prefect.yaml and specifications of the image cannot be changed; relative paths are the compose file's."""
+    text = (INFRA / "README.md").read_text(encoding="utf-8")
+    (home,) = (volume.split(":")[1] for volume in compose()["services"]["worker"]["volumes"] if volume[:4] == "home")
+    mounts = {mount["mountPath"] for mount in pods()["worker"]["containers"][0]["volumeMounts"]}
+    assert home in mounts
+    named = re.findall(r"^(docker|kubectl).*(?:--prefect-file |spec=)(\S+)", text, re.MULTILINE)
+    assert len(named) == 4
+    for program, path in named:
+        assert path.startswith("specs/" if program == "docker" else f"{home}/specs/"), path
 
 
 def known(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -247,6 +248,30 @@ def test_what_the_manifests_name_is_there() -> None:
     assert used == {(name, key) for name, data in secrets.items() for key in data}
 
 
+def test_no_container_starts_with_an_empty_secret() -> None:
+    """Prefect would let everybody in. (PostgreSQL's passwords: its image and create-databases.sh refuse empty ones.)"""
+    looked_at = set()
+    for name, pod in pods().items():
+        for container in pod["containers"]:
+            secrets = [entry["name"] for entry in container["env"] if "secretKeyRef" in entry.get("valueFrom", {})]
+            required = [one for one in secrets if one.startswith("AWS_") or one == "PREFECT_SERVER_API_AUTH_STRING"]
+            full = dict.fromkeys(required, "x y")
+            for lacking in required:
+                done = start(container, {**full, lacking: ""})
+                assert done.returncode and f"{lacking}: fill in secrets.yaml" in done.stderr, done
+                looked_at.add((name, lacking))
+            if required:
+                assert start(container, full).stdout == "started with two words\n"
+    assert len(looked_at) == 5
+
+
+def start(container: Any, secrets: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a container's command with `echo` in place of its program."""
+    command = [*container["command"], "echo", "started", "with two words"]
+    environment = {"PATH": os.environ["PATH"], **secrets}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
 def _claims(name: str) -> list[Any]:
     claims: list[Any] = named("StatefulSet").get(name, {"spec": {}})["spec"].get("volumeClaimTemplates", [])
     return claims
@@ -303,7 +328,9 @@ def test_pods_may_do_little_and_say_how_they_are() -> None:
                 "readOnlyRootFilesystem": True,
                 "capabilities": {"drop": ["ALL"]},
             }, name
-            assert "startupProbe" in container and {"readinessProbe", "livenessProbe"} & set(container), name
+            # The worker's health is that of Prefect's server: a probe of it would end the run at work.
+            other = {"readinessProbe", "livenessProbe"} & set(container)
+            assert "startupProbe" in container and bool(other) == (name != "worker"), name
             assert set(container["resources"]["requests"]) == {"cpu", "memory"}, name
             assert "memory" in container["resources"]["limits"], name
             assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"], name

@@ -90,7 +90,7 @@ def test_versions_are_pinned_and_every_document_is_used() -> None:
     assert providers == {"aws": {"source": "hashicorp/aws", "version": "~> 6.0"}}
     (local,) = parsed()["documents.tf"]["locals"]
     files = {path.name for path in (INFRA / "s3").glob("*.json")}
-    assert {*local["roles"].values(), "lifecycle.json"} == files
+    assert {*local["roles"].values(), "lifecycle.json", "never-overwrite.json"} == files
 
 
 def test_both_buckets_are_closed_versioned_encrypted_and_kept() -> None:
@@ -132,14 +132,15 @@ def test_terraform_makes_of_the_documents_what_lies_in_s3(tmp_path: Path) -> Non
     policies = "{ for role, text in local.policies : role => jsondecode(text) }"
     done = evaluate(
         tmp_path,
-        f"jsonencode([local.roles, {policies}, local.lifecycle_rules])",
+        f"jsonencode([local.roles, {policies}, local.lifecycle_rules, local.never_overwrite])",
         release_bucket="our-releases",
         artifact_bucket="our-artifacts",
     )
     assert done.returncode == 0, done.stderr
-    roles, found, rules = json.loads(json.loads(done.stdout))
+    roles, found, rules, kept = json.loads(json.loads(done.stdout))
     assert found == {role: substituted(name) for role, name in roles.items()}
     assert all("compressed-models" not in json.dumps(policy) for policy in found.values())
+    assert kept == substituted("never-overwrite.json")["Statement"]
     assert rules == json.loads((INFRA / "s3" / "lifecycle.json").read_text(encoding="utf-8"))["Rules"]
 
 

@@ -74,21 +74,21 @@ resource "aws_s3_bucket_lifecycle_configuration" "this" {
   }
 }
 
-# Nothing is read or written without TLS, whatever a policy grants.
+# Nothing is read or written without TLS, and no release or history overwritten, whatever a policy grants.
 resource "aws_s3_bucket_policy" "this" {
   for_each = aws_s3_bucket.this
   bucket   = each.value.id
 
   policy = jsonencode({
     Version = "2012-10-17"
-    Statement = [{
+    Statement = concat([{
       Sid       = "TLSOnly"
       Effect    = "Deny"
       Principal = "*"
       Action    = "s3:*"
       Resource  = [each.value.arn, "${each.value.arn}/*"]
       Condition = { Bool = { "aws:SecureTransport" = "false" } }
-    }]
+    }], each.key == "releases" ? local.never_overwrite : [])
   })
 
   depends_on = [aws_s3_bucket_public_access_block.this]

@@ -16,5 +16,10 @@ locals {
     )
   }
 
+  # For everybody, the account's administrators too: what is there is not written again.
+  never_overwrite = jsondecode(replace(
+    file("${path.module}/../s3/never-overwrite.json"), "arn:aws:s3:::compressed-models", "arn:aws:s3:::${var.release_bucket}"
+  )).Statement
+
   lifecycle_rules = jsondecode(file("${path.module}/../s3/lifecycle.json")).Rules
 }
