@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from orchestrator.yaml_text import dotted, parse
 
 MAX_BYTES = 1 << 17  # of a specification; PyYAML takes some 20 s for a MiB
 M = TypeVar("M", bound=BaseModel)
+_MOST_UNKNOWN = 5  # keys of one mapping that are quoted: any file can be named as a specification, by others in Prefect
+_LIKE_A_KEY = re.compile(r"[\w./*-]{1,40}")
 
 
 class ModelSpec(BaseModel):
@@ -246,7 +249,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int], list[Pr
     try:
         text = read_plain(path, MAX_BYTES).decode("utf-8")
     except FileNotFoundError:
-        raise SpecError(f"there is no specification {path}", remedy="give the path of a YAML file") from None
+        place = f"{path}" if path.is_absolute() else f"{path}, that is {path.absolute()}"
+        raise SpecError(f"there is no specification {place}", remedy="give the path of a YAML file") from None
     except (OSError, ValueError) as error:
         raise SpecError(f"{path} cannot be read: {error}", remedy="give a YAML file in UTF-8") from None
     try:
@@ -275,9 +279,12 @@ def _as_json(data: Mapping[str, Any]) -> str:
 
 
 def _place(path: Path, lines: Mapping[Location, int], location: Location) -> str:
+    """Where a value or a key stands; what does not look like a key is not quoted."""
     known = location
     while known and known not in lines:
         known = known[:-1]
+    if location and isinstance(location[-1], str) and not _LIKE_A_KEY.fullmatch(location[-1]):
+        location = (*location[:-1], "…")
     return f"{path}:{lines.get(known, 1)}" + (f": {dotted(location)}" if location else "")
 
 
@@ -301,12 +308,16 @@ def _problems(
     known: Any,
 ) -> list[Problem]:
     problems = []
+    unknown: dict[Location, list[Location]] = defaultdict(list)
     for item in error.errors(include_url=False):
         location = (*prefix, *item["loc"])
         if location == ("steps",) and item["type"] == "too_short" and item["input"]:
             continue  # entries are there: what is wrong with each of them is said in its place
         message, remedy = item["msg"], None
         if item["type"] == "extra_forbidden":
+            unknown[location[:-1]].append(location)
+            if len(unknown[location[:-1]]) > _MOST_UNKNOWN:
+                continue
             name = str(item["loc"][-1])
             allowed = sorted(known(tuple(item["loc"][:-1])))
             near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
@@ -323,4 +334,7 @@ def _problems(
             elif not isinstance(item["input"], Mapping | Sequence) or isinstance(item["input"], str):
                 message += f", not {json.dumps(item['input'], default=str)}"
         problems.append(Problem(message, _place(path, lines, location), remedy))
+    for left in (locations[_MOST_UNKNOWN:] for locations in unknown.values()):
+        if left:
+            problems.append(Problem(f"there are {len(left)} more unknown keys", f"{path}:{lines.get(left[0], 1)}"))
     return problems

@@ -47,6 +47,17 @@ def test_a_good_specification_is_read(tmp_path: Path) -> None:
     assert spec.seed == 0
 
 
+def test_what_another_file_holds_is_not_told(tmp_path: Path) -> None:
+    lines = "".join(f"root:secret{number}:19000:::\n" for number in range(100)) + "a passphrase of four words: x\n"
+    problems = problems_of(tmp_path, GOOD + lines)
+    assert not [problem for problem in problems if "secret" in problem or "words" in problem]
+    path = tmp_path / "spec.yaml"
+    assert [problem.partition(";")[0] for problem in problems] == [
+        *(f"{path}:{line}: …: there is no such key" for line in range(10, 15)),
+        f"{path}:15: there are 96 more unknown keys",
+    ]
+
+
 def test_all_errors_come_at_once_each_with_its_line(tmp_path: Path) -> None:
     text = GOOD.replace("seed", "x").replace("model: {id: model}", "modle: {id: model}\nseed: -1")
     text = text.replace("max: 1.05", "maximum: 1.05")
@@ -154,7 +165,10 @@ def test_what_is_valid_is_given_beside_all_faults_in_the_order_of_lines(tmp_path
     assert lines == [1, 9, 10, 11]
 
 
-def test_missing_file_and_binary_file_are_refused(tmp_path: Path) -> None:
+def test_missing_file_and_binary_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match=f"there is no specification none.yaml, that is {tmp_path / 'none.yaml'}; give"):
+        load_spec(Path("none.yaml"))
     with pytest.raises(SpecError, match="there is no specification"):
         load_spec(tmp_path / "none.yaml")
     with pytest.raises(SpecError, match="cannot be read"):
