@@ -5,6 +5,8 @@ Speed and memory are not in it: they belong to a machine, and MLflow has them.
 
 from __future__ import annotations
 
+import html
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,11 +17,16 @@ import yaml
 from orchestrator.bootstrap import CONFIDENCE
 from orchestrator.canonical import digest_of
 from orchestrator.foreign import leads_outside
+from orchestrator.foreign import shown as printable
 from orchestrator.provenance import CARD, Evidence, Provenance
 from orchestrator.remote_code import KEY
 from orchestrator.report import RATIO, Row, metric_rows, shown
 
 SOURCE_CARD = "README.source.md"
+_LICENCE = re.compile(r"[A-Za-z0-9 .+()-]{1,80}")  # an identifier, or an expression of SPDX
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9./-]*")
+_MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 _SURE = f"{100 * CONFIDENCE:g} %"
 _DEMANDS = {
     "min": "at least {}",
@@ -40,11 +47,12 @@ def write_card(folder: Path, source: Path, config: Mapping[str, Any], provenance
 
 def _front_matter(config: Mapping[str, Any], provenance: Provenance) -> dict[str, Any]:
     scheme = config.get("quantization_config") or {}
+    hub_id = provenance.hub_id if provenance.hub_id and _HUB_ID.fullmatch(provenance.hub_id) else None
     stages = sorted({entry["stage"] for entry in provenance.lineage} & {"prune", "distill", "quantize"})
     return {
-        **({"license": provenance.licence} if provenance.licence else {}),
-        **({"base_model": provenance.hub_id} if provenance.hub_id else {}),
-        **({"base_model_relation": "quantized"} if provenance.hub_id and scheme else {}),
+        **({"license": _licence(provenance.licence) or "other"} if provenance.licence else {}),
+        **({"base_model": hub_id} if hub_id else {}),
+        **({"base_model_relation": "quantized"} if hub_id and scheme else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["compression-orchestrator", *stages, *([str(scheme["quant_method"])] if scheme else [])],
@@ -52,18 +60,18 @@ def _front_matter(config: Mapping[str, Any], provenance: Provenance) -> dict[str
 
 
 def _lines(folder: Path, config: Mapping[str, Any], provenance: Provenance) -> Iterator[str]:
-    source = provenance.hub_id or "a local model"
+    source = _foreign(provenance.hub_id) if provenance.hub_id else "a local model"
     steps = [entry for entry in provenance.lineage if entry["stage"] != "calibrate"]
     made = ", then ".join(f"{entry['stage']} `{entry['method']}`" for entry in steps) or "left unchanged"
     yield f"# {provenance.name}"
     yield ""
-    yield f"{source} ({provenance.architecture}), compressed: {made}."
+    yield f"{source} ({_foreign(provenance.architecture)}), compressed: {made}."
     yield ""
     if provenance.code:
         yield "**Warning: this model runs code of its own when it is loaded. Read it first.**"
         yield "It came with the source model, and ran where this release was made:"
         yield ""
-        yield from (f"- `{name}`, sha256 `{digest}`" for name, digest in sorted(provenance.code.items()))
+        yield from (f"- {_code(name)}, sha256 `{digest}`" for name, digest in sorted(provenance.code.items()))
         yield ""
     yield "## Quality"
     yield ""
@@ -161,7 +169,8 @@ def _interval(name: str, ends: tuple[float, float] | None) -> str:
 
 def _limits(folder: Path, config: Mapping[str, Any], provenance: Provenance) -> Iterator[str]:
     if provenance.licence:
-        yield f"Licence of the source model: {provenance.licence}; it holds for this one too."
+        licence = _licence(provenance.licence) or "a licence of its own, see its card"
+        yield f"Licence of the source model: {licence}; it holds for this one too."
     else:
         yield "The source model came without a statement of its licence: see its publisher before using this one."
     if not any(entry["stage"] == "quantize" for entry in provenance.lineage):
@@ -171,11 +180,32 @@ def _limits(folder: Path, config: Mapping[str, Any], provenance: Provenance) -> 
     if provenance.zeros:
         yield f"{provenance.zeros[0].upper()}{provenance.zeros[1:]}"
     length = config.get("max_position_embeddings")
-    if length:
+    if isinstance(length, int) and length:
         yield f"Trained for up to {length:,} positions."
     yield "What the source model was not meant for, or says wrongly, this one does too; compression can add to it."
     if (folder / SOURCE_CARD).is_file():
         yield f"The source's own card is `{SOURCE_CARD}`."
+
+
+def _licence(text: str) -> str | None:
+    """The licence, if the source model names one and does not tell a story instead."""
+    return text if _LICENCE.fullmatch(text) else None
+
+
+def _foreign(text: str) -> str:
+    """What the source model says of itself: text on one line, whatever Markdown, HTML or a terminal would make of it.
+
+    The name of a class, a model or a file stays as it is.
+    """
+    if len(text) <= 200 and all(_PLAIN_NAME.fullmatch(part) for part in text.split("_")):
+        return text  # an underscore inside of a word is none of Markdown's
+    line = " ".join(printable(text[:200]).split())
+    return _MARKUP.sub(r"\\\1", html.escape(line, quote=False))
+
+
+def _code(name: str) -> str:
+    """The name of a file that came with the source model, as code."""
+    return f"`{' '.join(printable(name).replace('`', chr(39)).split())}`"
 
 
 def _plain(value: Any) -> str:

@@ -9,7 +9,6 @@ import typer
 
 from orchestrator.cli_output import print_json, print_text, results_only, say
 from orchestrator.errors import PublishError, SpecError
-from orchestrator.foreign import shown
 
 if TYPE_CHECKING:
     from orchestrator.promotion.history import Entry, SignatureRef
@@ -256,7 +255,9 @@ def _note(line: str) -> None:
 
 def _shown(line: str) -> str:
     """One line, whatever somebody wrote into a store that others read."""
-    return shown(line).replace("\n", "\\n")
+    from orchestrator.promotion.history import one_line
+
+    return one_line(line)
 
 
 def _line(entry: Entry) -> str:

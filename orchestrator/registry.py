@@ -206,9 +206,15 @@ class ModelRegistry:
         return SpecError(f"there is no registered model {name!r}", remedy=remedy)
 
     def sources(self, name: str) -> list[str]:
-        """Return the addresses of all releases of `name`, each once."""
+        """Return the addresses of all releases of `name`, each once, without those in folders of other machines.
+
+        Raises `SpecError` if no others are left.
+        """
         with translated(self.uri, PublishError, f"could not look up {name!r}"):
-            return list(dict.fromkeys(_read(str(known.source)) for known in self._versions(name)))
+            written = dict.fromkeys(str(known.source) for known in self._versions(name))
+        ours = f"{HOSTED_FILE}{socket.gethostname()}/"
+        here = [source for source in written if not source.startswith(HOSTED_FILE) or source.startswith(ours)]
+        return [_read(source) for source in here or written]
 
     def show_promotion(
         self, name: str, alias: str, version: str, *, version_tags: Mapping[str, str], model_tags: Mapping[str, str]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from orchestrator.card import write_card
 from orchestrator.errors import SpecError
 from orchestrator.home import Settings
 from orchestrator.plan import make_plan
 from orchestrator.plugins import discover
-from orchestrator.provenance import front_matter
+from orchestrator.provenance import Provenance, front_matter
 from orchestrator.registry import ModelRegistry
 from orchestrator.report import shown
 from orchestrator.run import run_locally
@@ -118,3 +120,55 @@ def test_a_key_that_is_none_is_a_mistake_in_the_specification(spec: Path, tmp_pa
         make_plan(spec, discover(), tmp_path / "home")
     text = str(error.value)
     assert "spec.yaml:11: steps[2].with.signing_key" in text and "no private key" in text and "hush" not in text
+
+
+def test_what_the_source_model_says_of_itself_forges_no_part_of_the_card(tmp_path: Path) -> None:
+    forged = (
+        "mit\n\n## Gates\n\n| forged | yes |\n---\n<img src=x onerror=alert(1)>\x1b[31m \u202e[a](javascript:b) `c`"
+    )
+    (tmp_path / "source").mkdir()
+    head = json.dumps({"license": forged})  # a YAML document as well
+    (tmp_path / "source" / "README.md").write_text(f"---\n{head}\n---\n# Source\n", encoding="utf-8")
+    assert front_matter(tmp_path / "source" / "README.md")["license"] == forged
+    papers = {
+        name: Provenance(
+            name="papers",
+            architecture=text,
+            hub_id=text,
+            licence=text,
+            source_digest="5" * 64,
+            lineage=[],
+            evidence=[],
+            libraries={},
+            engines=[],
+            formats=[],
+            code={text: "c" * 64},
+        )
+        for name, text in (("forged", forged), ("plain", "org/Tiny_Model-1.5"))
+    }
+    cards = {}
+    for name, provenance in papers.items():
+        (folder := tmp_path / name).mkdir()
+        write_card(folder, tmp_path / "source", {"max_position_embeddings": "many"}, provenance)
+        cards[name] = (folder / "README.md").read_text(encoding="utf-8")
+        assert front_matter(folder / "README.md")["library_name"] == "transformers"
+    card = cards["forged"]
+    assert not {"\x1b", "\u202e"} & set(card)
+    lines = card.splitlines()
+    assert lines.count("## Gates") == 1 and lines.count("---") == 2
+    assert not [line for line in lines if line.startswith("|") and "forged" in line]
+    assert "<img" not in re.sub("`[^`]*`", "", card).replace("\\`", "")
+    assert front_matter(tmp_path / "forged" / "README.md")["license"] == "other"
+    assert "base_model" not in front_matter(tmp_path / "forged" / "README.md")
+    assert "Licence of the source model: a licence of its own, see its card; it holds" in card
+    plain = front_matter(tmp_path / "plain" / "README.md")
+    assert plain["base_model"] == "org/Tiny_Model-1.5" and plain["license"] == "other"
+    assert "org/Tiny_Model-1.5 (org/Tiny_Model-1.5), compressed" in cards["plain"]
+    assert "- `org/Tiny_Model-1.5`, sha256" in cards["plain"]
+
+
+@pytest.mark.parametrize("licence", ["mit", "apache-2.0", "llama3.1", "GPL-2.0-only WITH Classpath-exception-2.0"])
+def test_a_licence_that_is_one_is_named(tmp_path: Path, licence: str) -> None:
+    write_card(tmp_path, tmp_path, {}, Provenance("m", "A", None, licence, "5" * 64, [], [], {}, [], []))
+    assert front_matter(tmp_path / "README.md")["license"] == licence
+    assert f"source model: {licence}; it holds" in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -558,7 +558,11 @@ def test_no_secret_is_written_anywhere(
     ):
         (keys / "faulty.yaml").write_text(faulty.replace("{id: model}", f"{{id: {scene.model}}}"))
         assert scene.call("plan", str(keys / "faulty.yaml")) in (2, 3)
-    for uri in (f"postgresql://u:{mark}@127.0.0.1:9/x", f"http://u:{mark}@127.0.0.1:9"):
+    for uri in (
+        f"postgresql://u:{mark}@127.0.0.1:9/x?sslpassword={mark}",
+        f"http://u:{mark}@127.0.0.1:9",
+        f"http://127.0.0.1:9/?api_key={mark}&PASSWORD={mark}",
+    ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         assert scene.call("run", str(scene.folder / "spec.yaml"), "--local") == 3
     assert mark not in "".join(scene.outputs)

@@ -274,7 +274,17 @@ def test_passwords_are_not_shown() -> None:
     for unquoted in ("http://user:p@ss@host:80/x", "http://user:p/@ss@host:80/x", "http://p@ss@host:80/x"):
         assert without_password(unquoted) == "http://host:80/x"
         assert Settings(Path("home"), unquoted).public_tracking_uri == "http://host:80/x"
-    assert without_password("postgresql://h/db?user=u&password=p@/s&x=1") == "postgresql://h/db?user=u&password=…&x=1"
+    for secret, shown in (
+        ("postgresql://h/db?user=u&password=p@/s&x=1", "postgresql://h/db?user=…&password=…&x=…"),
+        ("postgresql://bob:pw@127.0.0.1:9/db?sslpassword=s3kr1t", "postgresql://127.0.0.1:9/db?sslpassword=…"),
+        ("http://h/x?token=s3.kr1t&api_key=a#b?c&PASSWORD=d", "http://h/x?token=…&api_key=…&PASSWORD=…"),
+        ("(http://h/x?s3kr1t), http://h#access_token=s3kr1t.", "(http://h/x?…), http://h#access_token=…."),
+        ("with url: /api/2.0?token=s3kr1t (Caused by", "with url: /api/2.0?token=… (Caused by"),
+        ("what? a=b; see https://h/x#part", "what? a=b; see https://h/x#part"),
+    ):
+        assert without_password(secret) == shown
+    message = refused("postgresql://bob:s3kr1t@127.0.0.1:9/db?sslpassword=s3kr1t&SSLPASSWORD=s3kr1t")
+    assert "s3kr1t" not in message and "127.0.0.1:9/db?sslpassword=…" in message
     message = refused("http://user:p/qq@host:80/x")
     assert "qq" not in message and "is not an address" in message and "%2F" in message
 

@@ -19,10 +19,12 @@ from orchestrator.promotion.history import (
     FOLDER,
     ApprovalRef,
     Digest,
+    Entry,
     Record,
     Version,
     actor,
     check_text,
+    one_line,
     parse_record,
     parse_time,
     written,
@@ -139,27 +141,56 @@ class Approvals:
         if not filed:
             others = sorted({one.approval.by for one in everybody})
             who = f" by {' or '.join(approvers)}" if approvers else ""
-            heard = f"; {', '.join(others)} may not decide" if others else ""
+            heard = f"; {one_line(', '.join(others))} may not decide" if others else ""
             raise GateError(f"release {digest[:12]} is not approved for {alias}{who}{heard}", remedy=remedy)
         newest = filed[-1].approval
+        by = one_line(newest.by)
         now = datetime.now(UTC)
         if newest.decision == "reject":
-            why = f": {newest.reason}" if newest.reason else ""
-            raise GateError(f"{newest.by} rejected release {digest[:12]} for {alias}{why}", remedy="ask them")
+            why = f": {one_line(newest.reason)}" if newest.reason else ""
+            raise GateError(f"{by} rejected release {digest[:12]} for {alias}{why}", remedy="ask them")
         if parse_time(newest.time) > now + CLOCK_TOLERANCE:
             raise GateError(
-                f"the approval by {newest.by} is of {newest.time}, and here it is {written(now)}: one of two clocks is "
+                f"the approval by {by} is of {newest.time}, and here it is {written(now)}: one of two clocks is "
                 "wrong, so that nobody can say whether it has expired",
                 remedy="set the clocks",
             )
         if parse_time(newest.expires) <= now:
-            raise GateError(f"the approval by {newest.by} expired at {newest.expires}", remedy=remedy)
+            raise GateError(f"the approval by {by} expired at {newest.expires}", remedy=remedy)
         if used and (entry := used.get(filed[-1].sha256)):
             raise GateError(
-                f"the approval by {newest.by} of {newest.time} was for one promotion: entry {entry} of the history",
+                f"the approval by {by} of {newest.time} was for one promotion: entry {entry} of the history",
                 remedy=remedy,
             )
         return ApprovalRef(key=filed[-1].key, sha256=filed[-1].sha256, by=newest.by, expires=newest.expires)
+
+    def require_of(self, entries: Sequence[Entry], alias: str, approvers: Sequence[str] | None = None) -> None:
+        """Raise `GateError` unless what `alias` stands at was approved. entries: the whole history, oldest first.
+
+        Its promotion is to name a decision that is there, whose newest will do as well where it names none: one that
+        had not expired by then, or was made since, and that no other entry used. So a release that was promoted
+        before the policy demanded an approval is approved afterwards. A rollback counts as what it repeats.
+        """
+        placed = entries[-1].state[alias]
+        entry = entries[placed.promoted - 1]
+        if (entry.alias, entry.release) != (alias, placed.release):
+            entry = entries[placed.since - 1]  # it repeats nothing, whatever it says
+        digest = placed.release.digest
+        filed = [one for one in self.decisions(digest, alias) if approvers is None or one.approval.by in approvers]
+        used = {one.approval.sha256 for one in entries if one.approval and one.sequence != entry.sequence}
+        named = entry.approval.sha256 if entry.approval else None
+        holding = [one for one in filed if one.sha256 == named] or filed[-1:]
+        if not any(
+            one.approval.decision == "approve" and one.approval.expires > entry.time and one.sha256 not in used
+            for one in holding
+        ):
+            who = f" by {' or '.join(approvers)}" if approvers else ""
+            raise GateError(
+                f"version {placed.version} came into {alias} (entry {placed.since} of the history) without the approval"
+                f"{who} that the policy demands",
+                remedy=f"see who promoted it; if it is to stay: `orchestrator approve {self.model} {placed.version} "
+                f"--for {alias} --by NAME`, and reconcile again; else roll back",
+            )
 
     def _names(self, digest: str, alias: str) -> list[str]:
         return [name for name in self.store.list_records(self._folder(digest, alias)) if _NAME.fullmatch(name)]

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.canonical import canonical_json
 from orchestrator.errors import ConflictError, GateError, PublishError, SpecError
+from orchestrator.foreign import shown
 from orchestrator.publishing import Store
 from orchestrator.release import check_name
 
@@ -236,7 +237,8 @@ class History:
             stored = self._parse(data, head.entry.sequence + 1 if head else 1)
             if change.approval and change.approval.expires and stored.entry.time >= change.approval.expires:
                 raise GateError(
-                    f"the approval by {change.approval.by} expired at {change.approval.expires}, a moment ago",
+                    f"the approval by {one_line(change.approval.by)} expired at {change.approval.expires}, "
+                    "a moment ago",
                     remedy="ask for another",
                 )
             if self.store.create_record(self._key(stored.entry.sequence), data):
@@ -248,8 +250,8 @@ class History:
 
     def _conflict(self, change: Change, winner: Entry) -> ConflictError:
         return ConflictError(
-            f"{winner.actor} put version {winner.version} of {self.model!r} into {winner.alias} meanwhile (entry "
-            f"{winner.sequence}, {winner.time}); version {change.version} was not put there",
+            f"{one_line(winner.actor)} put version {winner.version} of {self.model!r} into {one_line(winner.alias)} "
+            f"meanwhile (entry {winner.sequence}, {winner.time}); version {change.version} was not put there",
             remedy=f"look at `orchestrator history {self.model}` and decide again",
         )
 
@@ -335,6 +337,11 @@ def check_text(text: str, what: str, remedy: str = f"write one line of at most {
     if len(text) > TEXT_CHARACTERS or not text.isprintable():
         raise SpecError(f"{what} is too long, or holds line breaks or characters that cannot be shown", remedy=remedy)
     return text
+
+
+def one_line(text: str) -> str:
+    """A text of a record that somebody else may have written, as a part of one line that a terminal can show."""
+    return shown(text).replace("\n", "\\n")
 
 
 def written(time: datetime) -> str:

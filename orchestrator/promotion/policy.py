@@ -7,6 +7,7 @@
         verify_keys: [signing.pub]      # one of these must have signed the release; beside this file, or absolute
         webhook: https://deploy.example.org/promotions
         command: [./deploy.sh]
+        store: s3://models/releases     # which store has the history; else MLflow says, to whoever can write to it
 
 It lies in the home folder, or where ORCHESTRATOR_PROMOTION_POLICY says, and binds those who use it; what nobody can
 get around is the store's own permissions.
@@ -37,7 +38,7 @@ Alias = Literal["candidate", "staging", "production"]
 
 class Policy(BaseModel):
     """What holds for one model. verify_keys: files, as full paths once this was read. webhook: an http(s) address that
-    a signed POST goes to; command: run after it."""
+    a signed POST goes to; command: run after it. store: the root of the store with the history, see place.py."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,6 +47,7 @@ class Policy(BaseModel):
     verify_keys: tuple[str, ...] = ()
     webhook: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] | None = None
     command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    store: Annotated[str, Field(pattern=r"^(s3|file)://[^\s@]+$")] | None = None
 
 
 class PolicyFile(BaseModel):

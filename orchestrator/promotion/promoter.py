@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import GateError, OrchestratorError, Problem, PublishError, SpecError
-from orchestrator.foreign import shown
 from orchestrator.home import Settings
 from orchestrator.promotion.approval import Approvals
 from orchestrator.promotion.deliveries import Deliveries
@@ -31,6 +30,7 @@ from orchestrator.promotion.history import (
     Stored,
     actor,
     check_text,
+    one_line,
 )
 from orchestrator.promotion.notify import Notice, check_policy, receivers
 from orchestrator.promotion.place import STORE_TAG as STORE_TAG
@@ -91,7 +91,7 @@ class Promoter:
     """The aliases of one model. Raises `SpecError`, `PreflightError`, `GateError` or `PublishError`.
 
     model: its name, or ``models:/NAME``.
-    store: the root of the store with the history; None: where the registry says, or beside the model's releases.
+    store: the root of the store with the history; None: where the policy says, the registry, or the model's releases.
     """
 
     def __init__(self, model: str, settings: Settings, store: str | None = None) -> None:
@@ -104,7 +104,10 @@ class Promoter:
         """The history, found on first use."""
         if self._history is None:
             self._history = History(
-                find_store(self.registry, self.registry.need_model(self.model), self._given), self.model
+                find_store(
+                    self.registry, self.registry.need_model(self.model), self._given, pinned=self.policy().store
+                ),
+                self.model,
             )
         return self._history
 
@@ -149,6 +152,7 @@ class Promoter:
         at = position(alias, head, known)
         check_expected(self.model, alias, at, placed, expect)
         if placed is not None and (placed.version, placed.release, at) == (candidate.version, release, placed.version):
+            self.require_approved(alias, policy)
             self.releases.signature(candidate, release, keys)
             self.show(alias)
             return Promotion(alias, candidate.version, None)
@@ -239,6 +243,12 @@ class Promoter:
         entries = self.history.entries()
         self._check_anchor(known, entries[-1] if entries else None)
         return known, entries
+
+    def require_approved(self, alias: str, policy: Policy) -> None:
+        """Raise `GateError` if the history has put into `alias` what the policy wants approved, and nobody approved."""
+        if alias in policy.require_approval:
+            entries = [stored.entry for stored in self.history.entries()]
+            Approvals(self.history.store, self.model).require_of(entries, alias, policy.approvers)
 
     def resolve(self, version: str) -> tuple[str, ReleaseRef]:
         """Return the number of a version, given as a number or an alias, and its release."""
@@ -358,12 +368,12 @@ class Promoter:
         if decision is None:
             return ()
         if not force:
-            why = f": {decision.reason}" if decision.reason else ""
+            why = f": {one_line(decision.reason)}" if decision.reason else ""
             raise GateError(
-                f"{decision.by} rejected version {version} of {self.model!r} for {alias}{why}",
+                f"{one_line(decision.by)} rejected version {version} of {self.model!r} for {alias}{why}",
                 remedy="ask them, name another version, or use --force, which the history will say",
             )
-        return (f"was rejected by {shown(decision.by)}",)
+        return (f"was rejected by {one_line(decision.by)}",)
 
 
 def _unrecorded(placed: Placement | None, at: str | None, version: str) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import OrchestratorError, Problem, PublishError
 from orchestrator.promotion.history import LADDER, Placement
 from orchestrator.promotion.notify import NOBODY, Notice
-from orchestrator.promotion.place import STORE_TAG
+from orchestrator.promotion.place import STORE_TAG, tagged_root
 from orchestrator.registry import DIGEST_TAG, PROMOTION_TAG, KnownModel, RegisteredVersion
 
 if TYPE_CHECKING:
@@ -30,8 +30,12 @@ class Reconciliation:
 
 
 def reconcile(promoter: Promoter) -> Reconciliation:
-    """Repair what can be, after checking the whole history. Raises `PublishError` if that is damaged."""
+    """Repair what can be, after checking the whole history. Raises `PublishError` if that is damaged.
+
+    What the policy wants approved, and nobody has approved, is a problem: it is neither shown nor told.
+    """
     known, entries = promoter.read()
+    policy = promoter.policy()
     state = entries[-1].entry.state if entries else {}
     repaired: list[str] = []
     problems: list[Problem] = []
@@ -50,7 +54,12 @@ def reconcile(promoter: Promoter) -> Reconciliation:
                     f"to count: `orchestrator promote {promoter.model} {placed.version} --to {alias}`"
                 )
             continue  # registered since
-        repair = _repair(alias, placed, known, shown=shown)
+        try:
+            promoter.require_approved(alias, policy)
+        except OrchestratorError as error:  # neither shown nor told
+            problems += [Problem(problem.what, alias, problem.remedy) for problem in error.problems]
+            continue
+        repair = _repair(alias, placed, known, promoter.history.store.uri, shown=shown)
         if repair:
             promoter.show(alias)
             repaired.append(repair)
@@ -82,7 +91,7 @@ def _registered(promoter: Promoter, alias: str, placed: Placement) -> Registered
     return version
 
 
-def _repair(alias: str, placed: Placement, known: KnownModel, *, shown: bool) -> str | None:
+def _repair(alias: str, placed: Placement, known: KnownModel, place: str, *, shown: bool) -> str | None:
     """Say what has to be repaired; None: nothing."""
     at = known.aliases.get(alias)
     if at != placed.version:
@@ -90,6 +99,8 @@ def _repair(alias: str, placed: Placement, known: KnownModel, *, shown: bool) ->
         return f"{alias} was at {before} in the registry, is at version {placed.version} again"
     if not shown or not {STORE_TAG, HEAD_TAG} <= set(known.tags):
         return f"{alias}: the tags about entry {placed.since} were missing in the registry"
+    if tagged_root(known) != place:
+        return f"{alias}: the registry named another place of the history, {known.tags[STORE_TAG]}"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.errors import PublishError
-from orchestrator.promotion.history import ReleaseRef, SignatureRef
+from orchestrator.promotion.history import ReleaseRef, SignatureRef, one_line
 from orchestrator.promotion.rules import check_same, split
 from orchestrator.promotion.signature import SIGNED_BY_TAG, check_signed
 from orchestrator.registry import RegisteredVersion
@@ -39,7 +39,8 @@ class Releases:
         found = store.read_release(name)
         if found is None:
             raise PublishError(
-                f"{release.uri} is not complete", remedy="run again what published it, or name another version"
+                f"{one_line(release.uri)} is not complete",
+                remedy="run again what published it, or name another version",
             )
         check_same(release, found, self.model)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from orchestrator.errors import ConflictError, PublishError, SpecError
-from orchestrator.promotion.history import LADDER, History, Placement, ReleaseRef, Stored
+from orchestrator.promotion.history import LADDER, History, Placement, ReleaseRef, Stored, one_line
 from orchestrator.registry import DIGEST_TAG, KnownModel, RegisteredVersion
 from orchestrator.release import Release
 
@@ -93,14 +93,14 @@ def check_same(release: ReleaseRef, found: Release, model: str) -> None:
     """Raise `PublishError` if what lies there is another release, or one of another model."""
     if found.digest != release.digest:
         raise PublishError(
-            f"{release.uri} is not the release that was registered: its digest is {found.digest[:12]}, not "
+            f"{one_line(release.uri)} is not the release that was registered: its digest is {found.digest[:12]}, not "
             f"{release.digest[:12]}",
             remedy="do not use it; see who wrote there, and publish again under another name",
         )
     of = found.manifest.get("pipeline", model)
     if of != model:
         raise PublishError(
-            f"{release.uri} is a release of {of!r}, not of {model!r}",
+            f"{one_line(release.uri)} is a release of {of!r}, not of {model!r}",
             remedy="see who registered it here, and promote it under its own name",
         )
 
