@@ -538,11 +538,12 @@ def test_no_secret_is_written_anywhere(
             f"models:\n  '*':\n    webhook: http://127.0.0.1:9/hooks/{MARK.decode()}?token={MARK.decode()}\n"
         )
         spec = scene.folder / "spec.yaml"
-        spec.write_text(SPEC.replace("register: release", f"register: release\n    with: {{uri: s3://{s3_bucket}}}"))
-        for command in ("plan SPEC", "run SPEC --local", "promote poisoned 1 --to candidate", "history poisoned"):
+        in_bucket = SPEC.replace("register: release", f"register: release\n    with: {{uri: s3://{s3_bucket}}}")
+        spec.write_text(in_bucket.replace("name: poisoned", "name: secretive"))
+        for command in ("plan SPEC", "run SPEC --local", "promote secretive 1 --to candidate", "history secretive"):
             arguments = [str(spec) if word == "SPEC" else word for word in command.split()]
             assert scene.call(*arguments) == 0, scene.outputs
-        for command in ("report models:/poisoned/1", "show models:/poisoned/1", "pull models:/poisoned/1 DIR"):
+        for command in ("report models:/secretive/1", "show models:/secretive/1", "pull models:/secretive/1 DIR"):
             arguments = [str(scene.folder / "pulled") if word == "DIR" else word for word in command.split()]
             assert scene.call(*arguments) == 0, scene.outputs
         assert "127.0.0.1:9" in "".join(scene.outputs)  # the webhook was tried, and its failure told
