@@ -29,12 +29,23 @@ def heal_runs(settings: Settings, say: Callable[[str], None], *, other_machines:
     """
     healed = []
     for seen in look(settings.home, RUN):
-        if seen.alive or not (seen.here or other_machines):
+        if seen.alive:
+            continue
+        if not (seen.here or other_machines):
+            say(left_alone(seen))
             continue
         with seen.taken() as taken:
             if taken and _heal(settings, seen, say):
                 healed.append(seen.name)
     return healed
+
+
+def left_alone(seen: Seen) -> str:
+    """Why nothing is done about somebody of another machine, and what to do."""
+    return (
+        f"left alone: {seen}; whether it is at work cannot be told from here. If that machine is gone: "
+        "prefect deployment run heal/heal --param other_machines=true"
+    )
 
 
 def where_it_was(home: Path, run_id: str) -> str:
@@ -63,12 +74,26 @@ def _heal(settings: Settings, seen: Seen, say: Callable[[str], None]) -> bool:
         journal.write("run failed", kind=KILLED, error=reason, **({"time": last} if last > time.time() else {}))
         say(f"run {seen.name} was {reason}; its finished steps are kept")
     try:
+        elsewhere = _other_tracking(settings, seen)
+        if elsewhere and not seen.long_gone:
+            say(
+                f"the MLflow run of {seen.name} stays open at {elsewhere}, where it began: MLFLOW_TRACKING_URI is "
+                f"{settings.public_tracking_uri} now. A run with the old address ends it; this is said for a week"
+            )
+            return False
         _end_in_mlflow(settings, seen.name, {"run finished": "FINISHED", "run failed": "FAILED"}.get(ended or "", ""))
     except OrchestratorError as error:
         say(f"the MLflow run of {seen.name} stays open for now: {error}")
         return False
     seen.forget()
     return True
+
+
+def _other_tracking(settings: Settings, seen: Seen) -> str:
+    """Where the MLflow of a run is, if it is not today's; "" if it is, or if its database has gone or was moved."""
+    began = str(seen.facts.get("tracking") or settings.public_tracking_uri)
+    moved = began.startswith("sqlite") and not sqlite_path(began).exists()
+    return "" if moved or began == settings.public_tracking_uri else began
 
 
 def _end_in_mlflow(settings: Settings, run_id: str, ended: str) -> None:

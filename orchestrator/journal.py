@@ -6,6 +6,7 @@ file, which the kernel releases when its holder dies, however it dies.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.canonical import canonical_json
+from orchestrator.errors import PreflightError
 
 if TYPE_CHECKING:
     from orchestrator.presence import Presence
@@ -28,23 +30,37 @@ class Journal:
     def __init__(self, home: Path, run_id: str | None = None) -> None:
         self.run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
         self.path = home / "runs" / f"{self.run_id}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with written(home):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         self._home = home
         self._presence: Presence | None = None
 
-    def begin(self, **facts: Any) -> None:
-        """Write that the run has started. From now on, whoever looks sees that it is at work (`presence`)."""
+    def begin(self, tracking: str = "", **facts: Any) -> None:
+        """Write that the run has started. From now on, whoever looks sees that it is at work (`presence`).
+
+        tracking: the address of MLflow without passwords, for those who have to end there what this run began. Raises
+        `PreflightError` if that cannot be written.
+        """
         from orchestrator.presence import RUN, enter
 
         known = {name: facts[name] for name in ("pipeline", "spec", "engine") if name in facts}
-        self._presence = enter(self._home, RUN, self.run_id, **known)
-        self.write("run started", **facts)
+        self._presence = enter(self._home, RUN, self.run_id, tracking=tracking, **known)
+        try:
+            with written(self._home):
+                self.write("run started", **facts)
+        except PreflightError:
+            self._presence.leave()
+            raise
 
     @contextmanager
     def ending(self, whole: Callable[[], bool]) -> Iterator[None]:
-        """Write the run's end in this block; once it is left without an error, and whole, there is nothing to heal."""
+        """Write the run's end in this block; once it is left without an error, and whole, there is nothing to heal.
+
+        Raises `PreflightError` for an `OSError` in the block.
+        """
         try:
-            yield
+            with written(self._home):
+                yield
         except BaseException:
             if self._presence:
                 self._presence.give_up()
@@ -72,6 +88,19 @@ class Journal:
                 except (ValueError, RecursionError):
                     continue
         return events
+
+
+@contextmanager
+def written(home: Path) -> Iterator[None]:
+    """What the file system of the home refuses in this block is a `PreflightError` that names the home."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free space there, then run again" if full else "see to its disk and its rights, then run again"
+        raise PreflightError(
+            f"the home folder {home} takes no files: {error.strerror or error}", remedy=remedy
+        ) from None
 
 
 @contextmanager
@@ -107,5 +136,6 @@ def lease_if_free(home: Path, name: str) -> Iterator[bool]:
 
 def _lock_file(home: Path, name: str) -> int:
     path = home / "locks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with written(home):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

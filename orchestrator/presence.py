@@ -14,20 +14,22 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from orchestrator.canonical import canonical_json
 from orchestrator.errors import OverlapError
-from orchestrator.journal import lease_if_free
+from orchestrator.journal import lease_if_free, written
 
 RUN = "run"
 FLOW_RUN = "flow-run"
 _MOST_BYTES = 1 << 20
 _TRIES = 5  # somebody may look at the moment that we want to take
 _TRY_SECONDS = 0.02
+_ENTERING_SECONDS = 3600.0  # a file that has not got its name by then belongs to nobody
+_WEEK_SECONDS = 7 * 86400.0
 
 
 @dataclass
@@ -39,11 +41,12 @@ class Presence:
     _file: IO[bytes] = field(repr=False)
 
     def add(self, **facts: Any) -> None:
-        """Add facts for those who look."""
+        """Add facts for those who look. Raises `PreflightError` if the disk is full."""
         self.facts |= facts
         content = canonical_json(self.facts)
-        os.pwrite(self._file.fileno(), content.ljust(os.fstat(self._file.fileno()).st_size), 0)
-        os.fsync(self._file.fileno())
+        with written(self.path.parent.parent):
+            os.pwrite(self._file.fileno(), content.ljust(os.fstat(self._file.fileno()).st_size), 0)
+            os.fsync(self._file.fileno())
 
     def leave(self) -> None:
         """Be gone, with nothing left to heal."""
@@ -74,6 +77,12 @@ class Seen:
         """Whether it is, or was, a process of this machine: of no other can a free lock be trusted everywhere."""
         return self.facts.get("host") == socket.gethostname()
 
+    @property
+    def long_gone(self) -> bool:
+        """Whether it came more than a week ago, or in the future: long enough to have told people about it."""
+        since = self.facts.get("since")
+        return not isinstance(since, int | float) or abs(time.time() - since) > _WEEK_SECONDS
+
     def __str__(self) -> str:
         since = self.facts.get("since", 0)
         told = moment(since) if isinstance(since, int | float) else "?"
@@ -98,17 +107,24 @@ class Seen:
 
 
 def enter(home: Path, kind: str, name: str, **facts: Any) -> Presence:
-    """Be at work in `home` from now on. kind: `RUN` or `FLOW_RUN`; name: its id."""
+    """Be at work in `home` from now on. kind: `RUN` or `FLOW_RUN`; name: its id.
+
+    Raises `PreflightError` if nothing can be written there.
+    """
     folder = home / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)
     entering = folder / f".{kind}-{token}"
-    file = entering.open("x+b")
-    fcntl.flock(file, fcntl.LOCK_EX)
     known = {"name": name, "host": socket.gethostname(), "user": _user(), "pid": os.getpid(), "since": time.time()}
-    presence = Presence(folder / f"{kind}-{name}.{token}", known, file)
-    presence.add(**facts)
-    entering.rename(presence.path)
+    with written(home), ExitStack() as undo:
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        file = undo.enter_context(entering.open("x+b"))
+        undo.callback(entering.unlink)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        presence = Presence(folder / f"{kind}-{name}.{token}", known, file)
+        presence.add(**facts)
+        entering.rename(presence.path)
+        undo.pop_all()
     return presence
 
 
@@ -146,6 +162,14 @@ def alone(home: Path, pipeline: str) -> Iterator[None]:
 def moment(seconds: float) -> str:
     """A time in seconds since the epoch, as people read it."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove files of those who never came: they were killed, or the disk was full."""
+    for path in [*folder.glob(f".{RUN}-*"), *folder.glob(f".{FLOW_RUN}-*")]:
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ENTERING_SECONDS:
+                path.unlink()
 
 
 def _locked(file: IO[bytes], *, shared: bool = False) -> bool:

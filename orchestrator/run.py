@@ -85,7 +85,7 @@ class Execution:
         self.record = RunRecord(self.plan, self.settings, self.journal.run_id, self.engine)
         self._import_seconds = 0.0  # of the libraries, in the step at work
         self._turn = threading.Lock()  # peak memory is the process's, so steps take turns
-        self.journal.begin(engine=self.engine, **journal_facts(self.plan))
+        self.journal.begin(self.settings.public_tracking_uri, engine=self.engine, **journal_facts(self.plan))
         self.observer.run_started(self.journal.run_id, self.plan)
 
     @property

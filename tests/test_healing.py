@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from uuid import UUID
 
 import pytest
 
-from orchestrator.errors import OverlapError
+from orchestrator.errors import OverlapError, PreflightError
 from orchestrator.healing import heal_runs
 from orchestrator.home import Settings
 from orchestrator.journal import Journal
@@ -118,8 +119,63 @@ def test_a_run_of_another_machine_is_left_alone_unless_asked(home: Path) -> None
     (path,) = (home / "locks").glob("run-*")
     path.write_text(json.dumps({**json.loads(path.read_text()), "host": "elsewhere"}))
     said: list[str] = []
-    assert heal_runs(settings_of(home), said.append) == [] and said == []
+    assert heal_runs(settings_of(home), said.append) == []
+    (told,) = said
+    assert told.startswith(f"left alone: {run_id}, of ") and "on elsewhere, process" in told
+    assert "--param other_machines=true" in told
     assert heal_runs(settings_of(home), said.append, other_machines=True) == [run_id]
+
+
+def test_a_run_that_began_at_another_mlflow_is_told_for_a_week(home: Path) -> None:
+    run_id = killed_run(home, tracking="http://mlflow.before:5000")
+    for _ in range(2):
+        said: list[str] = []
+        assert heal_runs(settings_of(home), said.append) == []
+        assert f"the MLflow run of {run_id} stays open at http://mlflow.before:5000, where it began" in said[-1]
+    assert [event["event"] for event in Journal(home, run_id).events()].count("run failed") == 1
+    grow_old(home)
+    assert heal_runs(settings_of(home), pytest.fail) == [run_id]
+    assert look(home, RUN) == []
+
+
+def grow_old(home: Path) -> None:
+    """Let those who were killed have come eight days ago."""
+    for path in (home / "locks").glob("*run-*"):
+        facts = json.loads(path.read_text())
+        path.write_text(json.dumps({**facts, "since": facts["since"] - 8 * 86400}))
+
+
+def test_a_full_disk_is_told_with_the_home_and_leaves_no_file(home: Path) -> None:
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    present = enter(home, FLOW_RUN, "before")
+    present.leave()
+    journal = Journal(home)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, most[1]))  # as a quota: no file may grow
+        with pytest.raises(PreflightError, match=f"the home folder {home} takes no files: File too large; see to"):
+            enter(home, FLOW_RUN, "late")
+        with pytest.raises(PreflightError, match="takes no files"):
+            journal.begin(pipeline="p")
+        assert list((home / "locks").iterdir()) == []
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        journal.begin(pipeline="p")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, most[1]))
+        with pytest.raises(PreflightError, match="takes no files"), journal.ending(whole=lambda: True):
+            journal.write("run finished")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert heal_runs(settings_of(home), lambda _: None) == [journal.run_id]
+
+
+def test_what_others_left_while_they_came_is_swept(home: Path) -> None:
+    (home / "locks").mkdir(parents=True)
+    old, new, lease = (home / "locks" / name for name in (".flow-run-0", ".run-1", "0123"))
+    for path in (old, new, lease):
+        path.touch()
+    for path in (old, lease):
+        os.utime(path, (0, 0))
+    enter(home, RUN, "me").leave()
+    assert sorted((home / "locks").iterdir()) == sorted([new, lease])
 
 
 def test_a_journal_from_the_future_stays_in_order(home: Path) -> None:

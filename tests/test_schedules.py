@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from orchestrator.journal import Journal
-from orchestrator.presence import RUN, look
+from orchestrator.presence import FLOW_RUN, RUN, enter, look
 from tests.prefect_server import (
     DEPLOYMENTS,
     PATIENCE_SECONDS,
@@ -343,7 +343,7 @@ def test_nights_are_missed_killed_refused_and_have_nothing_to_do(nights: Nights)
 
     # A night whose specification is gone says what to do.
     failed = nights.ended(nights.run("nightly", spec="gone.yaml"), "Failed")
-    assert "gone.yaml" in failed.state.message and "Traceback" not in failed.state.message
+    assert str(nights.place.folder / "gone.yaml") in failed.state.message and "Traceback" not in failed.state.message
     assert not [seen for seen in look(nights.place.home, RUN) if not seen.alive]
 
 
@@ -352,10 +352,9 @@ def test_a_run_that_never_began_is_started_once_more_and_the_place_of_a_run_at_w
     import logging
 
     from prefect.client.orchestration import PrefectClient
-    from prefect.states import Pending
+    from prefect.states import Pending, Running
 
-    from orchestrator_flows.heal import heal_never_begun
-    from orchestrator_flows.nights import keep_place
+    from orchestrator_flows.heal import heal_flow_runs, heal_never_begun, keep_places
 
     nights.stop_worker()
     deployment = nights.api.read_deployment_by_name("compress/nightly")
@@ -367,7 +366,6 @@ def test_a_run_that_never_began_is_started_once_more_and_the_place_of_a_run_at_w
             me = await api.read_flow_run(pending.id)
             later = me.state.timestamp + timedelta(hours=hours)
             me = me.model_copy(update={"id": uuid4(), "state": me.state.model_copy(update={"timestamp": later})})
-            await keep_place(api, me)
             return await heal_never_begun(api, me, logging.getLogger("test"))
 
     assert asyncio.run(heal(hours=0)) == []
@@ -377,7 +375,26 @@ def test_a_run_that_never_began_is_started_once_more_and_the_place_of_a_run_at_w
     (again,) = [run for run in nights.runs() if run.id not in known]
     assert again.parameters == pending.parameters == {"spec": "x", "overlap": "refuse"}
     assert "catch-up" in again.tags
-    assert nights.places_taken() == 1  # of whom `keep_place` was asked for
+
+    # Whoever heals restores the places of all who are at work, and forgets what no server knows any more after a week.
+    at_work = nights.api.create_flow_run_from_deployment(deployment.id, parameters={"spec": "y"}, state=Running())
+    present = enter(nights.place.home, FLOW_RUN, str(at_work.id), api="", deployed=True)  # of the server asked
+    enter(nights.place.home, FLOW_RUN, str(uuid4()), api="http://127.0.0.1:9/api").give_up()
+
+    async def heal_elsewhere() -> None:
+        async with PrefectClient(api=nights.url) as api:
+            logger = logging.getLogger("test")
+            assert await heal_flow_runs(api, nights.place.home, datetime.now(UTC), logger) == []
+            await keep_places(api, nights.place.home)
+
+    assert nights.places_taken() == 0
+    asyncio.run(heal_elsewhere())
+    assert nights.places_taken() == 1
+    (killed,) = [seen for seen in look(nights.place.home, FLOW_RUN) if not seen.alive]
+    killed.path.write_text(json.dumps({**killed.facts, "since": time.time() - 8 * 86400}))
+    asyncio.run(heal_elsewhere())
+    assert [seen.name for seen in look(nights.place.home, FLOW_RUN)] == [str(at_work.id)]
+    present.leave()
 
 
 def _over(nights: Nights, run: Any) -> Any:

@@ -7,6 +7,7 @@ run of `compress` heals what it finds, too.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 
-from orchestrator.healing import heal_runs, where_it_was
+from orchestrator.healing import heal_runs, left_alone, where_it_was
 from orchestrator.home import Settings
 from orchestrator.presence import FLOW_RUN, Presence, Seen, enter, look
 from orchestrator_flows.nights import keep_place, take_up_again, told_at
@@ -57,6 +58,8 @@ async def heal(other_machines: bool = False) -> dict[str, Any]:
         now = told_at(me)
         flow_runs = await heal_flow_runs(client, settings.home, now, logger, other_machines=other_machines)
         flow_runs += await heal_never_begun(client, me, logger)
+        if flow_runs:
+            await keep_places(client, settings.home)
     runs = await in_thread(lambda: heal_runs(settings, logger.info, other_machines=other_machines))
     return {"flow_runs": flow_runs, "runs": runs}
 
@@ -76,7 +79,7 @@ async def arrive(client: PrefectClient, home: Path, run: FlowRun, logger: Logger
     try:
         healed = await heal_flow_runs(client, home, told_at(run), logger)
         if healed + await heal_never_begun(client, run, logger):
-            await keep_place(client, run)
+            await keep_places(client, home)
     except (httpx.HTTPError, PrefectException) as error:
         logger.warning("flow runs that were killed could not be ended: %s", error)
     return present
@@ -90,7 +93,10 @@ async def heal_flow_runs(
     alive = {seen.name for seen in found if seen.alive}
     healed = []
     for seen in found:
-        if seen.alive or not (seen.here or other_machines):
+        if seen.alive:
+            continue
+        if not (seen.here or other_machines):
+            logger.warning("%s", left_alone(seen))
             continue
         with seen.taken() as taken:
             if taken and seen.name in alive:  # Prefect let it begin again
@@ -98,6 +104,16 @@ async def heal_flow_runs(
             elif taken and await _ended(client, home, seen, now, logger):
                 healed.append(seen.name)
     return healed
+
+
+async def keep_places(client: PrefectClient, home: Path) -> None:
+    """Let every run at work in `home` have the place of its deployment, whichever was given up by healing."""
+    for seen in look(home, FLOW_RUN):
+        if seen.alive and seen.facts.get("deployed") and seen.facts.get("api") == _api():
+            with suppress(ObjectNotFound):  # somebody has removed it from the server
+                run = await client.read_flow_run(seen.name)  # type: ignore[arg-type]
+                if run.state_type == StateType.RUNNING:
+                    await keep_place(client, run)
 
 
 async def heal_never_begun(client: PrefectClient, me: FlowRun, logger: Logger) -> list[str]:
@@ -126,7 +142,7 @@ async def _ended(client: PrefectClient, home: Path, seen: Seen, now: datetime, l
     try:
         run = await client.read_flow_run(seen.name)  # type: ignore[arg-type]
     except ObjectNotFound:
-        if seen.facts.get("api") == _api():  # another server may know it
+        if seen.facts.get("api") == _api() or seen.long_gone:  # another server may know it; not one that ended with it
             seen.forget()
         return False
     cancelling = run.state_type == StateType.CANCELLING
