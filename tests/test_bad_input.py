@@ -76,7 +76,9 @@ def bucket(
 
     be(monkeypatch, guarded, "admin")
     name = f"guarded-{time.time_ns()}"
-    client: Any = boto3.client("s3", endpoint_url=guarded["endpoint"][0])
+    client: Any = boto3.Session().client(
+        "s3", endpoint_url=guarded["endpoint"][0]
+    )  # the default session keeps its first keys
     client.create_bucket(Bucket=name)
     (tmp_path / "home").mkdir()
     scene = Scene(f"s3://{name}/models", tmp_path, tracking_uri)
@@ -161,7 +163,7 @@ def empty(scene: Scene, endpoint: str) -> None:
     import boto3
 
     name = scene.uri.removeprefix("s3://").partition("/")[0]
-    bucket: Any = boto3.resource("s3", endpoint_url=endpoint).Bucket(name)
+    bucket: Any = boto3.Session().resource("s3", endpoint_url=endpoint).Bucket(name)
     bucket.objects.all().delete()
     bucket.delete()
 
