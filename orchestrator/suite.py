@@ -68,9 +68,9 @@ class Suite:
             self._refused = self._refused or step
             self._problems += error.problems
         except OrchestratorError as error:
-            if self._problems:
-                error.__init__([*error.problems, *self._problems])  # type: ignore[misc]
-            raise
+            if not self._problems:
+                raise
+            raise type(error)([*error.problems, *self._problems]) from error
 
     def end(self) -> None:
         """Raise `GateError` with every gate that failed, if one did."""
