@@ -87,8 +87,8 @@ def plan(data: bytes) -> None:
         patch("huggingface_hub.HfApi.dataset_info", side_effect=away),
     ):
         _write_model(folder / "model", canonical_json(_LLAMA), _weights())
-        for name in ("train.txt", "valid.txt"):
-            (folder / name).write_text("a b c " * 2000)
+        (folder / "train.txt").write_text("a b c " * 2000)
+        (folder / "valid.txt").write_text("d e f " * 2000)
         (folder / "spec.yaml").write_bytes(data)
         make_plan(folder / "spec.yaml", _methods(), folder / "home")
 
@@ -232,12 +232,14 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
 }  # fmt: skip
 
 
-def check(target: Callable[[bytes], None], data: bytes) -> None:
-    """Run a target: it returns, or raises an error for people. Anything else is a bug."""
+def check(target: Callable[[bytes], None], data: bytes) -> bool:
+    """Run a target: it returns, or raises an error for people. Anything else is a bug. Whether it took the bytes."""
     try:
         target(data)
     except OrchestratorError as error:
         check_message(error)
+        return False
+    return True
 
 
 def check_message(error: OrchestratorError) -> None:

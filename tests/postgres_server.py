@@ -59,7 +59,7 @@ class Database:
     def dump(self) -> bytes:
         """Everything that is in it, as text."""
         return subprocess.run(
-            [str(_programs() / "pg_dump"), "--host=127.0.0.1", f"--port={self.port}", "-U", self.name, self.name],
+            [str(programs_folder() / "pg_dump"), "--host=127.0.0.1", f"--port={self.port}", "-U", self.name, self.name],
             env={**os.environ, "PGPASSWORD": self.password},
             check=True,
             capture_output=True,
@@ -72,12 +72,12 @@ def serve_postgres(*names: str) -> Iterator[tuple[Database, ...]]:
 
     Skips where PostgreSQL is not installed. RuntimeError with its log if it does not start.
     """
-    programs = _programs()
+    programs = programs_folder()
     port = free_port()
     databases = tuple(Database(name, port) for name in names)
     folder = Path(tempfile.mkdtemp(prefix="postgres-"))  # pytest's own folders are closed to other users
     try:
-        user = _unprivileged(folder)
+        user = unprivileged(folder)
         _make_cluster(programs, folder, user, databases)
         settings = [f"port={port}", "listen_addresses=127.0.0.1", "unix_socket_directories=", *CARELESS]
         command = [str(programs / "postgres"), "-D", str(folder / "data")]
@@ -103,7 +103,7 @@ def serve_postgres(*names: str) -> Iterator[tuple[Database, ...]]:
         shutil.rmtree(folder)
 
 
-def _programs() -> Path:
+def programs_folder() -> Path:
     """The folder of the newest installed version. Debian keeps the server's programs off the PATH."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[4]))
     if found:
@@ -114,7 +114,7 @@ def _programs() -> Path:
     return Path(on_path).resolve().parent
 
 
-def _unprivileged(folder: Path) -> list[str]:
+def unprivileged(folder: Path) -> list[str]:
     """Arguments of setpriv that make root somebody else, to whom `folder` is given: PostgreSQL refuses root."""
     if os.geteuid() != 0:
         return []

@@ -113,10 +113,15 @@ def test_every_target_is_driven() -> None:
     assert EXAMPLES.keys() == TARGETS.keys()
 
 
+# Seeds that are refused although nothing is wrong with them: a model of the hub, which is not asked here; a model card,
+# which is read where the index is.
+REFUSED_SEEDS = {"plan": [1, 2], "index": [1]}
+
+
 @pytest.mark.parametrize("name", sorted(TARGETS))
 def test_valid_bytes_are_read(name: str) -> None:
-    for data in seeds(name):
-        check(TARGETS[name], data)
+    refused = [number for number, data in enumerate(seeds(name)) if not check(TARGETS[name], data)]
+    assert refused == REFUSED_SEEDS.get(name, [])
 
 
 @pytest.mark.parametrize(("name", "data"), [(name, data) for name, found in FOUND.items() for data in found])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.infra_files import KUBERNETES, Container, composed, deployed
-from tests.postgres_server import _programs, _unprivileged
+from tests.postgres_server import programs_folder, unprivileged
 from tests.s3_server import free_port
 
 PASSWORDS = {"prefect": "pre'f@:/%+ \\$", "mlflow": 'ml"f@:/%+'}
@@ -30,9 +30,9 @@ ADDRESSES = [
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[int, dict[str, str]]]:
     """The port of a server on which its superuser has run the script, and the environment that it did so with."""
-    programs = _programs()  # skips where PostgreSQL is not installed
+    programs = programs_folder()  # skips where PostgreSQL is not installed
     folder = Path(tempfile.mkdtemp(prefix="postgres-"))
-    user = _unprivileged(folder)
+    user = unprivileged(folder)
     run = ["setpriv", *user] if user else []
     number = free_port()
     try:

@@ -107,17 +107,23 @@ def test_a_variant_is_what_a_specification_of_its_own_would_be(plan: Callable[[s
     assert made.steps[3].identity["variants"].keys() == variants.keys()
 
 
-def test_the_numbers_are_those_of_specifications_of_their_own(
-    material: Path, methods: Methods, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[str] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The steps of variants that are made, as they are made."""
+    labels: list[str] = []
     make = Maker._make
 
     def counted(self: Maker, step: Any, *arguments: Any) -> Any:
-        made.append(step.label)
+        labels.append(step.label)
         return make(self, step, *arguments)
 
     monkeypatch.setattr(Maker, "_make", counted)
+    return labels
+
+
+def test_the_numbers_are_those_of_specifications_of_their_own(
+    material: Path, methods: Methods, settings: Settings, made: list[str]
+) -> None:
     path = material / "numbers.yaml"
     small = SPEC.replace("  - prune: wanda\n    with: {sparsity: 0.5}\n", "")
     path.write_text(small, encoding="utf-8")
@@ -164,16 +170,8 @@ def test_the_numbers_are_those_of_specifications_of_their_own(
 
 
 def test_a_further_seed_makes_one_variant_more_and_a_damaged_memory_is_measured_again(
-    material: Path, methods: Methods, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    material: Path, methods: Methods, settings: Settings, made: list[str]
 ) -> None:
-    made: list[str] = []
-    make = Maker._make
-
-    def counted(self: Maker, step: Any, *arguments: Any) -> Any:
-        made.append(step.label)
-        return make(self, step, *arguments)
-
-    monkeypatch.setattr(Maker, "_make", counted)
     path = material / "further.yaml"
     small = SPEC.replace("  - prune: wanda\n    with: {sparsity: 0.5}\n", "").replace(
         "own: own.txt, other: other.txt}, seeds: [3, 4]", "own: own.txt}, seeds: [3, 4]"
