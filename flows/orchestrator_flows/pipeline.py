@@ -191,14 +191,11 @@ async def _show(execution: Execution) -> None:
             f"- {len(release['files'])} files\n",
             description=f"Release of {execution.plan.name}, run {execution.run_id}",
         )
-    try:
-        await acreate_markdown_artifact(
-            key=f"{key}-report",
-            markdown=_report_note(execution),
-            description=f"Report of {execution.plan.name}, run {execution.run_id}",
-        )
-    except Exception as error:  # a page is no reason for a run to fail
-        get_run_logger().warning("the report is not linked: %s", error)
+    await acreate_markdown_artifact(
+        key=f"{key}-report",
+        markdown=_report_note(execution),
+        description=f"Report of {execution.plan.name}, run {execution.run_id}",
+    )
 
 
 def _report_note(execution: Execution) -> str:
